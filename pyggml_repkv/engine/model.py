@@ -1,0 +1,97 @@
+"""A loaded model: file, tokenizer, weights and threads. Sessions hold what changes."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+from pyggml_repkv.engine.session import Session
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.handles import Backend
+from pyggml_repkv.graph.plan import GraphModel
+from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.model.chat_template import ChatTemplate
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.tensors import check_tensors
+from pyggml_repkv.model.tokenizer import Tokenizer
+from pyggml_repkv.model.weights import Weights
+
+MAX_THREADS = 512
+
+
+def available_threads() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+class Model:
+    """Read-only after loading. Its sessions share one set of threads, so only one of them computes at a time."""
+
+    def __init__(self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
+        self.file, self.config, self.weights, self.backend = file, config, weights, backend
+        self.graph = GraphModel(config, weights, backend.n_threads, exact=exact)
+        self.load_ms = 0.0
+        self._sessions: list[Session] = []
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        n_threads: int | None = None,
+        repack: bool = True,
+        exact_graph: bool = False,
+    ) -> Model:
+        """Opens a GGUF file of architecture qwen2.
+
+        n_threads: None = all cores this process may use. repack: copy matrices into faster layouts where this CPU has them.
+        exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
+        Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
+        """
+        start = time.perf_counter()
+        n_threads = available_threads() if n_threads is None else n_threads
+        if not 1 <= n_threads <= MAX_THREADS:
+            raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
+        file = GGUFFile.open(Path(path))
+        config = ModelConfig.from_gguf(file)
+        check_tensors(file, config)
+        weights = Weights(file, config, repack=repack, join=not exact_graph)
+        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph)
+        # The tokenizer is part of loading: a broken vocabulary should be known before a prompt is typed.
+        _ = model.tokenizer
+        model.load_ms = (time.perf_counter() - start) * 1e3
+        return model
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_metadata(self.file.metadata)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
+
+    def session(self, memory: MemoryConfig | None = None) -> Session:
+        """A new, empty context. Raises InputError for an unknown policy or option, ComputeError when memory is short."""
+        memory = memory or MemoryConfig()
+        session = Session(self.graph, self.backend, make_policy(self.config, memory, self.graph), memory)
+        self._sessions.append(session)
+        return session
+
+    def close(self) -> None:
+        for session in self._sessions:
+            session.close()
+        self.weights.close()
+        self.backend.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

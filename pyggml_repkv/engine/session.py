@@ -1,0 +1,115 @@
+"""A session: tokens in, logits out, and the memory between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import numpy as np
+
+from pyggml_repkv.errors import ContextFullError, InputError
+from pyggml_repkv.ffi.handles import Backend
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
+from pyggml_repkv.memory.policy import MemoryConfig, Policy
+
+OnProgress = Callable[[int, int], None]
+
+
+class Session:
+    """`n_past` tokens have been read; the next one has that position.
+
+    A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
+    """
+
+    def __init__(self, graph: GraphModel, backend: Backend, policy: Policy, memory: MemoryConfig) -> None:
+        self.n_past = 0
+        self.n_batch = memory.n_batch
+        self.policy = policy
+        self._config = graph.config
+        self._fuses_decode = graph.fuses_decode and policy.can_fuse
+        self._plans = PlanCache(graph, policy, backend)
+        self._closed = False
+
+    @property
+    def n_ctx(self) -> int:
+        return self.policy.n_ctx
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of the compute buffer so far."""
+        return self._plans.compute_bytes
+
+    def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
+        """Reads tokens -> logits of the last one, float32 [n_vocab], valid until the next step.
+
+        on_progress(n_done, n_total) is called after each chunk of at most n_batch tokens.
+        Raises ContextFullError, before anything is computed, if they do not all fit; InputError for a bad token.
+        """
+        ids = self._checked(tokens)
+        logits: np.ndarray | None = None
+        for start in range(0, len(ids), self.n_batch):
+            chunk = ids[start : start + self.n_batch]
+            end = start + len(chunk)
+            logits = self._step(chunk, "last" if end == len(ids) else "none")
+            if on_progress is not None:
+                on_progress(end, len(ids))
+        assert logits is not None
+        return logits[0]
+
+    def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
+        """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab], a copy. Raises as prefill does."""
+        ids = self._checked(tokens)
+        logits = np.empty((len(ids), self._config.n_vocab), np.float32)
+        for start in range(0, len(ids), self.n_batch):
+            chunk = ids[start : start + self.n_batch]
+            logits[start : start + len(chunk)] = self._step(chunk, "all")
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        """Reads one token -> its logits, float32 [n_vocab], valid until the next step. Raises as prefill does."""
+        logits = self._step(self._checked((token,)), "all")
+        assert logits is not None
+        return logits[0]
+
+    def stats(self) -> dict[str, object]:
+        """The `kv` object of `run --json`."""
+        return self.policy.stats(self.n_past)
+
+    def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
+        # One token has one output whether "last" or "all" was asked for; they share a plan.
+        if len(chunk) == 1 and outputs == "last":
+            outputs = "all"
+        fused = len(chunk) == 1 and outputs == "all" and self._fuses_decode
+        shape = self.policy.step_shape(self.n_past, len(chunk), fused=fused)
+        logits = self._plans.run(PlanKey(shape, outputs), chunk, self.n_past)
+        self.n_past += len(chunk)
+        return logits
+
+    def _checked(self, tokens: Sequence[int]) -> np.ndarray:
+        if self._closed:
+            raise InputError("the session is closed")
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError("tokens must be a non-empty sequence of token ids")
+        # ggml aborts the process on a row that is not there.
+        if ids.min() < 0 or ids.max() >= self._config.n_vocab:
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise InputError(f"token id {bad} is not in the vocabulary (0 to {self._config.n_vocab - 1})")
+        if self.n_past + len(ids) > self.n_ctx:
+            raise ContextFullError(
+                f"{len(ids)} tokens do not fit: {self.n_past} of {self.n_ctx} are used; a larger -c holds more"
+            )
+        return ids.astype(np.int32)
+
+    def close(self) -> None:
+        self._closed = True
+        self._plans.close()
+        self.policy.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,192 @@
+"""A ggml context and graph, with the ops this project uses. Shapes are in numpy order (outermost first)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.ffi.handles import Handle
+from pyggml_repkv.ffi.library import g, native_ffi
+
+Tensor = Any
+"""A ctypes pointer to a ggml_tensor; valid as long as the context it was made in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """What ggml_rope_ext needs besides the positions (names and meaning are ggml's)."""
+
+    n_dims: int
+    n_ctx_orig: int
+    freq_base: float
+    freq_scale: float
+    ext_factor: float
+    attn_factor: float
+    beta_fast: float
+    beta_slow: float
+
+
+class TensorContext(Handle):
+    """Holds tensor descriptions, not their data."""
+
+    def __init__(self, n_tensors: int, *, extra_bytes: int = 0) -> None:
+        mem_size = n_tensors * g.ggml_tensor_overhead() + extra_bytes
+        pointer = g.ggml_init(g.ggml_init_params(mem_size=mem_size, mem_buffer=None, no_alloc=True))
+        if not pointer:
+            raise ComputeError("not enough memory for a ggml context")
+        super().__init__(pointer, g.ggml_free)
+        self._capacity = mem_size
+
+    def _reserve(self) -> None:
+        # A full context makes ggml abort, so the last places are never used.
+        if g.ggml_used_mem(self.pointer) + 4 * g.ggml_tensor_overhead() > self._capacity:
+            raise ComputeError(f"a ggml context of {self._capacity} bytes is full")
+
+    def new(self, type_: int, shape: Sequence[int], name: str = "") -> Tensor:
+        self._reserve()
+        ne = (ctypes.c_int64 * len(shape))(*reversed(shape))
+        tensor = g.ggml_new_tensor(self.pointer, type_, len(shape), ne)
+        if name:
+            g.ggml_set_name(tensor, name.encode())
+        return tensor
+
+
+class GraphContext(TensorContext):
+    """Builds one graph node by node. Nothing is computed or allocated here."""
+
+    def __init__(self, max_nodes: int) -> None:
+        overhead = g.ggml_graph_overhead_custom(max_nodes, False)
+        super().__init__(2 * max_nodes, extra_bytes=overhead + 4096)
+        self.max_nodes = max_nodes
+        self.graph = g.ggml_new_graph_custom(self.pointer, max_nodes, False)
+        graph_address = ctypes.cast(self.graph, ctypes.c_void_p).value
+        self.native_graph = native_ffi.cast("void *", graph_address)
+        self._alive: list[object] = []
+
+    @property
+    def n_nodes(self) -> int:
+        return g.ggml_graph_n_nodes(self.graph)
+
+    def keep_alive(self, thing: object) -> None:
+        """For what C will point to while the graph exists: op parameters, scratch, callbacks."""
+        self._alive.append(thing)
+
+    def input(self, type_: int, shape: Sequence[int], name: str) -> Tensor:
+        """A tensor that is filled before every compute: its memory is reused after its last use."""
+        tensor = self.new(type_, shape, name)
+        g.ggml_set_input(tensor)
+        return tensor
+
+    def output(self, tensor: Tensor) -> Tensor:
+        """Marks a result: it stays readable after compute."""
+        g.ggml_set_output(tensor)
+        return self.expand(tensor)
+
+    def expand(self, tensor: Tensor) -> Tensor:
+        """Adds the tensor and all it depends on to the graph, in order."""
+        if self.n_nodes + 64 > self.max_nodes:
+            raise ComputeError(f"the graph outgrew its {self.max_nodes} nodes")
+        g.ggml_build_forward_expand(self.graph, tensor)
+        return tensor
+
+    def view(self, a: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+        """`strides` in bytes for all dimensions but the innermost, which is contiguous."""
+        self._reserve()
+        ne, nb = list(reversed(shape)), list(reversed(strides))
+        if len(ne) == 2:
+            return g.ggml_view_2d(self.pointer, a, *ne, *nb, offset)
+        if len(ne) == 3:
+            return g.ggml_view_3d(self.pointer, a, *ne, *nb, offset)
+        raise ComputeError(f"views have 2 or 3 dimensions, not {len(ne)}")
+
+    def reshape(self, a: Tensor, shape: Sequence[int]) -> Tensor:
+        self._reserve()
+        if len(shape) == 2:
+            return g.ggml_reshape_2d(self.pointer, a, *reversed(shape))
+        return g.ggml_reshape_3d(self.pointer, a, *reversed(shape))
+
+    def swap_rows_and_heads(self, a: Tensor) -> Tensor:
+        """[a, b, d] -> [b, a, d], without moving data."""
+        self._reserve()
+        return g.ggml_permute(self.pointer, a, 0, 2, 1, 3)
+
+    def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
+        self._reserve()
+        return g.ggml_get_rows(self.pointer, a, rows)
+
+    def set_rows(self, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+        """Writes b's rows into a at `rows` (I64), converting to a's type; the result is a view of a."""
+        self._reserve()
+        return g.ggml_set_rows(self.pointer, a, b, rows)
+
+    def linear(self, weight: Tensor, x: Tensor) -> Tensor:
+        """x [T, n_in] @ weight [n_out, n_in].T -> [T, n_out] F32."""
+        self._reserve()
+        return g.ggml_mul_mat(self.pointer, weight, x)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        self._reserve()
+        return g.ggml_add(self.pointer, a, b)
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        self._reserve()
+        return g.ggml_mul(self.pointer, a, b)
+
+    def rms_norm(self, x: Tensor, eps: float) -> Tensor:
+        self._reserve()
+        return g.ggml_rms_norm(self.pointer, x, eps)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up."""
+        self._reserve()
+        return g.ggml_swiglu_split(self.pointer, gate, up)
+
+    def swiglu_halves(self, gate_up: Tensor) -> Tensor:
+        """[T, 2 n] -> silu(first half) * second half [T, n]."""
+        self._reserve()
+        return g.ggml_swiglu(self.pointer, gate_up)
+
+    def rope_neox(self, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
+        """x [T, n_head, head_dim], positions I32 [T]."""
+        self._reserve()
+        return g.ggml_rope_ext(
+            self.pointer, x, positions, None, rope.n_dims, g.GGML_ROPE_TYPE_NEOX, rope.n_ctx_orig, rope.freq_base,
+            rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow,
+        )  # fmt: skip
+
+    def flash_attn(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """q [H, T, d], k and v [H_kv, n_kv, d], mask F16 [T, n_kv] -> [T, H, d]."""
+        self._reserve()
+        out = g.ggml_flash_attn_ext(self.pointer, q, k, v, mask, scale, 0.0, 0.0)
+        g.ggml_flash_attn_ext_set_prec(out, g.GGML_PREC_F32)
+        return out
+
+    def softmax(self, scores: Tensor, mask: Tensor, scale: float) -> Tensor:
+        """softmax(scores * scale + mask) over the innermost dimension; mask F32 or F16 [T, n_kv]."""
+        self._reserve()
+        return g.ggml_soft_max_ext(self.pointer, scores, mask, scale, 0.0)
+
+    def contiguous(self, a: Tensor) -> Tensor:
+        """A copy in row-major order, or a itself where it is one already."""
+        if g.ggml_is_contiguous(a):
+            return a
+        self._reserve()
+        return g.ggml_cont(self.pointer, a)
+
+    def custom(self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any) -> Tensor:
+        """An F32 tensor computed by a C op of the extension; `params` is a cffi struct and is kept alive."""
+        self._reserve()
+        args = (ctypes.POINTER(g.ggml_tensor) * len(sources))(*sources)
+        self.keep_alive(params)
+        ne = [*reversed(shape), 1, 1, 1][:4]
+        userdata = int(native_ffi.cast("uintptr_t", params))
+        op = g.ggml_custom_op_t(op_address)
+        return g.ggml_custom_4d(self.pointer, g.GGML_TYPE_F32, *ne, args, len(sources), op, -1, userdata)
+
+
+def set_name(tensor: Tensor, name: str, layer: int = -1) -> None:
+    """llama.cpp's naming: `name-layer`, or `name` outside the layers. It is the `cb` that graphs get by default."""
+    g.ggml_set_name(tensor, (f"{name}-{layer}" if layer >= 0 else name).encode())

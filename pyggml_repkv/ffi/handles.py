@@ -1,0 +1,150 @@
+"""Owners of ggml objects: each is freed once, after everything that was made from it."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.ffi.library import g, last_log, native, native_ffi
+
+
+class Handle:
+    """One owned pointer.
+
+    Freed by `close()`, by garbage collection or at interpreter exit. It holds its parents, so they outlive it; closing a
+    parent closes what is left of its children first.
+    """
+
+    def __init__(self, pointer: Any, free: Callable[[Any], object], *parents: Handle, keep: object = None) -> None:
+        self.pointer = pointer
+        self._parents = parents
+        self._children: weakref.WeakSet[Handle] = weakref.WeakSet()
+        # `keep` rides with the finalizer: memory that C still points to must not die before the C object.
+        self._finalizer = weakref.finalize(self, _free_then_release, free, pointer, keep)
+        for parent in parents:
+            parent._children.add(self)
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        for child in list(self._children):
+            child.close()
+        self._finalizer()
+        self.pointer = None
+
+
+def _free_then_release(free: Callable[[Any], object], pointer: Any, keep: object) -> None:
+    free(pointer)
+    del keep
+
+
+class Backend(Handle):
+    """ggml's CPU backend with a fixed number of threads."""
+
+    def __init__(self, n_threads: int) -> None:
+        if not 1 <= n_threads <= g.GGML_MAX_N_THREADS:
+            raise ComputeError(f"n_threads is {n_threads}; it must be between 1 and {g.GGML_MAX_N_THREADS}")
+        pointer = g.ggml_backend_cpu_init()
+        if not pointer:
+            raise ComputeError(f"ggml could not start its CPU backend: {last_log()}")
+        super().__init__(pointer, g.ggml_backend_free)
+        self.n_threads = n_threads
+        g.ggml_backend_cpu_set_n_threads(pointer, n_threads)
+        self._native_pointer = native_ffi.cast("void *", int(pointer))
+
+    def compute(self, graph_address: Any) -> None:
+        """Runs a graph (`GraphContext.native_graph`).
+
+        Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
+        """
+        status = native.repkv_compute(self._native_pointer, graph_address)
+        if status == g.GGML_STATUS_SUCCESS:
+            return
+        if status == g.GGML_STATUS_ABORTED:
+            # Python's own handler has seen the signal too; if it did not raise, the caller still must not use the result.
+            raise KeyboardInterrupt
+        reason = last_log() or g.ggml_status_to_string(status).decode(errors="replace")
+        raise ComputeError(f"ggml could not compute the graph: {reason}")
+
+
+class Buffer(Handle):
+    """Memory that tensors live in; `base` is its address, `size` is in bytes."""
+
+    def __init__(self, pointer: Any, keep: object = None) -> None:
+        super().__init__(pointer, g.ggml_backend_buffer_free, keep=keep)
+        self.base: int = g.ggml_backend_buffer_get_base(pointer) or 0
+        self.size: int = g.ggml_backend_buffer_get_size(pointer)
+
+    @classmethod
+    def over(cls, array: np.ndarray) -> Buffer:
+        """Wraps a C-contiguous array without copying; the array is kept alive. Its address must be 32-byte aligned."""
+        address = array.ctypes.data
+        assert address % 32 == 0 and array.flags.c_contiguous
+        pointer = g.ggml_backend_cpu_buffer_from_ptr(address, array.nbytes)
+        if not pointer:
+            raise ComputeError(f"ggml could not wrap {array.nbytes} bytes: {last_log()}")
+        return cls(pointer, keep=array)
+
+    @classmethod
+    def allocate(cls, buffer_type: int, size: int) -> Buffer:
+        pointer = g.ggml_backend_buft_alloc_buffer(buffer_type, size)
+        if not pointer:
+            raise ComputeError(f"not enough memory for a buffer of {size / 2**20:.0f} MiB")
+        return cls(pointer)
+
+    def place(self, tensor: Any, offset: int) -> None:
+        """Puts a tensor at `offset` bytes; checked here because ggml would abort."""
+        end = offset + g.ggml_backend_buffer_get_alloc_size(self.pointer, tensor)
+        if offset < 0 or end > self.size:
+            raise ComputeError(f"a tensor of {end - offset} bytes does not fit at {offset} of {self.size}")
+        if g.ggml_backend_tensor_alloc(self.pointer, tensor, self.base + offset) != g.GGML_STATUS_SUCCESS:
+            raise ComputeError(f"ggml could not place a tensor: {last_log()}")
+
+
+def aligned_zeros(n_bytes: int) -> np.ndarray:
+    """Zeroed, 64-byte aligned memory (uint8 [n_bytes]) whose pages cost nothing until they are written."""
+    try:
+        raw = np.zeros(n_bytes + 64, np.uint8)
+    except MemoryError:
+        raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n_bytes]
+
+
+class GraphAllocator(Handle):
+    """Gives the intermediate tensors of graphs one shared buffer, reused from graph to graph and within each."""
+
+    def __init__(self) -> None:
+        super().__init__(g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type()), g.ggml_gallocr_free)
+
+    @property
+    def size(self) -> int:
+        return g.ggml_gallocr_get_buffer_size(self.pointer, 0)
+
+    def allocate(self, graph: Any) -> bool:
+        """Places a graph. True if the buffer moved, so that graphs placed before are void."""
+        before = self.size
+        if not g.ggml_gallocr_alloc_graph(self.pointer, graph):
+            raise ComputeError("not enough memory for the compute buffer; a smaller batch (-b) needs less")
+        return self.size != before
+
+
+def tensor_array(tensor: Any) -> np.ndarray:
+    """A writable numpy view of a contiguous, allocated tensor, outermost dimension first. Not for quantised types."""
+    t = tensor.contents
+    shape = tuple(t.ne[i] for i in reversed(range(g.ggml_n_dims(tensor))))
+    dtype = np.dtype(_NUMPY_TYPES[t.type])
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if t.data is None:
+        raise ComputeError(f"tensor {t.name.decode()} was not allocated")
+    return np.frombuffer((ctypes.c_char * n_bytes).from_address(t.data), dtype).reshape(shape)
+
+
+_NUMPY_TYPES = {g.GGML_TYPE_F32: np.float32, g.GGML_TYPE_F16: np.float16, g.GGML_TYPE_I32: np.int32, g.GGML_TYPE_I64: np.int64}

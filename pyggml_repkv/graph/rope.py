@@ -1,0 +1,55 @@
+"""Rotary position embedding: what ggml is told, and the same angles for our own kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pyggml_repkv.ffi.context import Rope
+from pyggml_repkv.model.config import ModelConfig
+
+
+def rope_params(config: ModelConfig) -> Rope:
+    scaling = config.rope_scaling
+    # ggml multiplies by 1 + 0.1 ln(factor) whenever ext_factor is set, which is YaRN's attention temperature.
+    return Rope(
+        n_dims=config.rope_dim,
+        n_ctx_orig=scaling.orig_context,
+        freq_base=config.rope_base,
+        freq_scale=scaling.freq_scale,
+        ext_factor=scaling.ext_factor,
+        attn_factor=scaling.attn_factor,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+    )
+
+
+class RopeTable:
+    """cos and sin for one position, in the float32 steps that ggml takes, so both agree at any position."""
+
+    def __init__(self, rope: Rope) -> None:
+        f32 = np.float32
+        half = rope.n_dims // 2
+        self._steps = np.full(half, f32(rope.freq_base) ** f32(-2.0 / rope.n_dims), f32)
+        self._freq_scale = f32(rope.freq_scale)
+        self._attn_factor = f32(rope.attn_factor)
+        self._ramp: np.ndarray | None = None
+        if rope.ext_factor != 0.0:
+            low, high = (_correction_dim(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
+            low, high = max(0.0, np.floor(low)), min(rope.n_dims - 1.0, np.ceil(high))
+            y = (np.arange(half, dtype=f32) - f32(low)) / f32(max(0.001, high - low))
+            self._ramp = (1 - np.clip(y, 0, 1)) * f32(rope.ext_factor)
+            self._attn_factor *= f32(1.0 + 0.1 * np.log(1.0 / rope.freq_scale))
+
+    def __call__(self, position: int) -> np.ndarray:
+        """-> float32 [2, n_dims / 2]: cosines, sines."""
+        self._steps[0] = position
+        theta = np.multiply.accumulate(self._steps, dtype=np.float32)
+        angle = theta * self._freq_scale
+        if self._ramp is not None:
+            angle = angle * (1 - self._ramp) + theta * self._ramp
+        return np.stack((np.cos(angle), np.sin(angle))) * self._attn_factor
+
+
+def _correction_dim(rope: Rope, n_rotations: float) -> float:
+    """The dimension that turns n_rotations times over the original context (YaRN, arXiv 2309.00071, section 3.2)."""
+    return rope.n_dims * np.log(rope.n_ctx_orig / (n_rotations * 2 * np.pi)) / (2 * np.log(rope.freq_base))

@@ -1,0 +1,102 @@
+"""`--kv full`: every token is kept and attended, as llama.cpp does."""
+
+from __future__ import annotations
+
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
+from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
+from pyggml_repkv.memory.policy import MemoryConfig, StepAttention, StepShape, context_length
+from pyggml_repkv.model.config import ModelConfig
+
+GGML_CACHE_TYPES = {
+    "f16": g.GGML_TYPE_F16,
+    "bf16": g.GGML_TYPE_BF16,
+    "f32": g.GGML_TYPE_F32,
+    "q8_0": g.GGML_TYPE_Q8_0,
+}
+
+# llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
+# sums come out bit for bit the same.
+N_KV_STEP = 256
+
+
+class FullMemory:
+    """One arena of keys and one of values per layer, [n_cells, K * d]; the token at position p lives in row p.
+
+    Without flash attention values are kept transposed, [K * d, n_cells], so that they are multiplied where they lie.
+    """
+
+    name = "full"
+
+    def __init__(self, config: ModelConfig, memory: MemoryConfig, decode_ops: DecodeOps) -> None:
+        self.config = config
+        self.n_ctx = context_length(memory, config)
+        # Rows beyond n_ctx are never written; they pad the attended length.
+        self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
+        self._decode_ops = decode_ops
+        self._flash = memory.flash_attn
+        _check_types(config, memory)
+        types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
+        self._bytes_per_token = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in types)
+        self._context = TensorContext(2 * config.n_layer + 8)
+        self._buffer = Buffer.over(aligned_zeros(self._bytes_per_token * self.n_cells))
+        k_shape = (self.n_cells, config.n_embd_kv)
+        v_shape = k_shape if self._flash else k_shape[::-1]
+        self.k_arenas: list[Tensor] = []
+        self.v_arenas: list[Tensor] = []
+        offset = 0
+        for layer in range(config.n_layer):
+            for kind, arenas, type_, shape in zip(
+                "kv", (self.k_arenas, self.v_arenas), types, (k_shape, v_shape), strict=True
+            ):
+                arena = self._context.new(type_, shape, f"cache_{kind}_l{layer}")
+                self._buffer.place(arena, offset)
+                arenas.append(arena)
+                offset += g.ggml_nbytes(arena)
+
+    @property
+    def can_fuse(self) -> bool:
+        return self._flash
+
+    def step_shape(self, n_past: int, n_tokens: int, *, fused: bool) -> StepShape:
+        if fused:
+            # The fused op reads exactly the rows there are, so one graph serves every length.
+            return StepShape(n_tokens, None, fused=True)
+        n_kv = -(-(n_past + n_tokens) // N_KV_STEP) * N_KV_STEP
+        return StepShape(n_tokens, min(n_kv, self.n_cells), fused=False)
+
+    def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
+        if shape.fused:
+            return FusedAttention(self, context, self._decode_ops)
+        assert isinstance(shape.memory, int)
+        form = FlashAttention if self._flash else SoftmaxAttention
+        return form(self, context, shape.n_tokens, shape.memory)
+
+    def stats(self, n_past: int) -> dict[str, object]:
+        prefetch = {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0}
+        return {
+            "policy": self.name,
+            "blocks": 0,
+            "selected": 0,
+            "resident_bytes": self._bytes_per_token * n_past,
+            "ram_bytes": 0,
+            "disk_bytes": 0,
+            "disk_written_bytes": 0,
+            "prefetch": prefetch,
+        }
+
+    def close(self) -> None:
+        self._context.close()
+        self._buffer.close()
+
+
+def _check_types(config: ModelConfig, memory: MemoryConfig) -> None:
+    for flag, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
+        block = g.ggml_blck_size(GGML_CACHE_TYPES[name])
+        if config.head_dim % block:
+            raise InputError(f"{flag} {name} needs a head size that {block} divides; this model's is {config.head_dim}")
+    if not memory.flash_attn and memory.type_v == "q8_0":
+        raise InputError("-ctv q8_0 needs flash attention; leave out -fa off, or use f16, bf16 or f32")

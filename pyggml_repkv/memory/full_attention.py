@@ -1,0 +1,159 @@
+"""The three forms in which `full` attends: ggml's flash attention, plain softmax, and our fused one-token op.
+
+Shapes: T tokens, H query heads, K key/value heads, d head size, n_kv attended rows (a multiple of the padding).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import numpy as np
+
+from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.handles import tensor_array
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.model.config import ModelConfig
+
+
+class Arenas(Protocol):
+    config: ModelConfig
+    n_cells: int
+    k_arenas: list[Tensor]
+    v_arenas: list[Tensor]
+
+
+class _MaskedAttention(ABC):
+    """What the two forms made of ggml's nodes share: where rows are written, and who sees whom.
+
+    A read takes the result of its write as its source, so no order of nodes can turn them round.
+    """
+
+    mask_type: int
+
+    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, n_kv: int) -> None:
+        self._memory, self._g = memory, context
+        self._n_tokens, self._n_kv = n_tokens, n_kv
+        self._rows = context.input(g.GGML_TYPE_I64, (n_tokens,), "kv_rows")
+        self._mask: Tensor = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        if self._mask is None:
+            self._mask = self._g.input(self.mask_type, (self._n_tokens, self._n_kv), "kq_mask")
+        k_arena, v_arena = self._write(k, v, layer)
+        q = self._g.swap_rows_and_heads(q)  # [H, T, d]
+        return self._weigh(q, self._heads(k_arena), v_arena)
+
+    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
+        self._write(k, v, layer)
+
+    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
+        raise AssertionError("this graph was planned for ggml's own nodes")
+
+    def fill(self, n_past: int) -> None:
+        assert n_past + self._n_tokens <= self._n_kv
+        tensor_array(self._rows)[...] = np.arange(n_past, n_past + self._n_tokens)
+        if self._mask is None:
+            return
+        mask = tensor_array(self._mask).reshape(self._n_tokens, self._n_kv)
+        mask[:, :n_past] = 0
+        mask[:, n_past:] = -np.inf
+        # A token sees itself and all before it: a triangle after the rows that every token sees.
+        mask[:, n_past : n_past + self._n_tokens][np.tri(self._n_tokens, dtype=bool)] = 0
+
+    @abstractmethod
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+        """q [H, T, d], keys [K, n_kv, d] -> [T, H * d]."""
+
+    def _write(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        k_written = self._write_rows(self._memory.k_arenas[layer], k)
+        return k_written, self._write_values(self._memory.v_arenas[layer], v)
+
+    def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
+        return self._write_rows(arena, v)
+
+    def _write_rows(self, arena: Tensor, x: Tensor) -> Tensor:
+        flat = _flat_rows(self._g, x, self._n_tokens, self._memory.config.n_embd_kv)
+        return self._g.expand(self._g.set_rows(arena, flat, self._rows))
+
+    def _heads(self, arena: Tensor) -> Tensor:
+        """[n_cells, K * d] -> the first n_kv rows as [K, n_kv, d]."""
+        config = self._memory.config
+        head_bytes = g.ggml_row_size(arena.contents.type, config.head_dim)
+        shape = (config.n_head_kv, self._n_kv, config.head_dim)
+        return self._g.view(arena, shape, (head_bytes, arena.contents.nb[1]), 0)
+
+
+class FlashAttention(_MaskedAttention):
+    """ggml's flash attention: scores are never stored; its one-row form sums values in F16."""
+
+    mask_type = g.GGML_TYPE_F16
+
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+        config = self._memory.config
+        out = self._g.flash_attn(q, keys, self._heads(v_arena), self._mask, config.head_dim**-0.5)  # [T, H, d]
+        return self._g.reshape(out, (self._n_tokens, config.n_embd_q))
+
+
+class SoftmaxAttention(_MaskedAttention):
+    """Scores, softmax and weighted sum as three nodes (`-fa off`), in llama.cpp's form with transposed values."""
+
+    mask_type = g.GGML_TYPE_F32
+
+    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, n_kv: int) -> None:
+        super().__init__(memory, context, n_tokens, n_kv)
+        self._elements = context.input(g.GGML_TYPE_I64, (n_tokens * memory.config.n_embd_kv,), "v_elements")
+
+    def fill(self, n_past: int) -> None:
+        super().fill(n_past)
+        n_cells, n_embd_kv = self._memory.n_cells, self._memory.config.n_embd_kv
+        positions = np.arange(n_past, n_past + self._n_tokens)[:, None]
+        tensor_array(self._elements)[...] = (np.arange(n_embd_kv) * n_cells + positions).ravel()
+
+    def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
+        # Rows of one element each: what a scattered write into a transposed arena comes down to.
+        n_elements = self._n_tokens * self._memory.config.n_embd_kv
+        flat = _flat_rows(self._g, v, self._n_tokens, self._memory.config.n_embd_kv)
+        flat = self._g.reshape(self._g.contiguous(flat), (n_elements, 1))
+        column = self._g.reshape(arena, (g.ggml_nelements(arena), 1))
+        return self._g.expand(self._g.set_rows(column, flat, self._elements))
+
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+        config, n_cells = self._memory.config, self._memory.n_cells
+        kq = self._g.linear(keys, q)  # [H, T, n_kv]
+        kq = self._g.softmax(kq, self._mask, config.head_dim**-0.5)
+        value_bytes = g.ggml_element_size(v_arena)
+        strides = (value_bytes * n_cells * config.head_dim, value_bytes * n_cells)
+        values = self._g.view(v_arena, (config.n_head_kv, config.head_dim, self._n_kv), strides, 0)  # [K, d, n_kv]
+        kqv = self._g.linear(values, kq)  # [H, T, d]
+        kqv = self._g.contiguous(self._g.swap_rows_and_heads(kqv))  # [T, H, d]
+        return self._g.reshape(kqv, (self._n_tokens, config.n_embd_q))
+
+
+class FusedAttention:
+    """One token through the extension's op: F32 sums, and each key and value is read once for all heads that share it."""
+
+    def __init__(self, memory: Arenas, context: GraphContext, ops: DecodeOps) -> None:
+        self._memory, self._g, self._ops = memory, context, ops
+        self._cells = context.input(g.GGML_TYPE_I32, (2,), "kv_cells")
+
+    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
+        arenas = self._memory.k_arenas[layer], self._memory.v_arenas[layer]
+        return self._ops.attend(self._g, qkv, *arenas, self._cells)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        raise AssertionError("this graph was planned for the fused nodes")
+
+    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
+        raise AssertionError("this graph was planned for the fused nodes")
+
+    def fill(self, n_past: int) -> None:
+        tensor_array(self._cells)[...] = (n_past, n_past)
+
+
+def _flat_rows(context: GraphContext, x: Tensor, n_tokens: int, width: int) -> Tensor:
+    """[T, K, d] -> [T, K * d] without moving data, also where x is a strided part of a wider row."""
+    if g.ggml_is_contiguous(x):
+        return context.reshape(x, (n_tokens, width))
+    return context.view(x, (n_tokens, width), (x.contents.nb[2],), 0)

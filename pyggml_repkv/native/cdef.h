@@ -1,0 +1,34 @@
+/* What Python sees of the extension (cffi API mode). The meaning of each entry stands in the .h beside its .c file. */
+
+struct repkv_ggml_api {
+    void *get_type_traits_cpu;
+    void *get_type_traits;
+    void *graph_compute;
+    void *set_abort_callback;
+    void *log_set;
+};
+
+struct repkv_op_params {
+    float eps;
+    float scale;
+    int32_t n_matrices;
+    int32_t n_biases;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t head_dim;
+    int32_t rope_dim;
+    int32_t n_threads;
+    char *scratch;
+    size_t scratch_stride;
+};
+
+int repkv_bind(const struct repkv_ggml_api *api);
+const char *repkv_last_log(void);
+void repkv_clear_log(void);
+
+int repkv_compute(void *backend, void *graph);
+void repkv_request_abort(void);
+
+enum repkv_op { REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, ... };
+void *repkv_op_address(enum repkv_op op);
+size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim);

@@ -1,0 +1,64 @@
+#define _POSIX_C_SOURCE 200809L
+#include "compute.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+
+#include "ggml_api.h"
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static int n_running;
+static bool installed;
+static struct sigaction previous;
+static atomic_bool abort_requested;
+
+static void on_sigint(int signal_number, siginfo_t *info, void *context) {
+    atomic_store(&abort_requested, true);
+    if (previous.sa_flags & SA_SIGINFO) {
+        previous.sa_sigaction(signal_number, info, context);
+    } else {
+        previous.sa_handler(signal_number);
+    }
+}
+
+static bool should_abort(void *data) {
+    (void)data;
+    return atomic_load_explicit(&abort_requested, memory_order_relaxed);
+}
+
+static void enter(void) {
+    pthread_mutex_lock(&lock);
+    if (n_running++ == 0) {
+        atomic_store(&abort_requested, false);
+        sigaction(SIGINT, NULL, &previous);
+        /* The default action kills and "ignore" ignores; only a real handler (Python's) wants company. */
+        installed = (previous.sa_flags & SA_SIGINFO) || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
+        if (installed) {
+            struct sigaction action = {.sa_sigaction = on_sigint, .sa_flags = SA_SIGINFO | SA_RESTART};
+            sigemptyset(&action.sa_mask);
+            sigaction(SIGINT, &action, NULL);
+        }
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+static void leave(void) {
+    pthread_mutex_lock(&lock);
+    if (--n_running == 0 && installed) {
+        sigaction(SIGINT, &previous, NULL);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+int repkv_compute(void *backend, void *graph) {
+    enter();
+    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
+    int status = repkv_ggml.graph_compute(backend, graph);
+    leave();
+    return status;
+}
+
+void repkv_request_abort(void) {
+    atomic_store(&abort_requested, true);
+}

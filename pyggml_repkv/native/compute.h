@@ -1,0 +1,13 @@
+/* Graph compute that Ctrl-C can stop. */
+#ifndef REPKV_COMPUTE_H
+#define REPKV_COMPUTE_H
+
+/* Runs ggml_backend_graph_compute on a CPU backend and returns its status (0 ok, 1 aborted, < 0 failed).
+ * While it runs, SIGINT also sets an abort flag that ggml polls after every node; the handler that was installed before
+ * is called as well, so Python raises KeyboardInterrupt once the call returns. Several threads may compute at once. */
+int repkv_compute(void *backend, void *graph);
+
+/* Stops every compute that is running, as SIGINT would. Safe from any thread and from signal handlers. */
+void repkv_request_abort(void);
+
+#endif

@@ -1,0 +1,39 @@
+/* The few ggml functions the extension calls, resolved at run time from the library that ggml-python has loaded:
+ * the extension links to nothing, so it works from any environment whose headers it was compiled against. */
+#ifndef REPKV_GGML_API_H
+#define REPKV_GGML_API_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+struct repkv_ggml_api {
+    void *get_type_traits_cpu; /* ggml_get_type_traits_cpu */
+    void *get_type_traits;     /* ggml_get_type_traits */
+    void *graph_compute;       /* ggml_backend_graph_compute */
+    void *set_abort_callback;  /* ggml_backend_cpu_set_abort_callback */
+    void *log_set;             /* ggml_log_set */
+};
+
+struct repkv_ggml {
+    const struct ggml_type_traits_cpu *(*get_type_traits_cpu)(enum ggml_type);
+    const struct ggml_type_traits *(*get_type_traits)(enum ggml_type);
+    enum ggml_status (*graph_compute)(ggml_backend_t, struct ggml_cgraph *);
+    void (*set_abort_callback)(ggml_backend_t, ggml_abort_callback, void *);
+    void (*log_set)(ggml_log_callback, void *);
+};
+
+extern struct repkv_ggml repkv_ggml;
+
+/* Takes the addresses; returns 0, or -1 when one is NULL. Call once, before anything else. ggml's log is captured from then on. */
+int repkv_bind(const struct repkv_ggml_api *api);
+
+/* The last warning or error ggml logged ("" if none), to be quoted in our own error; not thread safe beyond one compute. */
+const char *repkv_last_log(void);
+void repkv_clear_log(void);
+
+#endif

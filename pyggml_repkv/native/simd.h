@@ -1,0 +1,89 @@
+/* Sixteen-float vectors through GCC's vector extensions: one source for AVX-512, AVX2, NEON and whatever comes next. */
+#ifndef REPKV_SIMD_H
+#define REPKV_SIMD_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
+
+static inline f32x16 load16(const float *p) {
+    f32x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store16(float *p, f32x16 v) {
+    memcpy(p, &v, sizeof v);
+}
+
+static inline f32x16 splat16(float x) {
+    return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+}
+
+static inline float sum16(f32x16 v) {
+    float s[8], t[4];
+    for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
+    for (int i = 0; i < 4; i++) t[i] = s[i] + s[i + 4];
+    return (t[0] + t[2]) + (t[1] + t[3]);
+}
+
+static inline float dot_f32(const float *a, const float *b, int n) {
+    f32x16 acc0 = {0}, acc1 = {0};
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        acc0 += load16(a + i) * load16(b + i);
+        acc1 += load16(a + i + 16) * load16(b + i + 16);
+    }
+    for (; i + 16 <= n; i += 16) acc0 += load16(a + i) * load16(b + i);
+    float s = sum16(acc0 + acc1);
+    for (; i < n; i++) s += a[i] * b[i];
+    return s;
+}
+
+/* y += s * x */
+static inline void axpy_f32(float *y, const float *x, float s, int n) {
+    const f32x16 sv = splat16(s);
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store16(y + i, load16(y + i) + sv * load16(x + i));
+    for (; i < n; i++) y[i] += s * x[i];
+}
+
+static inline void scale_f32(float *y, float s, int n) {
+    for (int i = 0; i < n; i++) y[i] *= s;
+}
+
+/* Lanes of a where the mask is set (all ones), of b where it is clear. */
+static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
+    i32x16 ai, bi;
+    memcpy(&ai, &a, sizeof ai);
+    memcpy(&bi, &b, sizeof bi);
+    ai = (ai & mask) | (bi & ~mask);
+    memcpy(&a, &ai, sizeof a);
+    return a;
+}
+
+/* e^x to about 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, Taylor series to r^7; saturates below -87.3 and above 88.3. */
+static inline f32x16 exp16(f32x16 x) {
+    x = select16(x < -87.3f, splat16(-87.3f), x);
+    x = select16(x > 88.3f, splat16(88.3f), x);
+    const f32x16 magic = splat16(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    const f32x16 n = (x * 1.44269504f + magic) - magic;
+    const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    f32x16 p = splat16(1.0f / 5040.0f);
+    p = p * r + 1.0f / 720.0f;
+    p = p * r + 1.0f / 120.0f;
+    p = p * r + 1.0f / 24.0f;
+    p = p * r + 1.0f / 6.0f;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const i32x16 bits = (__builtin_convertvector(n, i32x16) + 127) << 23;
+    f32x16 power;
+    memcpy(&power, &bits, sizeof power);
+    return p * power;
+}
+
+#endif
