@@ -29,6 +29,11 @@ void repkv_clear_log(void);
 int repkv_compute(void *backend, void *graph);
 void repkv_request_abort(void);
 
-enum repkv_op { REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, ... };
+enum repkv_op {
+    REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, REPKV_PACK, REPKV_NORM_PACKED,
+    REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK, ...
+};
 void *repkv_op_address(enum repkv_op op);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim);
+int repkv_panel(void);
+int repkv_has_fast_prefill(void);

@@ -1,5 +1,6 @@
 #include "decode_ops.h"
 
+#include "convert.h"
 #include "simd.h"
 
 enum { TILE = 32 /* cells whose keys and values are converted at once */ };
@@ -9,7 +10,7 @@ static size_t row_bytes(size_t n) {
     return ((n * sizeof(float) + 511) / 256) * 256;
 }
 
-size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim) {
+size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int head_dim) {
     size_t widest = (size_t)(n_ff > n_embd ? n_ff : n_embd);
     const size_t n_embd_q = (size_t)n_head * (size_t)head_dim;
     if (n_embd_q > widest) widest = n_embd_q;
@@ -18,15 +19,6 @@ size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim) {
     const size_t attend = row_bytes(n_embd_q) + 2 * row_bytes(TILE * (size_t)head_dim) + row_bytes(TILE * (size_t)n_head) +
                           4 * row_bytes((size_t)head_dim);
     return linear > attend ? linear : attend;
-}
-
-static inline char *thread_scratch(const struct repkv_op_params *p, int ith) {
-    return p->scratch + (size_t)ith * p->scratch_stride;
-}
-
-static inline void share(int64_t n, int ith, int nth, int64_t *begin, int64_t *end) {
-    *begin = n * ith / nth;
-    *end = n * (ith + 1) / nth;
 }
 
 static void rms_norm(float *y, const float *x, const float *weight, int n, float eps) {
@@ -41,22 +33,10 @@ static void rms_norm(float *y, const float *x, const float *weight, int n, float
     for (i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
 }
 
-/* A row converted to what the weight's vec_dot wants. */
-static const void *quantize_row(enum ggml_type weight_type, const float *x, void *buffer, int n) {
-    const enum ggml_type type = repkv_ggml.get_type_traits_cpu(weight_type)->vec_dot_type;
-    if (type == GGML_TYPE_F32) return x;
-    repkv_ggml.get_type_traits_cpu(type)->from_float(x, buffer, n);
-    return buffer;
-}
-
-static inline const char *row(const struct ggml_tensor *w, int64_t i) {
-    return (const char *)w->data + (size_t)i * w->nb[1];
-}
-
 void repkv_norm_linear(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const int n = (int)dst->src[0]->ne[0];
-    float *x = (float *)thread_scratch(p, ith);
+    float *x = (float *)repkv_thread_scratch(p, ith);
     char *quantized = (char *)x + row_bytes((size_t)n);
     rms_norm(x, dst->src[0]->data, dst->src[1]->data, n, p->eps);
 
@@ -88,7 +68,7 @@ void repkv_linear_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct ggml_tensor *w = dst->src[1];
     const float *residual = dst->src[2]->data;
     const int n = (int)w->ne[0];
-    const void *input = quantize_row(w->type, dst->src[0]->data, thread_scratch(p, ith), n);
+    const void *input = quantize_row(w->type, dst->src[0]->data, repkv_thread_scratch(p, ith), n);
     const ggml_vec_dot_t vec_dot = repkv_ggml.get_type_traits_cpu(w->type)->vec_dot;
     float *y = dst->data;
     int64_t begin, end;
@@ -103,7 +83,7 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct ggml_tensor *gate = dst->src[2], *up = dst->src[3];
     const int n = (int)gate->ne[0];
-    float *x = (float *)thread_scratch(p, ith);
+    float *x = (float *)repkv_thread_scratch(p, ith);
     char *quantized = (char *)x + row_bytes((size_t)n);
     rms_norm(x, dst->src[0]->data, dst->src[1]->data, n, p->eps);
     float *y = dst->data;
@@ -136,14 +116,6 @@ static void rope(float *y, const float *x, const float *cosine, const float *sin
         y[i + half] = a * sine[i] + b * cosine[i];
     }
     for (int i = rope_dim; i < head_dim; i++) y[i] = x[i];
-}
-
-static void to_f32(enum ggml_type type, const void *x, float *y, int n) {
-    if (type == GGML_TYPE_F32) {
-        memcpy(y, x, (size_t)n * sizeof(float));
-    } else {
-        repkv_ggml.get_type_traits(type)->to_float(x, y, n);
-    }
 }
 
 /* Folds n_cells keys and values [n_cells, head_dim] into the running (maximum, sum, values) of one query head. */
@@ -180,7 +152,7 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const enum ggml_type k_type = k_arena->type, v_type = v_arena->type;
     const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
 
-    char *scratch = thread_scratch(p, ith);
+    char *scratch = repkv_thread_scratch(p, ith);
     float *q = (float *)scratch;
     scratch += row_bytes((size_t)(p->n_head * d));
     float *keys = (float *)scratch;
@@ -218,11 +190,11 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
     /* The new token: stored first and read back, so that it is attended with the cache's precision. */
     for (int kv = 0; kv < p->n_head_kv; kv++) {
-        char *k_cell = (char *)row(k_arena, cells[0]) + (size_t)kv * k_head_bytes;
-        char *v_cell = (char *)row(v_arena, cells[0]) + (size_t)kv * v_head_bytes;
+        char *k_cell = row(k_arena, cells[0]) + (size_t)kv * k_head_bytes;
+        char *v_cell = row(v_arena, cells[0]) + (size_t)kv * v_head_bytes;
         rope(key, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
-        repkv_ggml.get_type_traits_cpu(k_type)->from_float(key, k_cell, d);
-        repkv_ggml.get_type_traits_cpu(v_type)->from_float(qkv + (p->n_head + p->n_head_kv + kv) * d, v_cell, d);
+        from_f32(k_type, key, k_cell, d);
+        from_f32(v_type, qkv + (p->n_head + p->n_head_kv + kv) * d, v_cell, d);
         to_f32(k_type, k_cell, keys, d);
         to_f32(v_type, v_cell, values, d);
         for (int g = 0; g < group; g++) {
@@ -256,7 +228,7 @@ void repkv_attn_out(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct ggml_tensor *w = dst->src[1];
     const float *residual = dst->src[2]->data;
     const int n = (int)w->ne[0];
-    float *x = (float *)thread_scratch(p, ith);
+    float *x = (float *)repkv_thread_scratch(p, ith);
     for (int h = 0; h < p->n_head; h++) {
         merge_head(x + h * p->head_dim, dst->src[0]->data, nth, p->n_head, h, p->head_dim);
     }
@@ -269,14 +241,4 @@ void repkv_attn_out(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
         vec_dot(n, y + r, 0, row(w, r), 0, input, 0, 1);
         y[r] += residual[r];
     }
-}
-
-void *repkv_op_address(enum repkv_op op) {
-    static const ggml_custom_op_t ops[REPKV_N_OPS] = {
-        [REPKV_NORM_LINEAR] = repkv_norm_linear, [REPKV_ATTEND] = repkv_attend,         [REPKV_ATTN_OUT] = repkv_attn_out,
-        [REPKV_GATE_UP] = repkv_gate_up,         [REPKV_LINEAR_ADD] = repkv_linear_add,
-    };
-    void *address = NULL;
-    if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);
-    return address;
 }

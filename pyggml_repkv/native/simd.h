@@ -5,6 +5,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
@@ -55,6 +58,15 @@ static inline void scale_f32(float *y, float s, int n) {
     for (int i = 0; i < n; i++) y[i] *= s;
 }
 
+#if defined(__F16C__)
+/* n half-precision values to F32; n is a multiple of 8. */
+static inline void f16_to_f32(const void *x, float *y, int n) {
+    for (int i = 0; i < n; i += 8) {
+        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+    }
+}
+#endif
+
 /* Lanes of a where the mask is set (all ones), of b where it is clear. */
 static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
     i32x16 ai, bi;
@@ -63,6 +75,10 @@ static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
     ai = (ai & mask) | (bi & ~mask);
     memcpy(&a, &ai, sizeof a);
     return a;
+}
+
+static inline f32x16 max16(f32x16 a, f32x16 b) {
+    return select16(a > b, a, b);
 }
 
 /* e^x to about 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, Taylor series to r^7; saturates below -87.3 and above 88.3. */

@@ -1,0 +1,63 @@
+# One virtual environment serves every target; PYTHON names the interpreter that it is made with.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+NATIVE := $(filter-out %/_native.c,$(wildcard pyggml_repkv/native/*.[ch])) pyggml_repkv/native/build.py
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv run test lint bench clean
+
+help:
+	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model)"
+	@echo "make test [ARGS='-k name']          run every test"
+	@echo "make lint                           ruff and mypy"
+	@echo "make bench [ARGS='...']             compare with llama.cpp (compiles llama-cpp-python once: ten minutes)"
+	@echo "make venv                           only set up $(VENV)"
+	@echo "make clean                          remove $(VENV) and what was built (the cached ggml wheel stays)"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "error: $(PYTHON) is not a Python 3.11 or later; name one: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) has no venv module; install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' || \
+	  { echo "error: $(PYTHON) has no Python.h; install it (Debian: apt-get install python3-dev)" >&2; exit 1; }
+	@echo "creating $(VENV)" >&2
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch "$@"
+
+# The wheel is installed by force first: pip takes any ggml-python of the same version for the one we built.
+$(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/ggml/*.*) $(NATIVE)
+	@wheel="$$($(BIN)/python vendor/ggml/ggml_wheel.py)" && \
+	  echo "installing pyggml_repkv and its dependencies into $(VENV)" >&2 && \
+	  $(PIP) install -qq --no-deps --force-reinstall "$$wheel"
+	@$(PIP) install -qq -e '.[test,lint]'
+	@touch "$@"
+
+run: ARGS ?= --chat -p 'Why is the sky blue?' -n 64 --seed 1
+run: venv
+	@$(BIN)/python -m pyggml_repkv run $(ARGS)
+
+test: venv
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	@$(BIN)/python -m ruff check .
+	@$(BIN)/python -m ruff format --check .
+	@$(BIN)/python -m mypy
+
+$(VENV)/.bench: $(VENV)/.installed
+	@echo "installing llama-cpp-python (compiled from source: about ten minutes, once)" >&2
+	@$(PIP) install -qq -e '.[bench]'
+	@touch "$@"
+
+bench: $(VENV)/.bench
+	@$(BIN)/python tools/bench.py $(ARGS)
+
+clean:
+	@[ ! -e "$(VENV)" ] || [ -f "$(VENV)/pyvenv.cfg" ] || { echo "error: $(VENV) is not a virtual environment" >&2; exit 1; }
+	@rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -f pyggml_repkv/native/_native.c pyggml_repkv/native/*.o pyggml_repkv/native/*.so
+	@find pyggml_repkv tests vendor -name __pycache__ -type d -prune -exec rm -rf {} +

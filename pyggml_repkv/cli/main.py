@@ -1,0 +1,93 @@
+"""The command line's entry: picks the subcommand, and turns every failure into one line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.parser import HelpFormatter, Parser
+from pyggml_repkv.errors import InputError, RepkvError
+
+PROG = "python -m pyggml_repkv"
+COMMANDS = {"run": "continue a prompt, or answer one with --chat"}
+EPILOG = f"""\
+`{PROG} COMMAND --help` lists the options of a command.
+
+exit codes: 0 ok, 1 runtime failure, 2 bad usage or bad input, 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's own) and returns its exit code."""
+    output.prepare()
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        output.flush()
+        return code
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        output.discard(sys.stdout, sys.stderr)
+        return 1
+    except Exception as error:
+        return _fail(error)
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = Parser(
+        prog=PROG,
+        description="Local inference for Qwen2-family GGUF models whose context is not bounded by memory.",
+        epilog=EPILOG,
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show the versions of everything that matters")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=PROG)
+    command = argv[0] if argv else ""
+    if command in COMMANDS:
+        # only the chosen command is imported, so that --help stays instant
+        module = importlib.import_module(f"pyggml_repkv.cli.{command}")
+        module.build_parser(subparsers)
+        args, rest = parser.parse_known_args(argv)
+        if rest:
+            unknown = " ".join(rest)
+            raise InputError(f"unknown arguments: {unknown} (see {PROG} {command} --help)")
+        return int(module.main(args))
+
+    if command and not command.startswith("-"):
+        raise InputError(f"there is no command {command!r}; there is: {', '.join(COMMANDS)}")
+    for name, summary in COMMANDS.items():
+        subparsers.add_parser(name, help=summary)
+    args, rest = parser.parse_known_args(argv[:1])
+    if args.version and argv == ["--version"]:
+        from pyggml_repkv.cli import versions
+
+        return versions.main()
+    if not argv:
+        raise InputError(f"a command is needed: {', '.join(COMMANDS)} (--help explains)")
+    unexpected = (rest or argv[1:])[0]
+    raise InputError(
+        f"{unexpected!r} is not expected here: the command comes first, as in `{PROG} run -p TEXT`"
+    )
+
+
+def _fail(error: Exception) -> int:
+    if os.environ.get("PYGGML_REPKV_DEBUG") == "1":
+        traceback.print_exception(error)
+    code = 1
+    message = " ".join(str(error).split())
+    if isinstance(error, RepkvError):
+        code = error.exit_code
+    elif isinstance(error, MemoryError):
+        message = "out of memory: use a smaller -c or -b, or a smaller model"
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        message = f"internal error, {type(error).__name__}: {message} (PYGGML_REPKV_DEBUG=1 shows where)"
+    output.say(f"error: {message}")
+    return code

@@ -1,0 +1,142 @@
+"""Options that subcommands share: the model, its context, and how tokens are drawn."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from pyggml_repkv.cli.parser import integer, number
+
+KV_POLICIES = ("full",)
+KV_TYPES = ("f16", "f32", "bf16", "q8_0")
+MAX_INT = 2**31 - 1
+MAX_SEED = 2**32 - 1
+MAX_THREADS = 512
+
+
+def default_threads() -> int:
+    """Physical cores among the CPUs of this process: a second thread on one core slows matrix kernels."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return min(len({_core(cpu) for cpu in os.sched_getaffinity(0)}), MAX_THREADS)
+
+
+def _core(cpu: int) -> str:
+    """The CPUs that share the core of `cpu`, or `cpu` itself where the kernel does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
+    except OSError:
+        return str(cpu)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """-m, -t and how the weights are held."""
+    group = parser.add_argument_group("model")
+    group.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    group.add_argument(
+        "-t",
+        "--threads",
+        metavar="N",
+        type=integer(1, MAX_THREADS),
+        help=f"compute threads (default: {default_threads()}, the physical cores at hand)",
+    )
+    group.add_argument(
+        "--no-repack", action="store_true", help="keep the weights in the file's layout: slower, less RAM"
+    )
+    group.add_argument(
+        "--exact-graph", action="store_true", help="llama.cpp's graph, node by node; decodes more slowly"
+    )
+
+
+def add_context_options(parser: argparse.ArgumentParser) -> None:
+    """-c, -b and the KV memory."""
+    group = parser.add_argument_group("context")
+    group.add_argument(
+        "-c",
+        "--ctx-size",
+        metavar="N",
+        type=integer(0, MAX_INT),
+        default=0,
+        help="tokens of context; 0 is what the model was trained on (default: 0)",
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        metavar="N",
+        type=integer(1, 65536),
+        default=512,
+        help="prompt tokens read at a time (default: %(default)s)",
+    )
+    group.add_argument(
+        "--kv",
+        metavar="POLICY",
+        choices=KV_POLICIES,
+        default="full",
+        help=f"KV memory policy: {', '.join(KV_POLICIES)} (default: %(default)s)",
+    )
+    for flag, name, what in (("-ctk", "k", "keys"), ("-ctv", "v", "values")):
+        group.add_argument(
+            flag,
+            f"--cache-type-{name}",
+            metavar="TYPE",
+            choices=KV_TYPES,
+            default="f16",
+            help=f"type of the cached {what}: {', '.join(KV_TYPES)} (default: %(default)s)",
+        )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """The sampling chain, in the order in which it runs."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--repeat-penalty",
+        metavar="X",
+        type=number(0.01, 100),
+        default=1.0,
+        help="divide the logits of recent tokens by X; 1 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--repeat-last-n",
+        metavar="N",
+        type=integer(-1, MAX_INT),
+        default=64,
+        help="how many recent tokens that is; -1 is all (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k",
+        metavar="N",
+        type=integer(0, MAX_INT),
+        default=40,
+        help="keep the N most likely tokens; 0 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        metavar="P",
+        type=number(0, 1),
+        default=0.95,
+        help="keep the best tokens that hold probability P; 1 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-p",
+        metavar="P",
+        type=number(0, 1),
+        default=0.05,
+        help="keep tokens P times as likely as the best; 0 is off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--temp",
+        metavar="T",
+        type=number(0, 100),
+        default=0.8,
+        help="temperature; 0 always takes the most likely token (default: %(default)s)",
+    )
+    group.add_argument("--greedy", dest="temp", action="store_const", const=0.0, help="the same as --temp 0")
+    group.add_argument(
+        "-s",
+        "--seed",
+        metavar="N",
+        type=integer(-1, MAX_SEED),
+        default=-1,
+        help="equal seeds give equal text; -1 draws one (default: %(default)s)",
+    )

@@ -1,0 +1,81 @@
+"""What the model is asked to read: -f, then -p, then the chat template, then token ids."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyggml_repkv.errors import InputError
+
+if TYPE_CHECKING:
+    from pyggml_repkv.model.chat_template import ChatTemplate
+    from pyggml_repkv.model.tokenizer import Tokenizer
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text of -f followed by that of -p, byte for byte. Raises InputError for what cannot be read."""
+    if args.prompt is None and args.file is None:
+        raise InputError("no prompt: give -p TEXT, -f FILE, or -p - to read stdin")
+    parts = []
+    if args.file is not None:
+        try:
+            parts.append(_decoded(Path(args.file).read_bytes(), f"-f {args.file}"))
+        except OSError as error:
+            raise InputError(f"-f {args.file}: {error.strerror}; give a text file") from error
+        except ValueError as error:  # a NUL in the name
+            raise InputError(f"-f {args.file!r}: {error}") from error
+    if args.prompt == "-":
+        parts.append(_decoded(_read_stdin(), "-p -"))
+    elif args.prompt is not None:
+        parts.append(args.prompt)
+    return "".join(parts)
+
+
+def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
+    """Raises InputError for flags that --chat needs or rules out."""
+    if args.system is not None and not args.chat:
+        raise InputError("--system needs --chat: only a chat template has a place for it")
+    if args.chat and args.no_parse_special:
+        raise InputError(
+            "--no-parse-special cannot go with --chat: the template is written in special tokens"
+        )
+    if args.chat and not prompt:
+        raise InputError("--chat needs a message: -p TEXT or -f FILE is empty")
+
+
+def apply_template(args: argparse.Namespace, prompt: str, template: ChatTemplate | None) -> str:
+    """The prompt as the user's message in the model's template. Raises InputError when it has none."""
+    if template is None:
+        raise InputError(
+            "--chat: this model has no chat template; leave --chat out, or use an instruct model"
+        )
+    messages = [{"role": "user", "content": prompt}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": args.system})
+    return template.render(messages)
+
+
+def tokenize(args: argparse.Namespace, text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids of the prompt. Raises InputError when there are none."""
+    tokens = tokenizer.encode(text, add_special=True, parse_special=not args.no_parse_special)
+    if args.chat and tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
+        tokens = tokens[1:]  # the template writes the start token itself
+    if not tokens:
+        raise InputError("the prompt is empty and this model has no start token: give -p or -f some text")
+    return tokens
+
+
+def _read_stdin() -> bytes:
+    # a process started with stdin closed has None here
+    return sys.stdin.buffer.read() if sys.stdin is not None else b""
+
+
+def _decoded(data: bytes, source: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{source}: not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); convert it first"
+        ) from None

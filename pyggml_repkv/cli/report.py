@@ -1,0 +1,56 @@
+"""What a run says about itself: llama.cpp's timing block, and the JSON object."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from typing import Any
+
+from pyggml_repkv.engine.generate import GenerationResult
+
+
+def timings(result: GenerationResult, load_ms: float) -> str:
+    """The block in llama.cpp's layout; a run is one single-token step, the total leaves the loading out."""
+    n_tokens = result.n_prompt + result.n_decoded
+    return (
+        f"perf:        load time = {load_ms:10.2f} ms\n"
+        f"perf: prompt eval time = {_per_token(result.prompt_ms, result.n_prompt, 'tokens')}\n"
+        f"perf:        eval time = {_per_token(result.predicted_ms, result.n_decoded, 'runs  ')}\n"
+        f"perf:       total time = {result.total_ms:10.2f} ms / {n_tokens:5d} tokens\n"
+    )
+
+
+def _per_token(ms: float, n: int, noun: str) -> str:
+    each = ms / n if n else 0.0
+    rate = 1e3 * n / ms if ms else 0.0
+    return f"{ms:10.2f} ms / {n:5d} {noun} ({each:8.2f} ms per token, {rate:8.2f} tokens per second)"
+
+
+def as_json(result: GenerationResult, load_ms: float, kv: dict[str, Any], seed: int) -> str:
+    """One JSON object on one line."""
+    return json.dumps(
+        {
+            "text": result.text,
+            "tokens": result.tokens,
+            "prompt_tokens": result.n_prompt,
+            "predicted_tokens": len(result.tokens),
+            "load_ms": round(load_ms, 3),
+            "prompt_ms": round(result.prompt_ms, 3),
+            "predicted_ms": round(result.predicted_ms, 3),
+            "prompt_per_second": round(result.prompt_per_second, 3),
+            "predicted_per_second": round(result.predicted_per_second, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "kv": kv,
+            "finish_reason": result.finish_reason,
+            "seed": seed,
+        },
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has held at once."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

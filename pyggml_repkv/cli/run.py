@@ -1,0 +1,243 @@
+"""`run`: continues one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli.options import (
+    MAX_INT,
+    add_context_options,
+    add_model_options,
+    add_sampling_options,
+    default_threads,
+)
+from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
+from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
+from pyggml_repkv.errors import InputError
+
+if TYPE_CHECKING:
+    from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
+    from pyggml_repkv.engine.model import Model
+    from pyggml_repkv.engine.session import Session
+
+EXAMPLES = r"""
+examples:
+  %(prog)s -p 'The capital of France is' -n 32 --greedy
+  %(prog)s -m qwen2.5-0.5b-instruct-q4_0.gguf --chat -p 'Why is the sky blue?'
+  %(prog)s -m model.gguf --chat -c 16384 -f report.txt -p $'\n\nSum this up.'
+  git diff | %(prog)s --chat --system 'You review code.' -p - --stop $'\n\n'
+  %(prog)s -p 'Once upon a time' -n 64 --seed 7 --json | jq .predicted_per_second
+"""
+
+
+def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds `run` and its options."""
+    parser = subparsers.add_parser(
+        "run",
+        usage="%(prog)s [-m FILE] [-f FILE] [-p TEXT] [options]",
+        description="Continues a prompt. The text goes to stdout as it comes, everything else to stderr.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    group = parser.add_argument_group("prompt")
+    group.add_argument(
+        "-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin"
+    )
+    group.add_argument(
+        "-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first"
+    )
+    group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
+    group.add_argument(
+        "--no-parse-special",
+        action="store_true",
+        help="special tokens spelled out in the prompt are plain text",
+    )
+    add_model_options(parser)
+    add_context_options(parser)
+    group = parser.add_argument_group("length")
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        metavar="N",
+        type=integer(-1, MAX_INT),
+        default=-1,
+        help="most tokens to generate; -1 has no limit but the context (default: -1)",
+    )
+    group.add_argument(
+        "-r",
+        "--stop",
+        "--reverse-prompt",
+        metavar="TEXT",
+        dest="stop",
+        action="append",
+        type=filled_text,
+        default=[],
+        help="end before this text; may be given again for another",
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="never draw the end-of-generation token")
+    add_sampling_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    group.add_argument("--display-prompt", action="store_true", help="print the prompt before the text")
+    group.add_argument(
+        "--no-display-prompt", dest="display_prompt", action="store_false", help="do not (the default)"
+    )
+    group.add_argument("--special", action="store_true", help="print special tokens too")
+    group.add_argument("--verbose-prompt", action="store_true", help="list the prompt's tokens on stderr")
+    group.add_argument(
+        "-q", "--quiet", action="store_true", help="no timings or notes on stderr, only warnings"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs the generation. Raises RepkvError, and KeyboardInterrupt after saying how far it came."""
+    prompt = read_prompt(args)
+    check_chat_flags(args, prompt)
+    if args.json and args.display_prompt:
+        raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
+
+    from pyggml_repkv.engine.model import Model
+
+    threads = args.threads or default_threads()
+    with Model.load(
+        _model_path(args), n_threads=threads, repack=not args.no_repack, exact_graph=args.exact_graph
+    ) as model:
+        if args.chat:
+            prompt = apply_template(args, prompt, model.chat_template)
+        tokens = tokenize(args, prompt, model.tokenizer)
+        if args.verbose_prompt:
+            _list_tokens(tokens, model)
+        with _session(args, model, len(tokens)) as session:
+            _generate(args, model, session, prompt, tokens)
+    return 0
+
+
+def _model_path(args: argparse.Namespace) -> str | Path:
+    if args.model is not None:
+        return str(args.model)
+    from pyggml_repkv.model.demo import demo_model_path
+
+    path = demo_model_path(lambda message: _note(args, message))
+    _note(args, f"no -m given, using the demo model {path}")
+    return path
+
+
+def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
+    from pyggml_repkv.memory.policy import MemoryConfig
+
+    n_ctx_train = model.config.n_ctx_train
+    n_ctx = args.ctx_size or n_ctx_train
+    if n_prompt > n_ctx:
+        raise InputError(
+            f"the prompt has {n_prompt} tokens and the context holds {n_ctx}: give -c {n_prompt} or more, "
+            f"or a shorter prompt (the model was trained on {n_ctx_train})"
+        )
+    if n_ctx > n_ctx_train:
+        output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
+    memory = MemoryConfig(args.kv, n_ctx, args.batch_size, args.cache_type_k, args.cache_type_v)
+    return model.session(memory)
+
+
+def _generate(
+    args: argparse.Namespace, model: Model, session: Session, prompt: str, tokens: list[int]
+) -> None:
+    from pyggml_repkv.cli import report
+    from pyggml_repkv.engine.generate import Generation
+
+    generation = Generation(session, model.tokenizer, tokens, _config(args))
+    if args.temp > 0:
+        _note(args, f"seed: {generation.sampler.seed}")
+    try:
+        with _bar(args, len(tokens)) as move:
+            generation.prefill(move)
+        if args.json:
+            for _ in generation:
+                pass
+        else:
+            _stream(chain([prompt] if args.display_prompt else [], generation))
+    except KeyboardInterrupt:
+        _say_timings(args, generation, model)
+        raise
+    result = generation.result()
+    if args.json:
+        output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
+    if result.finish_reason == "context":
+        n = len(result.tokens)
+        output.say(
+            f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c"
+        )
+    _say_timings(args, generation, model)
+
+
+def _stream(pieces: Iterable[str]) -> None:
+    """Writes each piece at once; the last line ends whatever ends the text."""
+    last = "\n"
+    try:
+        for piece in pieces:
+            output.write(piece)
+            last = piece or last
+    except KeyboardInterrupt:
+        _end_line(last)
+        raise
+    _end_line(last)
+
+
+def _end_line(last: str) -> None:
+    if not last.endswith("\n"):
+        output.write("\n")
+
+
+def _bar(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
+    # a prompt of one batch is read in one step: a bar would only flicker
+    return (
+        progress.prompt_bar(n_tokens) if n_tokens > args.batch_size and progress.wanted() else nullcontext()
+    )
+
+
+def _config(args: argparse.Namespace) -> GenerationConfig:
+    from pyggml_repkv.engine.generate import GenerationConfig
+    from pyggml_repkv.engine.sampling import SamplingConfig
+
+    sampling = SamplingConfig(
+        temp=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        seed=args.seed,
+    )
+    return GenerationConfig(
+        n_predict=args.n_predict,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+        special=args.special,
+        sampling=sampling,
+    )
+
+
+def _list_tokens(tokens: list[int], model: Model) -> None:
+    lines = (f"{token:6d} -> {model.tokenizer.decode([token])!r}\n" for token in tokens)
+    output.log(f"prompt: {len(tokens)} tokens\n{''.join(lines)}")
+
+
+def _say_timings(args: argparse.Namespace, generation: Generation, model: Model) -> None:
+    from pyggml_repkv.cli import report
+
+    if not args.quiet:
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            output.log("\n")
+        output.log(report.timings(generation.result(), model.load_ms))
+
+
+def _note(args: argparse.Namespace, line: str) -> None:
+    if not args.quiet:
+        output.say(line)

@@ -1,0 +1,246 @@
+"""Generators in layers: logits to tokens, tokens up to the end, text pieces, text before a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.engine.sampling import Sampler, SamplingConfig
+from pyggml_repkv.errors import ContextFullError, InputError
+
+FinishReason = Literal["stop", "length", "context"]
+Progress = Callable[[int, int], None]
+
+
+class TokenSession(Protocol):
+    """What generation needs of a session; logits are [n_vocab] and valid until the next call."""
+
+    def prefill(
+        self, tokens: Sequence[int], *, on_progress: Progress | None = None
+    ) -> NDArray[np.float32]: ...
+    def decode(self, token: int) -> NDArray[np.float32]: ...
+
+
+class TokenDecoder(Protocol):
+    """Bytes of tokens in, whole characters out."""
+
+    def push(self, token: int, /) -> str: ...
+    def flush(self) -> str: ...
+
+
+class TextTokenizer(Protocol):
+    """What generation needs of a tokenizer."""
+
+    @property
+    def eog_ids(self) -> frozenset[int]: ...
+    def is_special(self, token: int, /) -> bool: ...
+    def stream(self) -> TokenDecoder: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """When to stop and what to show. Raises InputError for a value out of range.
+
+    n_predict: most tokens to generate; -1 goes on until the model ends its text or the context is full.
+    stop: strings that end the text; none of them is part of it. ignore_eos: end-of-generation tokens are
+    never drawn. special: special tokens appear in the text.
+    """
+
+    n_predict: int = -1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    special: bool = False
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.n_predict < -1:
+            raise InputError(f"n_predict must be -1 (no limit) or more, got {self.n_predict}")
+        if "" in self.stop:
+            raise InputError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """What came out. The clock follows llama.cpp: the first token is drawn from the prompt's own logits, so
+    it belongs to `prompt_ms`; `predicted_ms` is the time of the `n_decoded` single-token steps after it.
+
+    tokens: every id drawn, an end-of-generation token or those of a stop string included.
+    n_prompt: prompt tokens read, all of them unless the reading was interrupted.
+    finish_reason: 'stop' (end-of-generation token or stop string), 'length' (n_predict), 'context' (full), or
+    None when the generation was left before its end.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason | None
+    n_prompt: int
+    n_decoded: int
+    prompt_ms: float
+    predicted_ms: float
+    total_ms: float
+
+    @property
+    def prompt_per_second(self) -> float:
+        """Prompt tokens per second; 0 when the prompt was not read."""
+        return 1e3 * self.n_prompt / self.prompt_ms if self.prompt_ms else 0.0
+
+    @property
+    def predicted_per_second(self) -> float:
+        """Single-token steps per second; 0 when there was none."""
+        return 1e3 * self.n_decoded / self.predicted_ms if self.predicted_ms else 0.0
+
+
+class StopStrings:
+    """Splits streamed text at the first stop string to be complete, however the text is cut into pieces.
+
+    Text that may yet turn out to begin a stop string is held back.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.found = False
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Text that is now certain to precede any stop string."""
+        text = self._held + piece
+        ends = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        n_certain = len(text) - n_held
+        self._held = text[n_certain:]
+        return text[:n_certain]
+
+    def flush(self) -> str:
+        """Text held back, at the end of the input."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Generation:
+    """One continuation of a session by `prompt` token ids: iterate it once for the pieces of text.
+
+    `result()` may be asked for at any time. Raises InputError for an empty prompt; iterating raises what
+    `prefill` raises, and ComputeError when the model's output is not numbers.
+    """
+
+    def __init__(
+        self,
+        session: TokenSession,
+        tokenizer: TextTokenizer,
+        prompt: Sequence[int],
+        config: GenerationConfig | None = None,
+        *,
+        sampler: Sampler | None = None,
+    ) -> None:
+        if not prompt:
+            raise InputError("the prompt is empty and this model has no start token: give it some text")
+        self.config = config or GenerationConfig()
+        self._eog = tokenizer.eog_ids
+        self.sampler = sampler or Sampler(self.config.sampling, self._eog if self.config.ignore_eos else ())
+        self._session = session
+        self._tokenizer = tokenizer
+        self._prompt = list(prompt)
+        self._logits: NDArray[np.float32] | None = None
+        self._tokens: list[int] = []
+        self._text: list[str] = []
+        self._finish_reason: FinishReason | None = None
+        self._n_read = self._n_decoded = 0
+        self._prompt_s = self._predicted_s = 0.0
+        self._begun = self._ended = 0.0
+
+    def prefill(self, on_progress: Progress | None = None) -> None:
+        """Reads the prompt, as iterating does if need be. Raises ContextFullError when it does not fit."""
+
+        def count(n_done: int, n_total: int) -> None:
+            self._n_read = n_done
+            if on_progress is not None:
+                on_progress(n_done, n_total)
+
+        self._begun = perf_counter()
+        try:
+            self._logits = self._session.prefill(self._prompt, on_progress=count)
+            self._n_read = len(self._prompt)
+        finally:
+            self._prompt_s = perf_counter() - self._begun
+
+    def __iter__(self) -> Iterator[str]:
+        stops = StopStrings(self.config.stop)
+        try:
+            for piece in self._pieces():
+                if text := stops.push(piece):
+                    self._text.append(text)
+                    yield text
+                if stops.found:
+                    self._finish_reason = "stop"
+                    return
+            if text := stops.flush():
+                self._text.append(text)
+                yield text
+        finally:
+            self._ended = perf_counter()
+
+    def result(self) -> GenerationResult:
+        """The text, tokens and timings so far."""
+        now = self._ended or perf_counter()
+        return GenerationResult(
+            text="".join(self._text),
+            tokens=tuple(self._tokens),
+            finish_reason=self._finish_reason,
+            n_prompt=self._n_read,
+            n_decoded=self._n_decoded,
+            prompt_ms=1e3 * self._prompt_s,
+            predicted_ms=1e3 * self._predicted_s,
+            total_ms=1e3 * (now - self._begun) if self._begun else 0.0,
+        )
+
+    def _pieces(self) -> Iterator[str]:
+        decoder = self._tokenizer.stream()
+        for token in self._until_end():
+            hidden = token in self._eog or self._tokenizer.is_special(token)
+            if self.config.special or not hidden:
+                yield decoder.push(token)
+        yield decoder.flush()
+
+    def _until_end(self) -> Iterator[int]:
+        if self._logits is None:
+            self.prefill()
+        if self.config.n_predict == 0:
+            self._finish_reason = "length"
+            return
+        try:
+            for token in self._steps():
+                yield token
+                if token in self._eog:
+                    self._finish_reason = "stop"
+                    return
+                if len(self._tokens) == self.config.n_predict:
+                    self._finish_reason = "length"
+                    return
+        except ContextFullError:
+            self._finish_reason = "context"
+
+    def _steps(self) -> Iterator[int]:
+        assert self._logits is not None
+        history = list(self._prompt)
+        while True:
+            token = self.sampler.sample(self._logits, history)
+            history.append(token)
+            self._tokens.append(token)
+            yield token
+            start = perf_counter()
+            self._logits = self._session.decode(token)
+            self._predicted_s += perf_counter() - start
+            self._n_decoded += 1

@@ -1,0 +1,59 @@
+"""How text is cut into words before byte-pair merging, by the name the GGUF gives.
+
+The names and what they match are llama.cpp's (src/llama-vocab.cpp and src/unicode.cpp).
+"""
+
+import re
+from collections.abc import Iterator
+
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
+
+from pyggml_repkv.errors import ModelFileError
+
+# Possessive wherever giving characters back could not help: Oniguruma gives up, by a panic, on a match that
+# backtracks ten million times, which one long run of blanks is enough for.
+_QWEN2 = (
+    r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"  # not (?i:...), which would also match the long s
+    r"|[^\r\n\p{L}\p{N}]?+\p{L}++"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|(?:[^\S\r\n]*+[\r\n]++)++"
+    r"|\s+(?!\S)"
+    r"|\s"
+)
+_GPT2_WITHOUT_DIGITS = r"'(?:[stmd]|re|ve|ll)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s"
+
+# Each pattern cuts what the one before left; what it does not match stays whole.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "qwen2": (_QWEN2,),
+    "deepseek-r1-qwen": (_QWEN2,),
+    "smollm": (r"\p{N}", _GPT2_WITHOUT_DIGITS),
+}
+
+# No word goes on past these places and no lookahead sees across them, with any of the patterns above.
+_WORD_ENDS = re.compile(r"(?<=\S) |(?<=\S\n)(?=\S)")
+
+
+def pre_tokenizer(name: str) -> PreTokenizer:
+    """The pre-tokenizer called `name` in `tokenizer.ggml.pre`. Raises ModelFileError for an unknown one."""
+    if name not in PATTERNS:
+        known = ", ".join(sorted(PATTERNS))
+        raise ModelFileError(f"tokenizer.ggml.pre is {name!r:.80}; the pre-tokenizers known here are {known}")
+    splits = [Split(Regex(pattern), "isolated") for pattern in PATTERNS[name]]
+    return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def chunks(text: str, size: int) -> Iterator[str]:
+    """Parts of `text` that pre-tokenize separately to what the whole does.
+
+    Each is `size` characters or a little more; longer where nothing but a cut inside a word would do.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = _WORD_ENDS.search(text, start + size)
+        if end is None:
+            break
+        yield text[start : end.start()]
+        start = end.start()
+    yield text[start:]

@@ -1,0 +1,73 @@
+"""How the C sources of this folder become `pyggml_repkv.native._native` (cffi, API mode).
+
+setup.py calls `ffibuilder`; while working on the C, `python pyggml_repkv/native/build.py` rebuilds in place.
+Nothing links to ggml: its functions reach the C code as pointers at run time, so only headers are needed.
+"""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from pathlib import Path
+
+from cffi import FFI
+
+MODULE = "pyggml_repkv.native._native"
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
+
+COMPILE_FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-march=native",
+    "-Wall",
+    "-Wextra",
+    # Not -ffast-math: it lets the compiler drop the -inf of masked keys. These two change only rounding.
+    "-fno-math-errno",
+    "-ffp-contract=fast",
+]
+LINK_FLAGS = ["-lm", "-lpthread"]
+
+# The C that cffi generates leaves `self` unused in every wrapper; our own files are compiled without this.
+GENERATED_PREAMBLE = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
+
+
+def c_sources() -> list[Path]:
+    """Our C files; `_native.c` is generated."""
+    return sorted(path for path in FOLDER.glob("*.c") if path.name != "_native.c")
+
+
+def own_headers() -> list[Path]:
+    return sorted(path for path in FOLDER.glob("*.h") if path.name != "cdef.h")
+
+
+def ggml_include_dir() -> Path:
+    """ggml's headers: those of the wheel that the build backend unpacked, else those installed here."""
+    given = os.environ.get("GGML_INCLUDE_DIR")
+    return Path(given) if given else Path(sysconfig.get_path("platlib"), "ggml", "include")
+
+
+def ffibuilder() -> FFI:
+    """The extension module, ready to be compiled from the repository root."""
+    ffi = FFI()
+    ffi.cdef((FOLDER / "cdef.h").read_text(encoding="utf-8"))
+    includes = "".join(f'#include "{header.name}"\n' for header in own_headers())
+    ffi.set_source(
+        MODULE,
+        GENERATED_PREAMBLE + includes,
+        sources=[str(path.relative_to(ROOT)) for path in c_sources()],
+        depends=[str(path.relative_to(ROOT)) for path in FOLDER.glob("*.h")],
+        include_dirs=[str(FOLDER), str(ggml_include_dir())],
+        # -std=c11 alone hides pread, posix_memalign and O_DIRECT.
+        define_macros=[("_GNU_SOURCE", "1")],
+        extra_compile_args=COMPILE_FLAGS,
+        extra_link_args=LINK_FLAGS,
+        # One file name for both ways of building: an old module of the other name would be imported instead.
+        py_limited_api=False,
+    )
+    return ffi
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    ffibuilder().compile(tmpdir=str(ROOT), verbose=True)

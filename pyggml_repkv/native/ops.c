@@ -1,0 +1,44 @@
+#include "ops.h"
+
+#include <string.h>
+
+#include "decode_ops.h"
+#include "prefill_ops.h"
+
+void *repkv_op_address(enum repkv_op op) {
+    static const ggml_custom_op_t ops[REPKV_N_OPS] = {
+        [REPKV_NORM_LINEAR] = repkv_norm_linear,
+        [REPKV_ATTEND] = repkv_attend,
+        [REPKV_ATTN_OUT] = repkv_attn_out,
+        [REPKV_GATE_UP] = repkv_gate_up,
+        [REPKV_LINEAR_ADD] = repkv_linear_add,
+        [REPKV_PACK] = repkv_pack,
+        [REPKV_NORM_PACKED] = repkv_norm_packed,
+        [REPKV_MATMUL] = repkv_matmul,
+        [REPKV_MATMUL_ADD] = repkv_matmul_add,
+        [REPKV_MATMUL_GATE_UP] = repkv_matmul_gate_up,
+        [REPKV_STORE_KV] = repkv_store_kv,
+        [REPKV_ATTEND_CHUNK] = repkv_attend_chunk,
+    };
+    void *address = NULL;
+    if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);
+    return address;
+}
+
+size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim) {
+    const size_t decode = repkv_decode_scratch(n_embd, n_ff, n_head, head_dim);
+    const size_t prefill = repkv_prefill_scratch(head_dim);
+    return decode > prefill ? decode : prefill;
+}
+
+int repkv_panel(void) {
+    return REPKV_PANEL;
+}
+
+int repkv_has_fast_prefill(void) {
+#if defined(__AVX512F__)
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,177 @@
+"""What holds for any text and any ids, with a vocabulary that has every byte."""
+
+import re
+import unicodedata
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.model.pretokenizers import PATTERNS, chunks, pre_tokenizer
+from pyggml_repkv.model.stream import StreamDecoder
+from pyggml_repkv.model.tokenizer import Tokenizer
+from tests.tiny_models import tiny_tokenizer
+
+N_VOCAB = 290
+CHECKED = settings(max_examples=200, deadline=None, derandomize=True)
+
+# What the patterns tell apart, more often than a random text would have it.
+SNIPPETS = (
+    *(" ", "  ", "\t", "\n", "\r\n", "\r", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"),
+    *("'s", "'S", "'t", "'Re", "'ll", "'LL", "'ve", "'d", "'m", "'ſ", "'", "''", "’s"),
+    *("a", "The", " the", "and", "é", "ß", "ſ", "İ", "你", "ば", "한", "й", "म", "ा", "\u0301", "ª"),
+    *(
+        "0",
+        "12",
+        "½",
+        "²",
+        "Ⅷ",
+        "٣",
+        "१",
+        "!",
+        "...",
+        " ?",
+        "\n!",
+        "!\n",
+        "$",
+        "€",
+        "😀",
+        "👩\u200d👧",
+        "\u200b",
+    ),
+    *("<|im_start|>", "<|im_end|>", "<|im_", "|>", "<|endoftext|>", "\ufffd", "\x00"),
+)
+# Starts and middles of characters, and bytes that are neither.
+FRAGMENTS = (
+    *(b"\xc3", b"\xe4\xbd", b"\xe0", b"\xe0\xa0", b"\xed", b"\xed\x9f", b"\xf0\x9f\x98", b"\x80", b"\xa0"),
+    *(
+        b"\xe0\x80",
+        b"\xed\xa0",
+        b"\xed\xbf",
+        b"\xf0\x80",
+        b"\xf4\x8f",
+        b"\xf4\x90",
+        b"\xc0",
+        b"\xc1",
+        b"\xf5",
+    ),
+)
+CHARACTERS = st.characters(exclude_categories=("Cs",))
+TEXTS = st.one_of(
+    st.text(CHARACTERS),
+    st.lists(st.one_of(st.sampled_from(SNIPPETS), st.text(CHARACTERS, max_size=2)), max_size=20).map("".join),
+)
+ANY_TEXTS = st.text(st.characters())
+IDS = st.lists(st.one_of(st.integers(0, N_VOCAB - 1), st.integers(-2, N_VOCAB + 50), st.integers(128, 255)))
+
+
+@cache
+def tokenizer(pre: str) -> Tokenizer:
+    keys = {key: value for key, (value, _) in tiny_tokenizer(N_VOCAB).items()}
+    return Tokenizer.from_metadata(keys | {"tokenizer.ggml.pre": pre})
+
+
+@pytest.mark.parametrize("pre", sorted(PATTERNS))
+@pytest.mark.parametrize("parse_special", [False, True])
+@CHECKED
+@given(text=TEXTS)
+def test_decoding_gives_the_text_back(pre: str, parse_special: bool, text: str) -> None:
+    ids = tokenizer(pre).encode(text, parse_special=parse_special)
+    assert tokenizer(pre).decode(ids) == text
+    if not parse_special:
+        assert tokenizer(pre).decode(ids, special=False) == text
+
+
+@pytest.mark.parametrize("pre", sorted(PATTERNS))
+@CHECKED
+@given(text=ANY_TEXTS, parse_special=st.booleans())
+def test_any_text_can_be_encoded(pre: str, text: str, parse_special: bool) -> None:
+    ids = tokenizer(pre).encode(text, parse_special=parse_special)
+    assert all(0 <= i < N_VOCAB for i in ids)
+    assert len(tokenizer(pre).decode(ids)) <= len(text)
+
+
+@CHECKED
+@given(ids=IDS, special=st.booleans())
+def test_streamed_text_is_the_decoded_text(ids: list[int], special: bool) -> None:
+    stream = tokenizer("qwen2").stream(special=special)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer("qwen2").decode(ids, special=special)
+
+
+@CHECKED
+@given(tokens=st.lists(st.one_of(st.binary(max_size=4), TEXTS.map(str.encode), st.sampled_from(FRAGMENTS))))
+def test_a_stream_holds_back_what_may_yet_become_a_character_and_no_more(tokens: list[bytes]) -> None:
+    stream = StreamDecoder(tokens.__getitem__)
+    shown, read = "", b""
+    for i, token in enumerate(tokens):
+        shown += stream.push(i)
+        read += token
+        held = next(n for n in range(4) if read[: len(read) - n].decode("utf-8", "replace") == shown)
+        assert held == 0 or may_become_a_character(read[-held:])
+    assert shown + stream.flush() == read.decode("utf-8", "replace")
+
+
+def may_become_a_character(start: bytes) -> bool:
+    return any(
+        is_utf8(start + bytes([byte]) + b"\x80" * n_more) for byte in range(0x80, 0xC0) for n_more in range(3)
+    )
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+@pytest.mark.parametrize("pre", sorted(PATTERNS))
+@CHECKED
+@given(text=TEXTS, size=st.integers(1, 6))
+def test_chunks_pre_tokenize_to_what_the_whole_does(pre: str, text: str, size: int) -> None:
+    parts = list(chunks(text, size))
+    assert "".join(parts) == text
+    assert [word for part in parts for word in words(pre, part)] == words(pre, text)
+
+
+@pytest.mark.parametrize("pre", sorted(PATTERNS))
+@CHECKED
+@given(text=TEXTS)
+def test_words_are_those_of_the_plain_patterns(pre: str, text: str) -> None:
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")
+    assert words(pre, text) == plain_words(pre, text)
+
+
+def words(pre: str, text: str) -> list[str]:
+    return [text[start:end] for _, (start, end) in pre_tokenizer(pre).pre_tokenize_str(text)]
+
+
+# The patterns as llama.cpp has them, for text whose characters past ASCII were replaced by their kind.
+QWEN2 = (
+    r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]"
+    r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+
+
+def plain_words(pre: str, text: str) -> list[str]:
+    kinds = "".join(map(kind, text))
+    if pre == "smollm":
+        parts = [m.span() for m in re.finditer("[0-9]|[^0-9]+", kinds)]
+        spans = [
+            (start + m.start(), start + m.end())
+            for start, end in parts
+            for m in re.finditer(GPT2, kinds[start:end], re.ASCII)
+        ]
+    else:
+        spans = [m.span() for m in re.finditer(QWEN2, kinds, re.ASCII)]
+    return [text[start:end] for start, end in spans]
+
+
+def kind(char: str) -> str:
+    """An ASCII character of the same kind as `char`, that is in no contraction."""
+    if char.isascii():
+        return char
+    if char.isspace():
+        return "\x0b"
+    return {"L": "z", "N": "0"}.get(unicodedata.category(char)[0], "*")

@@ -1,0 +1,44 @@
+import pytest
+
+from pyggml_repkv.cli import progress
+
+
+def test_a_long_prompt_moves_the_bar_only_on_a_terminal(run, monkeypatch):
+    moves = []
+
+    class Bar:
+        def __init__(self, n_tokens):
+            moves.append(n_tokens)
+
+        def __enter__(self):
+            return lambda n_done, n_total: moves.append((n_done, n_total))
+
+        def __exit__(self, *_):
+            moves.append("gone")
+
+    monkeypatch.setattr(progress, "prompt_bar", Bar)
+    run("-b", "2", prompt="12345")
+    assert moves == []
+    monkeypatch.setattr(progress, "wanted", lambda: True)
+    run("-b", "2", prompt="12")
+    assert moves == []
+    run("-b", "2", prompt="12345")
+    assert moves == [5, (0, 5), (2, 5), (4, 5), "gone"]
+
+
+def test_the_bar_draws_tokens_and_speed_and_leaves_the_cursor(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def interrupted():
+        with progress.prompt_bar(1000) as move:
+            move(500, 1000)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    drawn = capsys.readouterr().err
+    assert "500/1000 tokens" in drawn
+    assert "tokens/s" in drawn
+    assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")

@@ -1,0 +1,207 @@
+import json
+import math
+import os
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pyggml_repkv.cli import options
+from pyggml_repkv.memory import policy, registry
+
+JSON_KEYS = {
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "predicted_tokens",
+    "load_ms",
+    "prompt_ms",
+    "predicted_ms",
+    "prompt_per_second",
+    "predicted_per_second",
+    "peak_rss_bytes",
+    "kv",
+}
+
+
+def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, model):
+    done = run("--greedy")
+    assert (done.code, done.out) == (0, "Hello, world\n")
+    assert "using the demo model demo.gguf" in done.err
+    assert model.prompt == list(b"Hi")
+    assert model.closed == ["session", "model"]
+
+
+def test_the_timings_have_llama_cpps_layout(run):
+    lines = run("--greedy", "-m", "x.gguf").err.splitlines()
+    each = r"\(\s*[\d.]+ ms per token,\s*[\d.]+ tokens per second\)"
+    patterns = (
+        r"perf:        load time =\s+12\.50 ms",
+        rf"perf: prompt eval time =\s+[\d.]+ ms /\s+2 tokens {each}",
+        rf"perf:        eval time =\s+[\d.]+ ms /\s+12 runs   {each}",
+        r"perf:       total time =\s+[\d.]+ ms /\s+14 tokens",
+    )
+    assert len(lines) == 4
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
+
+
+def test_quiet_leaves_stderr_empty(run):
+    assert run("--quiet").err == ""
+
+
+def test_json_is_one_object_and_nothing_else(run):
+    done = run("--json", "--seed", "5", "-n", "4")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    answer = json.loads(done.out, parse_constant=lambda name: pytest.fail(name))
+    assert answer.keys() == JSON_KEYS | {"finish_reason", "seed"}
+    assert (answer["text"], answer["tokens"]) == ("Hell", list(b"Hell"))
+    assert (answer["prompt_tokens"], answer["predicted_tokens"], answer["load_ms"]) == (2, 4, 12.5)
+    assert (answer["finish_reason"], answer["seed"]) == ("length", 5)
+    assert answer["peak_rss_bytes"] > 1e6
+    assert answer["kv"] == {"policy": "full", "blocks": 0}
+    assert all(math.isfinite(value) for value in answer.values() if isinstance(value, float))
+
+
+def test_json_without_a_step_has_no_nan(run):
+    answer = json.loads(run("--json", "-n", "0").out)
+    assert (answer["predicted_ms"], answer["predicted_per_second"], answer["text"]) == (0, 0, "")
+
+
+def test_every_option_reaches_its_place(run, model):
+    run(
+        "-m",
+        "x.gguf",
+        "-t",
+        "3",
+        "--no-repack",
+        "--exact-graph",
+        "-c",
+        "99",
+        "-b",
+        "7",
+        "-ctk",
+        "q8_0",
+        "-ctv",
+        "bf16",
+    )
+    assert model.loaded == ("x.gguf", {"n_threads": 3, "repack": False, "exact_graph": True})
+    memory = model.memory
+    assert (memory.kv, memory.n_ctx, memory.n_batch, memory.type_k, memory.type_v) == (
+        "full",
+        99,
+        7,
+        "q8_0",
+        "bf16",
+    )
+
+
+def test_the_defaults_are_the_librarys(run, model):
+    from pyggml_repkv.cli.run import _config
+    from pyggml_repkv.engine.generate import GenerationConfig
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyggml_repkv.cli.run._config", lambda args: seen.append(_config(args)) or seen[0])
+        run()
+    assert seen == [GenerationConfig()]
+    assert model.loaded[1] == {"n_threads": options.default_threads(), "repack": True, "exact_graph": False}
+    assert (model.memory.n_ctx, model.memory.n_batch, model.memory.type_k) == (256, 512, "f16")
+
+
+def test_the_choices_are_what_the_memory_offers():
+    assert tuple(registry.POLICIES) == options.KV_POLICIES
+    assert set(options.KV_TYPES) == set(policy.CACHE_TYPES)
+
+
+def test_default_threads_are_at_most_the_cpus_of_the_process():
+    assert 1 <= options.default_threads() <= len(os.sched_getaffinity(0))
+
+
+def test_a_drawn_seed_is_said_and_reproduces_the_text(run, model):
+    model.reply = ""
+    first = run("--temp", "90", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "20", "--ignore-eos")
+    seed = re.search(r"seed: (\d+)", first.err)[1]
+    again = run(
+        "--temp", "90", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "20", "--ignore-eos", "-s", seed
+    )
+    assert first.out == again.out
+    assert len(first.out) > 5
+
+
+def test_the_file_comes_before_the_prompt_byte_for_byte(run, model, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("über\r\n\n".encode())
+    run("-f", str(file), prompt="?")
+    assert bytes(model.prompt) == "über\r\n\n?".encode()
+    run("-f", str(file), prompt=None)
+    assert bytes(model.prompt) == "über\r\n\n".encode()
+
+
+def test_a_dash_reads_stdin(run, model, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: b"from a pipe\n")))
+    run(prompt="-")
+    assert bytes(model.prompt) == b"from a pipe\n"
+
+
+@pytest.mark.parametrize("prompt", ["-n 5", "--help", "-5", "--", "-x=3", "- item"])
+def test_a_prompt_may_begin_with_a_dash(run, model, prompt):
+    assert run(prompt=prompt).code == 0
+    assert bytes(model.prompt) == prompt.encode()
+
+
+def test_special_tokens_in_the_prompt(run, model):
+    run(prompt="<s>a")
+    assert model.prompt == [257, ord("a")]
+    run("--no-parse-special", prompt="<s>a")
+    assert bytes(model.prompt) == b"<s>a"
+
+
+def test_chat_applies_the_template(run, model):
+    run("--chat", "--system", "Be brief", prompt="Why?")
+    assert model.prompt == [257, *b"system:Be brief", 257, *b"user:Why?"]
+    model.tokenizer.add_bos = True
+    run("--chat", prompt="Why?")
+    assert model.prompt == [257, *b"user:Why?"]
+
+
+def test_what_is_shown_besides_the_text(run):
+    assert run("--display-prompt", "--greedy").out == "HiHello, world\n"
+    assert run("--special", "--greedy").out == "Hello, world<end>\n"
+    assert "prompt: 2 tokens\n    72 -> 'H'\n   105 -> 'i'\n" in run("--verbose-prompt").err
+
+
+def test_text_that_ends_a_line_gets_no_second_end(run, model):
+    model.reply = "done\n"
+    assert run("--greedy").out == "done\n"
+    assert run("--greedy", "-n", "0").out == ""
+
+
+def test_stop_strings_may_repeat(run):
+    assert run("--greedy", "--stop", "zzz", "-r", "o, w").out == "Hell\n"
+
+
+def test_a_full_context_is_said_even_when_quiet(run):
+    done = run("--greedy", "-q", "-c", "6")
+    assert (done.code, done.out) == (0, "Hello\n")
+    assert "cut off after 5 tokens, the context of 6 is full" in done.error_line
+    assert json.loads(run("--json", "-c", "6").out)["finish_reason"] == "context"
+
+
+def test_an_interrupt_ends_the_line_and_says_how_far_it_came(run, model):
+    model.failure = ("decode", KeyboardInterrupt())
+    done = run("--greedy")
+    assert (done.code, done.out) == (130, "Hel\n")
+    assert re.search(r"eval time = .* /\s+2 runs", done.err)
+    assert model.closed == ["session", "model"]
+    done = run("--json")
+    assert (done.code, done.out) == (130, "")
+
+
+def test_an_interrupt_in_the_prompt_says_how_far_it_came(run, model):
+    model.failure = ("prefill", KeyboardInterrupt())
+    done = run("-b", "1")
+    assert (done.code, done.out) == (130, "")
+    assert re.search(r"prompt eval time = .* /\s+0 tokens", done.err)

@@ -1,0 +1,296 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import TokenType
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+from pyggml_repkv.errors import InputError, ModelFileError
+from pyggml_repkv.model import tokenizer as tokenizer_module
+from pyggml_repkv.model.pretokenizers import PATTERNS, chunks, pre_tokenizer
+from pyggml_repkv.model.tokenizer import Tokenizer
+from tests.tiny_models import byte_alphabet, tiny_tokenizer
+
+TOKENS, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.token_type"
+MERGES, PRE = "tokenizer.ggml.merges", "tokenizer.ggml.pre"
+BOS, EOS, ADD_BOS = (f"tokenizer.ggml.{key}" for key in ("bos_token_id", "eos_token_id", "add_bos_token"))
+SPACE = "Ġ"
+
+
+def vocabulary(**changes: Any) -> dict[str, Any]:
+    """Metadata with all bytes, the merges of "the", two unused tokens; `changes` by the key's last part."""
+    metadata = {key: value for key, (value, _) in tiny_tokenizer(274).items()}
+    return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+
+
+def with_tokens(*added: tuple[str, TokenType], **changes: Any) -> dict[str, Any]:
+    """`vocabulary` with more tokens at its end."""
+    metadata = vocabulary(**changes)
+    metadata[TOKENS] = metadata[TOKENS] + [text for text, _ in added]
+    metadata[TYPES] = np.array([*metadata[TYPES], *(kind for _, kind in added)], np.int32)
+    return metadata
+
+
+def pieces(tokenizer: Tokenizer, text: str, **options: bool) -> list[bytes]:
+    return [tokenizer.token_bytes(i) for i in tokenizer.encode(text, **options)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
+        ({"pre": "gpt-4o\n"}, r"tokenizer.ggml.pre is 'gpt-4o\n'"),
+        ({"pre": ""}, "tokenizer.ggml.pre is ''"),
+        ({"tokens": []}, TOKENS),
+        ({"tokens": None}, TOKENS),
+        ({"tokens": ["a", 1]}, TOKENS),
+        ({"tokens": np.arange(3)}, TOKENS),
+        ({"tokens": [*map(str, range(273)), "7"]}, "'7' as 7 and as 273"),
+        ({"merges": None}, MERGES),
+        ({"merges": ["t h", "nospace"]}, "'nospace'"),
+        ({"merges": ["t h", "t Ж"]}, "'t Ж'"),
+        ({"merges": ["t h", "t t"]}, "'t t'"),
+        ({"merges": ["t h", " th"]}, "' th'"),
+        ({"merges": ["t  h"]}, "'t  h'"),
+        ({"token_type": [1, 1]}, TYPES),
+        ({"token_type": np.ones(274, np.float32)}, TYPES),
+        ({"bos_token_id": 274}, BOS),
+        ({"eos_token_id": -1}, EOS),
+        ({"eot_token_id": "x"}, "tokenizer.ggml.eot_token_id"),
+        ({"fim_pad_token_id": 1 << 31}, "tokenizer.ggml.fim_pad_token_id"),
+    ],
+)
+def test_contradictions_are_one_line_errors(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        Tokenizer.from_metadata(vocabulary(**changes))
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_an_error() -> None:
+    metadata = vocabulary()
+    metadata[TOKENS] = [*metadata[TOKENS][:-1], "\udcff"]
+    with pytest.raises(ModelFileError, match="UTF-8"):
+        Tokenizer.from_metadata(metadata)
+
+
+@pytest.mark.parametrize("key", ["tokenizer.ggml.model", PRE, TOKENS, MERGES])
+def test_a_missing_key_is_named(key: str) -> None:
+    metadata = vocabulary()
+    del metadata[key]
+    with pytest.raises(ModelFileError, match=key.replace(".", r"\.")):
+        Tokenizer.from_metadata(metadata)
+
+
+def test_an_unknown_pre_tokenizer_error_lists_the_known_ones() -> None:
+    with pytest.raises(ModelFileError, match="deepseek-r1-qwen, qwen2, smollm"):
+        Tokenizer.from_metadata(vocabulary(pre="llama-bpe"))
+
+
+def test_merges_and_words() -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    assert pieces(tokenizer, "the and them") == [*(b"th", b"e", b" and", b" "), *(b"th", b"e", b"m")]
+    assert tokenizer.encode("") == []
+    assert tokenizer.n_vocab == 274
+
+
+def test_of_a_merge_listed_twice_the_first_counts() -> None:
+    tokens = [*byte_alphabet(), "ab", "bc"]
+    tokenizer = Tokenizer(tokens, ["a b", "b c", "a b"], "qwen2")
+    assert pieces(tokenizer, "abc") == [b"ab", b"c"]
+
+
+def test_bos_only_where_the_file_and_the_caller_ask_for_it() -> None:
+    plain = Tokenizer.from_metadata(vocabulary())
+    assert not plain.add_bos
+    assert plain.bos_id not in plain.encode("a")
+    asked = Tokenizer.from_metadata(vocabulary(add_bos_token=True))
+    assert asked.encode("a")[0] == asked.bos_id == vocabulary()[BOS]
+    assert asked.encode("") == [asked.bos_id]
+    assert asked.encode("a", add_special=False) == plain.encode("a")
+    metadata = vocabulary(add_bos_token=True)
+    del metadata[BOS]
+    nameless = Tokenizer.from_metadata(metadata)
+    assert (nameless.add_bos, nameless.bos_id) == (False, None)
+    assert nameless.encode("a") == plain.encode("a")
+
+
+def test_control_tokens_are_text_unless_parsed() -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    text = "<|im_start|>the<|im_end|><|im_end|>"
+    parsed = tokenizer.encode(text, parse_special=True)
+    assert [tokenizer.token_bytes(i) for i in parsed] == [
+        *(b"<|im_start|>", b"th", b"e"),
+        *(b"<|im_end|>", b"<|im_end|>"),
+    ]
+    assert [tokenizer.is_special(i) for i in parsed] == [True, False, False, True, True]
+    plain = tokenizer.encode(text)
+    assert not any(tokenizer.is_special(i) for i in plain)
+    assert tokenizer.decode(plain) == tokenizer.decode(parsed) == text
+    assert tokenizer.decode(parsed, special=False) == "the"
+
+
+def test_user_defined_tokens_are_always_matched_and_shown() -> None:
+    tokenizer = Tokenizer.from_metadata(with_tokens(("<think>", TokenType.USER_DEFINED)))
+    for parse_special in (False, True):
+        ids = tokenizer.encode("a<think>b", parse_special=parse_special)
+        assert ids[1] == 274
+        assert tokenizer.decode(ids, special=False) == "a<think>b"
+    assert not tokenizer.is_special(274)
+
+
+def test_the_longest_special_token_is_looked_for_first_everywhere() -> None:
+    added = [("ab", TokenType.USER_DEFINED), ("bcd", TokenType.USER_DEFINED), ("éx", TokenType.USER_DEFINED)]
+    tokenizer = Tokenizer.from_metadata(with_tokens(*added))
+    assert pieces(tokenizer, "abcd") == [b"a", b"bcd"]
+    assert pieces(tokenizer, "abéxab") == [b"ab", "éx".encode(), b"ab"]
+
+
+def test_unknown_tokens_are_matched_like_control_tokens() -> None:
+    tokenizer = Tokenizer.from_metadata(with_tokens(("<unk>", TokenType.UNKNOWN)))
+    assert tokenizer.encode("<unk>", parse_special=True) == [274]
+    assert 274 not in tokenizer.encode("<unk>")
+    assert tokenizer.is_special(274)
+
+
+def test_end_of_generation_is_known_by_text_and_by_key() -> None:
+    tokens = vocabulary()[TOKENS]
+    end_of_text, im_start, im_end = (tokens.index(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    assert tokenizer.eog_ids == {end_of_text, im_end}
+    assert tokenizer.eos_id == im_end
+    named = Tokenizer.from_metadata(vocabulary(eot_token_id=3, fim_sep_token_id=im_start))
+    assert named.eog_ids == {end_of_text, im_end, 3, im_start}
+
+
+def test_a_normal_token_known_to_end_texts_is_a_control_token() -> None:
+    tokenizer = Tokenizer.from_metadata(with_tokens(("</s>", TokenType.NORMAL)))
+    assert 274 in tokenizer.eog_ids
+    assert tokenizer.is_special(274)
+    assert tokenizer.encode("</s>", parse_special=True) == [274]
+    assert tokenizer.token_bytes(274) == b"</s>"
+
+
+def test_fill_in_the_middle_tokens_are_control_tokens_by_their_text() -> None:
+    added = [
+        ("<|fim_prefix|>", TokenType.USER_DEFINED),
+        ("<|fim_pad|>", TokenType.USER_DEFINED),
+        ("<|file_sep|>", TokenType.USER_DEFINED),
+    ]
+    tokenizer = Tokenizer.from_metadata(with_tokens(*added))
+    assert {275, 276} <= tokenizer.eog_ids
+    assert 274 not in tokenizer.eog_ids
+    assert all(tokenizer.is_special(i) for i in (274, 275, 276))
+    assert 274 not in tokenizer.encode("<|fim_prefix|>")
+    elsewhere = Tokenizer.from_metadata(with_tokens(*added, fim_pre_token_id=1, fim_pad_token_id=2))
+    assert not elsewhere.is_special(274)
+    assert {2, 276} <= elsewhere.eog_ids
+    assert 275 not in elsewhere.eog_ids
+
+
+def test_token_bytes_by_type() -> None:
+    added = [
+        ("<0x0A>", TokenType.BYTE),
+        ("<0xZZ>", TokenType.BYTE),
+        ("two words", TokenType.NORMAL),
+        (SPACE + "é", TokenType.USER_DEFINED),
+        ("[gone]", TokenType.UNUSED),
+        ("", TokenType.NORMAL),
+    ]
+    tokenizer = Tokenizer.from_metadata(with_tokens(*added))
+    got = [tokenizer.token_bytes(i) for i in range(274, 280)]
+    assert got == [b"\n", b"<0xZZ>", b"two words", (SPACE + "é").encode(), b"", b"[EMPTY_279]"]
+    assert b"".join(tokenizer.token_bytes(i) for i in range(256)) == bytes(range(256))
+
+
+@pytest.mark.parametrize("token", [-1, 274, 1 << 40])
+def test_ids_outside_the_vocabulary(token: int) -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    with pytest.raises(InputError, match="from 0 to 273"):
+        tokenizer.token_bytes(token)
+    assert tokenizer.decode([ord("a") - 0x21, token]) == tokenizer.decode([ord("a") - 0x21])
+    assert not tokenizer.is_special(token)
+    stream = tokenizer.stream()
+    assert stream.push(token) + stream.flush() == ""
+
+
+def test_decode_takes_numpy_ids_and_replaces_bad_bytes() -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    assert tokenizer.decode(np.array([0xE4, 0xBD, 0xA0, 0xFF, 0x41])) == "你\ufffdA"
+
+
+def test_stream_can_leave_control_tokens_out() -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    ids = tokenizer.encode("<|im_start|>é<|im_end|>", parse_special=True)
+    shown, hidden = tokenizer.stream(), tokenizer.stream(special=False)
+    assert "".join(map(shown.push, ids)) + shown.flush() == "<|im_start|>é<|im_end|>"
+    assert "".join(map(hidden.push, ids)) + hidden.flush() == "é"
+
+
+def test_surrogates_are_joined_or_replaced() -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    assert tokenizer.decode(tokenizer.encode("a\ud83d\ude00b")) == "a😀b"
+    assert tokenizer.decode(tokenizer.encode("a\ud83db\udce9")) == "a\ufffdb\ufffd"
+
+
+def test_text_without_a_token_is_dropped_and_keeps_its_neighbours_apart() -> None:
+    tokens = [c for c in byte_alphabet() if c not in ("x", SPACE)]
+    tokenizer = Tokenizer([*tokens, "ab"], ["a b"], "smollm")
+    assert pieces(tokenizer, "ab axb a b") == [b"ab", b"a", b"b", b"a", b"b"]
+    assert max(tokenizer.encode("ab xyz")) < tokenizer.n_vocab
+    taken = Tokenizer([*tokens, "ab", " ", "  "], ["a b"], "smollm")
+    assert pieces(taken, "axb") == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "qwen2", "smollm"),
+    [
+        ("I'dx'Sa'lLb", ["I", "'d", "x", "'S", "a", "'lL", "b"], ["I", "'d", "x", "'", "Sa", "'", "lLb"]),
+        (
+            "we'll they've I'm",
+            ["we", "'ll", " they", "'ve", " I", "'m"],
+            ["we", "'ll", " they", "'ve", " I", "'m"],
+        ),
+        (
+            "it's don't you're",
+            ["it", "'s", " don", "'t", " you", "'re"],
+            ["it", "'s", " don", "'t", " you", "'re"],
+        ),
+        ("'ſa", ["'ſa"], ["'", "ſa"]),
+        ("$a_b", ["$a", "_b"], ["$", "a", "_", "b"]),
+        ("x12 34", ["x", "1", "2", " ", "3", "4"], ["x", "1", "2", " ", "3", "4"]),
+        ("a  12½", ["a", " ", " ", "1", "2", "½"], ["a", "  ", "1", "2", "½"]),
+        ("a\n\n  b", ["a", "\n\n", " ", " b"], ["a", "\n\n ", " b"]),
+        ("x!\n\ny ?", ["x", "!\n\n", "y", " ?"], ["x", "!", "\n", "\n", "y", " ?"]),
+        (" \r\n \tx", [" \r\n", " ", "\tx"], [" \r\n ", "\t", "x"]),
+        ("a  ", ["a", "  "], ["a", "  "]),
+        ("a\u3000\xa0b", ["a", "\u3000", "\xa0b"], ["a", "\u3000", "\xa0", "b"]),
+        ("你好，世界", ["你好", "，世界"], ["你好", "，", "世界"]),
+    ],
+)
+def test_words(text: str, qwen2: list[str], smollm: list[str]) -> None:
+    for pre, expected in (("qwen2", qwen2), ("deepseek-r1-qwen", qwen2), ("smollm", smollm)):
+        found = pre_tokenizer(pre).pre_tokenize_str(text)
+        assert [text[start:end] for _, (start, end) in found] == expected
+
+
+def test_long_text_is_encoded_in_chunks_to_the_same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    text = "the  and\n\nthem, 'tis 12 \n of\nit.\r\n" * 20
+    whole = tokenizer.encode(text)
+    monkeypatch.setattr(tokenizer_module, "CHUNK", 5)
+    assert len(list(chunks(text, 5))) > 60
+    assert tokenizer.encode(text) == whole
+
+
+def test_text_without_a_place_to_cut_stays_whole() -> None:
+    assert list(chunks("a" * 100, 10)) == ["a" * 100]
+    assert list(chunks("", 10)) == [""]
+    assert list(chunks("ab cd\nef", 1)) == ["ab", " cd\n", "ef"]
+
+
+@pytest.mark.slow
+def test_a_run_of_ten_million_blanks_does_not_exhaust_the_regex() -> None:
+    (pattern,) = PATTERNS["qwen2"]
+    assert len(Split(Regex(pattern), "isolated").pre_tokenize_str(" " * 10_000_001)) == 1

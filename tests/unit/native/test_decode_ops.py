@@ -1,0 +1,202 @@
+"""Each fused op against plain numpy, on random shapes, weight types and thread counts."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QT
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.ffi.context import GraphContext, TensorContext
+from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros, tensor_array
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.model.config import ModelConfig, RopeScaling
+from tests.tiny_models import random_matrix
+
+TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0]
+
+
+def tolerance(kind: QT) -> float:
+    """ggml rounds the input row to F16, BF16 or 8 bits before the dot product."""
+    return {QT.F32: 1e-5, QT.F16: 2e-3, QT.BF16: 1e-2}.get(kind, 2e-2)
+
+
+def config(n_embd=64, n_head=4, n_head_kv=2, head_dim=32, n_ff=96) -> ModelConfig:
+    scaling = RopeScaling("none", 1.0, 512, 0.0, 1.0)
+    return ModelConfig(
+        "qwen2", "test", 1, n_embd, n_head, n_head_kv, head_dim, n_ff, 300, 1e4, head_dim, scaling, 1e-5, 512, True
+    )
+
+
+@dataclass
+class Bench:
+    """Tensors with given values, and one graph over them."""
+
+    config: ModelConfig
+    n_threads: int
+
+    def __post_init__(self):
+        self.ops = DecodeOps(self.config, self.n_threads)
+        self.backend = Backend(self.n_threads)
+        self.context = TensorContext(32)
+        self.graph = GraphContext(256)
+        self.buffers = []
+
+    def tensor(self, values: np.ndarray, kind: int = QT.F32, shape=None):
+        data = np.ascontiguousarray(values).view(np.uint8).ravel()
+        memory = aligned_zeros(-(-data.nbytes // 64) * 64)
+        memory[: data.nbytes] = data
+        buffer = Buffer.over(memory)
+        tensor = self.context.new(int(kind), shape or values.shape)
+        buffer.place(tensor, 0)
+        self.buffers.append(buffer)
+        return tensor
+
+    def compute(self, node) -> np.ndarray:
+        self.graph.output(node)
+        allocator = GraphAllocator()
+        allocator.allocate(self.graph.graph)
+        self.backend.compute(self.graph.native_graph)
+        result = tensor_array(node).copy()
+        allocator.close()
+        return result
+
+
+def matrix(rng, shape, kind):
+    """-> (what goes into the tensor, the same dequantised)."""
+    packed = random_matrix(rng, shape, kind, shape[1] ** -0.5)
+    return packed.data, dequantize(packed.data, kind).astype(np.float64)
+
+
+def normed(x, weight, eps=1e-5):
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean() + eps) * weight
+
+
+def assert_close(got, want, limit):
+    assert np.abs(got - want).max() <= limit * max(1.0, np.abs(want).max())
+
+
+shapes = {"n_in": st.sampled_from([32, 64, 160, 256]), "seed": st.integers(0, 1000), "n_threads": st.integers(1, 3)}
+
+
+@given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=3), kinds=st.lists(st.sampled_from(TYPES), min_size=3),
+       biased=st.booleans(), **shapes)  # fmt: skip
+@settings(max_examples=40)
+def test_norm_linear(rows, kinds, biased, n_in, seed, n_threads):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(n_embd=n_in), n_threads)
+    x, norm = rng.standard_normal((2, n_in)).astype(np.float32)
+    mats = [matrix(rng, (n, n_in), kind) for n, kind in zip(rows, kinds, strict=False)]
+    biases = [rng.standard_normal(n).astype(np.float32) for n in rows] if biased else []
+    weights = [bench.tensor(m[0], kind, (n, n_in)) for m, kind, n in zip(mats, kinds, rows, strict=False)]
+    node = bench.ops.norm_linear(
+        bench.graph, bench.tensor(x), bench.tensor(norm), weights, [bench.tensor(b) for b in biases]
+    )
+    got = bench.compute(node)
+    want = np.concatenate([m[1] @ normed(x, norm) for m in mats])
+    if biased:
+        want = want + np.concatenate(biases)
+    assert_close(got, want, max(tolerance(k) for k in kinds[: len(rows)]))
+
+
+@given(kind=st.sampled_from(TYPES), n_rows=st.integers(1, 70), **shapes)
+@settings(max_examples=40)
+def test_linear_add(kind, n_rows, n_in, seed, n_threads):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(n_embd=n_rows, n_ff=n_in), n_threads)
+    x, residual = rng.standard_normal(n_in).astype(np.float32), rng.standard_normal(n_rows).astype(np.float32)
+    data, w = matrix(rng, (n_rows, n_in), kind)
+    node = bench.ops.linear_add(
+        bench.graph, bench.tensor(x), bench.tensor(data, kind, (n_rows, n_in)), bench.tensor(residual)
+    )
+    assert_close(bench.compute(node), w @ x + residual, tolerance(kind))
+
+
+@given(kinds=st.tuples(st.sampled_from(TYPES), st.sampled_from(TYPES)), n_rows=st.integers(1, 70), **shapes)
+@settings(max_examples=40)
+def test_gate_up(kinds, n_rows, n_in, seed, n_threads):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(n_embd=n_in, n_ff=n_rows), n_threads)
+    x, norm = rng.standard_normal((2, n_in)).astype(np.float32)
+    # Large gates reach the ends of the exponential.
+    x *= np.float32(rng.choice([1.0, 30.0]))
+    norm *= np.float32(rng.choice([1.0, 40.0]))
+    (gate_data, gate), (up_data, up) = (matrix(rng, (n_rows, n_in), kind) for kind in kinds)
+    gate_t, up_t = (bench.tensor(d, k, (n_rows, n_in)) for d, k in zip((gate_data, up_data), kinds, strict=True))
+    got = bench.compute(bench.ops.gate_up(bench.graph, bench.tensor(x), bench.tensor(norm), gate_t, up_t))
+    y = normed(x, norm)
+    a = gate @ y
+    assert_close(got, a / (1 + np.exp(-np.clip(a, -700, 700))) * (up @ y), 3 * max(tolerance(k) for k in kinds))
+
+
+@given(
+    n_head_kv=st.integers(1, 3),
+    group=st.integers(1, 4),
+    head_dim=st.sampled_from([16, 32, 64, 80, 96]),
+    n_past=st.integers(0, 140),
+    cache=st.sampled_from(["f32", "f16"]),
+    n_threads=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80)
+def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_threads, seed):
+    """Also that only the new cell of the arenas is written, and that what lies beyond is never read."""
+    rng = np.random.default_rng(seed)
+    n_head = n_head_kv * group
+    c = config(n_embd=48, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim)
+    bench = Bench(c, n_threads)
+    dtype = np.float32 if cache == "f32" else np.float16
+    n_cells = n_past + 5
+    width = n_head_kv * head_dim
+    k_old, v_old = rng.standard_normal((2, n_cells, width)).astype(dtype)
+    k_old[n_past:], v_old[n_past:] = np.nan, np.nan
+    kind = QT.F32 if cache == "f32" else QT.F16
+    k_arena, v_arena = bench.tensor(k_old, kind), bench.tensor(v_old, kind)
+    qkv = rng.standard_normal((n_head + 2 * n_head_kv) * head_dim).astype(np.float32)
+    angle = rng.uniform(0, 6, head_dim // 2)
+    bench.ops.rope = bench.tensor(np.stack((np.cos(angle), np.sin(angle))).astype(np.float32))
+    cells = bench.tensor(np.array([n_past, n_past], np.int32), g.GGML_TYPE_I32)
+    partials = bench.ops.attend(bench.graph, bench.tensor(qkv), k_arena, v_arena, cells)
+    data, w = matrix(rng, (48, n_head * head_dim), QT.F32)
+    residual = rng.standard_normal(48).astype(np.float32)
+    node = bench.ops.attn_out(bench.graph, partials, bench.tensor(data), bench.tensor(residual))
+    got = bench.compute(node)
+
+    heads = qkv.reshape(-1, head_dim).astype(np.float64)
+    half = head_dim // 2
+
+    def rotate(x):
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate((a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)), -1)
+
+    q, k_new, v_new = rotate(heads[:n_head]), rotate(heads[n_head : n_head + n_head_kv]), heads[n_head + n_head_kv :]
+    k = np.concatenate((k_old[:n_past].astype(np.float64).reshape(n_past, n_head_kv, head_dim), k_new[None]))
+    v = np.concatenate((v_old[:n_past].astype(np.float64).reshape(n_past, n_head_kv, head_dim), v_new[None]))
+    out = np.empty((n_head, head_dim))
+    for h in range(n_head):
+        scores = k[:, h // group] @ q[h] / np.sqrt(head_dim)
+        p = np.exp(scores - scores.max())
+        out[h] = p / p.sum() @ v[:, h // group]
+    assert_close(got, w @ out.ravel() + residual, 2e-5 if cache == "f32" else 2e-3)
+
+    k_after, v_after = tensor_array(k_arena).reshape(n_cells, width), tensor_array(v_arena).reshape(n_cells, width)
+    assert np.array_equal(k_after[:n_past], k_old[:n_past])
+    assert np.isnan(k_after[n_past + 1 :]).all()
+    assert np.allclose(k_after[n_past].reshape(n_head_kv, head_dim), k_new, atol=2e-3)
+    assert np.allclose(v_after[n_past].reshape(n_head_kv, head_dim), v_new, atol=2e-3)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_attend_survives_poison(poison):
+    """A NaN or infinite key may spoil the result, never the process."""
+    bench = Bench(config(), 2)
+    k = np.full((8, 64), poison, np.float32)
+    bench.ops.rope = bench.tensor(np.ones((2, 16), np.float32))
+    cells = bench.tensor(np.array([3, 3], np.int32), g.GGML_TYPE_I32)
+    qkv = bench.tensor(np.ones(8 * 32, np.float32))
+    node = bench.ops.attend(bench.graph, qkv, bench.tensor(k), bench.tensor(k), cells)
+    assert bench.compute(node).shape == (2, 4, 34)

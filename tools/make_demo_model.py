@@ -1,0 +1,32 @@
+"""Re-express SmolLM2 as a qwen2 model: from a file of yours, or the cached demo model when none is given."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from pyggml_repkv.errors import RepkvError
+from pyggml_repkv.model.demo import convert_smollm2, demo_model_path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Convert, print the path of the result, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--from", dest="source", metavar="FILE", type=Path, help="SmolLM2 in GGUF format")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="where to write the qwen2 model")
+    args = parser.parse_args(argv)
+    if (args.source is None) != (args.out is None):
+        parser.error("give both --from and --out, or neither for the cached demo model")
+    try:
+        if args.source is None:
+            print(demo_model_path(lambda message: print(message, file=sys.stderr)))
+        else:
+            convert_smollm2(args.source, args.out)
+            print(args.out)
+    except RepkvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
