@@ -232,9 +232,7 @@ def tiny_tensors(spec: TinySpec) -> Tensors:
     return tensors
 
 
-def random_matrix(
-    rng: np.random.Generator, shape: tuple[int, int], kind: GGMLQuantizationType, std: float
-) -> Packed:
+def random_matrix(rng: np.random.Generator, shape: tuple[int, int], kind: GGMLQuantizationType, std: float) -> Packed:
     """A random matrix of `shape` in type `kind` whose entries have a standard deviation of about `std`."""
     block, size = GGML_QUANT_SIZES[kind]
     if shape[1] % block:

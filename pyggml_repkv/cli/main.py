@@ -71,9 +71,7 @@ def _dispatch(argv: list[str]) -> int:
     if not argv:
         raise InputError(f"a command is needed: {', '.join(COMMANDS)} (--help explains)")
     unexpected = (rest or argv[1:])[0]
-    raise InputError(
-        f"{unexpected!r} is not expected here: the command comes first, as in `{PROG} run -p TEXT`"
-    )
+    raise InputError(f"{unexpected!r} is not expected here: the command comes first, as in `{PROG} run -p TEXT`")
 
 
 def _fail(error: Exception) -> int:

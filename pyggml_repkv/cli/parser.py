@@ -72,9 +72,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(
-                f"must be a whole number from {low} to {high}, got {_short(text)}"
-            )
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {_short(text)}")
         return value
 
     return parse

@@ -38,9 +38,7 @@ def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
     if args.system is not None and not args.chat:
         raise InputError("--system needs --chat: only a chat template has a place for it")
     if args.chat and args.no_parse_special:
-        raise InputError(
-            "--no-parse-special cannot go with --chat: the template is written in special tokens"
-        )
+        raise InputError("--no-parse-special cannot go with --chat: the template is written in special tokens")
     if args.chat and not prompt:
         raise InputError("--chat needs a message: -p TEXT or -f FILE is empty")
 
@@ -48,9 +46,7 @@ def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
 def apply_template(args: argparse.Namespace, prompt: str, template: ChatTemplate | None) -> str:
     """The prompt as the user's message in the model's template. Raises InputError when it has none."""
     if template is None:
-        raise InputError(
-            "--chat: this model has no chat template; leave --chat out, or use an instruct model"
-        )
+        raise InputError("--chat: this model has no chat template; leave --chat out, or use an instruct model")
     messages = [{"role": "user", "content": prompt}]
     if args.system is not None:
         messages.insert(0, {"role": "system", "content": args.system})

@@ -47,12 +47,8 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=HelpFormatter,
     )
     group = parser.add_argument_group("prompt")
-    group.add_argument(
-        "-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin"
-    )
-    group.add_argument(
-        "-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first"
-    )
+    group.add_argument("-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin")
+    group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
     group.add_argument(
@@ -87,14 +83,10 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     group.add_argument("--display-prompt", action="store_true", help="print the prompt before the text")
-    group.add_argument(
-        "--no-display-prompt", dest="display_prompt", action="store_false", help="do not (the default)"
-    )
+    group.add_argument("--no-display-prompt", dest="display_prompt", action="store_false", help="do not (the default)")
     group.add_argument("--special", action="store_true", help="print special tokens too")
     group.add_argument("--verbose-prompt", action="store_true", help="list the prompt's tokens on stderr")
-    group.add_argument(
-        "-q", "--quiet", action="store_true", help="no timings or notes on stderr, only warnings"
-    )
+    group.add_argument("-q", "--quiet", action="store_true", help="no timings or notes on stderr, only warnings")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -146,9 +138,7 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     return model.session(memory)
 
 
-def _generate(
-    args: argparse.Namespace, model: Model, session: Session, prompt: str, tokens: list[int]
-) -> None:
+def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: str, tokens: list[int]) -> None:
     from pyggml_repkv.cli import report
     from pyggml_repkv.engine.generate import Generation
 
@@ -171,9 +161,7 @@ def _generate(
         output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
         n = len(result.tokens)
-        output.say(
-            f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c"
-        )
+        output.say(f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c")
     _say_timings(args, generation, model)
 
 
@@ -197,9 +185,7 @@ def _end_line(last: str) -> None:
 
 def _bar(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
     # a prompt of one batch is read in one step: a bar would only flicker
-    return (
-        progress.prompt_bar(n_tokens) if n_tokens > args.batch_size and progress.wanted() else nullcontext()
-    )
+    return progress.prompt_bar(n_tokens) if n_tokens > args.batch_size and progress.wanted() else nullcontext()
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:

@@ -20,9 +20,7 @@ Progress = Callable[[int, int], None]
 class TokenSession(Protocol):
     """What generation needs of a session; logits are [n_vocab] and valid until the next call."""
 
-    def prefill(
-        self, tokens: Sequence[int], *, on_progress: Progress | None = None
-    ) -> NDArray[np.float32]: ...
+    def prefill(self, tokens: Sequence[int], *, on_progress: Progress | None = None) -> NDArray[np.float32]: ...
     def decode(self, token: int) -> NDArray[np.float32]: ...
 
 

@@ -49,7 +49,8 @@ class Model:
     ) -> Model:
         """Opens a GGUF file of architecture qwen2.
 
-        n_threads: None = all cores this process may use. repack: copy matrices into faster layouts where this CPU has them.
+        n_threads: None = all cores this process may use.
+        repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
@@ -76,7 +77,7 @@ class Model:
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
 
     def session(self, memory: MemoryConfig | None = None) -> Session:
-        """A new, empty context. Raises InputError for an unknown policy or option, ComputeError when memory is short."""
+        """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short."""
         memory = memory or MemoryConfig()
         session = Session(self.graph, self.backend, make_policy(self.config, memory, self.graph), memory)
         self._sessions.append(session)

@@ -87,9 +87,7 @@ class Sampler:
         peak = int(np.argmax(logits))  # argmax stops at the first NaN, so this look at one value finds any
         highest = float(logits[peak])
         if math.isnan(highest):
-            raise ComputeError(
-                f"the model's logits are not numbers (NaN at token {peak}); the file may be damaged"
-            )
+            raise ComputeError(f"the model's logits are not numbers (NaN at token {peak}); the file may be damaged")
         if highest == -math.inf:
             raise ComputeError("no token is possible: every logit is -inf")
         if config.temp == 0:

@@ -25,8 +25,7 @@ class Session:
         self.n_past = 0
         self.n_batch = memory.n_batch
         self.policy = policy
-        self._config = graph.config
-        self._fuses_decode = graph.fuses_decode and policy.can_fuse
+        self._graph, self._config = graph, graph.config
         self._plans = PlanCache(graph, policy, backend)
         self._closed = False
 
@@ -79,8 +78,8 @@ class Session:
         # One token has one output whether "last" or "all" was asked for; they share a plan.
         if len(chunk) == 1 and outputs == "last":
             outputs = "all"
-        fused = len(chunk) == 1 and outputs == "all" and self._fuses_decode
-        shape = self.policy.step_shape(self.n_past, len(chunk), fused=fused)
+        form = self._graph.form(len(chunk), outputs) if self.policy.can_fuse else "ggml"
+        shape = self.policy.step_shape(self.n_past, len(chunk), form)
         logits = self._plans.run(PlanKey(shape, outputs), chunk, self.n_past)
         self.n_past += len(chunk)
         return logits

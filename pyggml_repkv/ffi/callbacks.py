@@ -25,7 +25,9 @@ class PythonOps:
     def __init__(self) -> None:
         self._error: BaseException | None = None
 
-    def add(self, context: GraphContext, shape: tuple[int, ...], sources: list[Tensor], function: PythonOpFunction) -> Tensor:
+    def add(
+        self, context: GraphContext, shape: tuple[int, ...], sources: list[Tensor], function: PythonOpFunction
+    ) -> Tensor:
         """A node whose value is function(*source arrays) -> float32 array of `shape`; runs on one thread."""
 
         def run(dst: Any, ith: int, nth: int, userdata: Any) -> None:
@@ -34,7 +36,7 @@ class PythonOps:
             try:
                 arrays = [tensor_array(dst.contents.src[i]) for i in range(len(sources))]
                 tensor_array(dst)[...] = np.reshape(function(*arrays), shape)
-            except BaseException as error:  # noqa: BLE001 - carried to the caller by reraise()
+            except BaseException as error:  # carried to the caller by reraise()
                 self._error = error
                 native.repkv_request_abort()
 

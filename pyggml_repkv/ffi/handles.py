@@ -16,8 +16,8 @@ from pyggml_repkv.ffi.library import g, last_log, native, native_ffi
 class Handle:
     """One owned pointer.
 
-    Freed by `close()`, by garbage collection or at interpreter exit. It holds its parents, so they outlive it; closing a
-    parent closes what is left of its children first.
+    Freed by `close()`, by garbage collection or at interpreter exit. It holds its parents, so they outlive it; closing
+    a parent closes what is left of its children first.
     """
 
     def __init__(self, pointer: Any, free: Callable[[Any], object], *parents: Handle, keep: object = None) -> None:
@@ -84,9 +84,10 @@ class Buffer(Handle):
 
     @classmethod
     def over(cls, array: np.ndarray) -> Buffer:
-        """Wraps a C-contiguous array without copying; the array is kept alive. Its address must be 32-byte aligned."""
+        """Wraps a C-contiguous, 32-byte aligned array without copying; the array is kept alive."""
         address = array.ctypes.data
-        assert address % 32 == 0 and array.flags.c_contiguous
+        assert address % 32 == 0
+        assert array.flags.c_contiguous
         pointer = g.ggml_backend_cpu_buffer_from_ptr(address, array.nbytes)
         if not pointer:
             raise ComputeError(f"ggml could not wrap {array.nbytes} bytes: {last_log()}")
@@ -144,7 +145,13 @@ def tensor_array(tensor: Any) -> np.ndarray:
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if t.data is None:
         raise ComputeError(f"tensor {t.name.decode()} was not allocated")
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(t.data), dtype).reshape(shape)
+    memory: Any = (ctypes.c_char * n_bytes).from_address(t.data)
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
-_NUMPY_TYPES = {g.GGML_TYPE_F32: np.float32, g.GGML_TYPE_F16: np.float16, g.GGML_TYPE_I32: np.int32, g.GGML_TYPE_I64: np.int64}
+_NUMPY_TYPES = {
+    g.GGML_TYPE_F32: np.float32,
+    g.GGML_TYPE_F16: np.float16,
+    g.GGML_TYPE_I32: np.int32,
+    g.GGML_TYPE_I64: np.int64,
+}

@@ -11,6 +11,8 @@ import platform
 
 from pyggml_repkv.errors import RepkvError
 
+__all__ = ["describe", "g", "last_log", "native", "native_ffi"]
+
 GGML_PYTHON_VERSION = "0.0.45"
 GGML_VERSION = "0.15.3"
 
@@ -101,8 +103,9 @@ def last_log() -> str:
     return text
 
 
-_CPU_FEATURES = ("sse3", "avx2", "fma", "f16c", "avx_vnni", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_int8",
-                 "neon", "dotprod", "matmul_int8", "sve")  # fmt: skip
+_CPU_FEATURES = (
+    "sse3 avx2 fma f16c avx_vnni avx512 avx512_vbmi avx512_vnni avx512_bf16 amx_int8 neon dotprod matmul_int8 sve"
+).split()
 
 
 def describe() -> dict[str, str]:

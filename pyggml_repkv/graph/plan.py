@@ -12,11 +12,12 @@ import numpy as np
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
-from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.ffi.library import native
+from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
-from pyggml_repkv.graph.qwen2_decode import build_fused_decode
+from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
 from pyggml_repkv.graph.rope import RopeTable, rope_params
-from pyggml_repkv.memory.policy import Policy, StepAttention, StepShape
+from pyggml_repkv.memory.policy import Form, Policy, StepAttention, StepShape
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.weights import Weights
 
@@ -24,6 +25,12 @@ Outputs = Literal["last", "all", "none"]
 
 # Enough for decode, a full chunk, an odd last chunk and their neighbours in attended length.
 _MAX_PLANS = 6
+
+# Below this many tokens, converting the weights to F32 costs more than multiplying them.
+MIN_PACKED_TOKENS = 32
+
+# Rows of the gate and up matrices that one block of the packed op can hold.
+MAX_PACKED_WIDTH = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class Plan:
 
     def __init__(self, model: GraphModel, policy: Policy, key: PlanKey, cb: NameTensor) -> None:
         n_tokens = key.shape.n_tokens
-        self._model = model
+        self._model, self._key = model, key
         self.context = GraphContext(64 * model.config.n_layer + 256)
         g = self.context
         self._tokens = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_tokens")
@@ -45,19 +52,29 @@ class Plan:
         self._rope_table: Tensor = None
         self._output_rows: Tensor = None
         self.attention: StepAttention = policy.build(g, key.shape)
-        self.logits: Tensor | None
-        if key.shape.fused:
-            self._rope_table = g.input(ggml.GGML_TYPE_F32, (2, model.config.rope_dim // 2), "inp_rope")
-            model.decode_ops.rope = self._rope_table
-            self.logits = build_fused_decode(g, model.weights, model.decode_ops, self.attention, self._tokens, cb)
+        if key.shape.form == "ggml":
+            self.logits = self._build_ggml(model, key, cb)
         else:
-            self._positions = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_pos")
-            if key.outputs == "last" and n_tokens > 1:
-                self._output_rows = g.input(ggml.GGML_TYPE_I32, (1,), "inp_out_ids")
-            graph = Qwen2Graph(g, model.config, model.weights, model.rope, self.attention, cb)
-            self.logits = graph.build(
-                self._tokens, self._positions, output_rows=self._output_rows, output=key.outputs != "none"
-            )
+            self.logits = self._build_fused(model, key, cb)
+
+    def _build_ggml(self, model: GraphModel, key: PlanKey, cb: NameTensor) -> Tensor | None:
+        g, n_tokens = self.context, key.shape.n_tokens
+        self._positions = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_pos")
+        if key.outputs == "last" and n_tokens > 1:
+            self._output_rows = g.input(ggml.GGML_TYPE_I32, (1,), "inp_out_ids")
+        graph = Qwen2Graph(g, model.config, model.weights, model.rope, self.attention, cb)
+        output = key.outputs != "none"
+        return graph.build(self._tokens, self._positions, output_rows=self._output_rows, output=output)
+
+    def _build_fused(self, model: GraphModel, key: PlanKey, cb: NameTensor) -> Tensor | None:
+        rope_dim, n_tokens = model.config.rope_dim, key.shape.n_tokens
+        one = key.shape.form == "one"
+        shape = (2, rope_dim // 2) if one else (n_panels(n_tokens), rope_dim, PANEL)
+        self._rope_table = model.fused_ops.rope = self.context.input(ggml.GGML_TYPE_F32, shape, "inp_rope")
+        graph = FusedQwen2Graph(self.context, model.weights, model.fused_ops, self.attention, cb)
+        if one:
+            return graph.build_one(self._tokens)
+        return graph.build_chunk(self._tokens, last_only=key.outputs == "last", output=key.outputs != "none")
 
     def fill(self, tokens: Sequence[int] | np.ndarray, n_past: int) -> None:
         """All inputs, every time: the allocator reuses their memory during compute."""
@@ -67,13 +84,24 @@ class Plan:
         if self._output_rows is not None:
             tensor_array(self._output_rows)[...] = len(tokens) - 1
         if self._rope_table is not None:
-            tensor_array(self._rope_table)[...] = self._model.rope_table(n_past)
+            table = tensor_array(self._rope_table)
+            lanes = 1 if self._key.shape.form == "one" else PANEL * n_panels(len(tokens))
+            angles = self._model.rope_table(np.arange(n_past, n_past + lanes))  # [rope_dim, lanes]
+            table[...] = angles.reshape(table.shape) if lanes == 1 else _into_panels(angles)
         self.attention.fill(n_past)
 
     def read(self) -> np.ndarray:
-        """Logits float32 [n_outputs, n_vocab], a view that the next compute overwrites."""
+        """Logits float32 [n_outputs, n_vocab]; a view that the next compute overwrites, but for packed ones."""
         assert self.logits is not None
+        if self._key.shape.form == "packed" and self._key.outputs == "all":
+            packed = tensor_array(self.logits).reshape(-1, self.logits.contents.ne[1], PANEL)
+            return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[: self._key.shape.n_tokens]
         return tensor_array(self.logits).reshape(-1, self.logits.contents.ne[0])
+
+
+def _into_panels(x: np.ndarray) -> np.ndarray:
+    """[n, P * PANEL] -> [P, n, PANEL], less a leading dimension of one as tensor_array drops it."""
+    return x.reshape(len(x), -1, PANEL).transpose(1, 0, 2).squeeze()
 
 
 class GraphModel:
@@ -83,9 +111,18 @@ class GraphModel:
         self.config, self.weights = config, weights
         self.rope = rope_params(config)
         self.rope_table = RopeTable(self.rope)
-        self.decode_ops = DecodeOps(config, n_threads)
+        self.fused_ops = FusedOps(config, n_threads)
         # Repacked matrices can only be read by ggml's own multiplication.
-        self.fuses_decode = not exact and not weights.repacked
+        self._fuses = not exact and not weights.repacked
+        self._packs = self._fuses and bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
+
+    def form(self, n_tokens: int, outputs: Outputs) -> Form:
+        """What a step is best built of."""
+        if self._fuses and n_tokens == 1 and outputs != "none":
+            return "one"
+        if self._packs and n_tokens >= MIN_PACKED_TOKENS:
+            return "packed"
+        return "ggml"
 
 
 class PlanCache:

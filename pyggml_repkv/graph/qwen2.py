@@ -1,6 +1,7 @@
 """Qwen2 as a ggml graph: llama.cpp's nodes in llama.cpp's order, with its names.
 
-Comments give shapes: T tokens, E embedding, H query heads, K key/value heads, d head size, F feed-forward size, V vocabulary.
+Comments give shapes: T tokens, E embedding, H query heads, K key/value heads, d head size, F feed-forward size,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Qwen2Graph:
     def build(
         self, tokens: Tensor, positions: Tensor, *, output_rows: Tensor | None = None, output: bool = True
     ) -> Tensor | None:
-        """tokens and positions I32 [T] -> logits F32 [n_outputs, V] of the rows named by `output_rows` (I32; None = all).
+        """tokens, positions I32 [T] -> logits F32 [n_outputs, V] of the rows in `output_rows` (I32; None = all).
 
         Without `output` nobody reads the logits, so the last layer only stores its keys and values.
         """

@@ -24,7 +24,7 @@ def rope_params(config: ModelConfig) -> Rope:
 
 
 class RopeTable:
-    """cos and sin for one position, in the float32 steps that ggml takes, so both agree at any position."""
+    """cos and sin, in the float32 steps that ggml takes, so both agree at any position."""
 
     def __init__(self, rope: Rope) -> None:
         f32 = np.float32
@@ -37,17 +37,18 @@ class RopeTable:
             low, high = (_correction_dim(rope, beta) for beta in (rope.beta_fast, rope.beta_slow))
             low, high = max(0.0, np.floor(low)), min(rope.n_dims - 1.0, np.ceil(high))
             y = (np.arange(half, dtype=f32) - f32(low)) / f32(max(0.001, high - low))
-            self._ramp = (1 - np.clip(y, 0, 1)) * f32(rope.ext_factor)
+            self._ramp = ((1 - np.clip(y, 0, 1)) * f32(rope.ext_factor))[:, None]
             self._attn_factor *= f32(1.0 + 0.1 * np.log(1.0 / rope.freq_scale))
 
-    def __call__(self, position: int) -> np.ndarray:
-        """-> float32 [2, n_dims / 2]: cosines, sines."""
-        self._steps[0] = position
-        theta = np.multiply.accumulate(self._steps, dtype=np.float32)
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """positions [T] -> float32 [n_dims, T]: n_dims / 2 cosines, then as many sines."""
+        steps = np.broadcast_to(self._steps[:, None], (len(self._steps), len(positions))).copy()
+        steps[0] = positions
+        theta = np.multiply.accumulate(steps, dtype=np.float32)
         angle = theta * self._freq_scale
         if self._ramp is not None:
             angle = angle * (1 - self._ramp) + theta * self._ramp
-        return np.stack((np.cos(angle), np.sin(angle))) * self._attn_factor
+        return np.concatenate((np.cos(angle), np.sin(angle))) * self._attn_factor
 
 
 def _correction_dim(rope: Rope, n_rotations: float) -> float:

@@ -6,9 +6,9 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
-from pyggml_repkv.memory.policy import MemoryConfig, StepAttention, StepShape, context_length
+from pyggml_repkv.memory.policy import Form, MemoryConfig, StepAttention, StepShape, context_length
 from pyggml_repkv.model.config import ModelConfig
 
 GGML_CACHE_TYPES = {
@@ -31,12 +31,12 @@ class FullMemory:
 
     name = "full"
 
-    def __init__(self, config: ModelConfig, memory: MemoryConfig, decode_ops: DecodeOps) -> None:
+    def __init__(self, config: ModelConfig, memory: MemoryConfig, fused_ops: FusedOps) -> None:
         self.config = config
         self.n_ctx = context_length(memory, config)
         # Rows beyond n_ctx are never written; they pad the attended length.
         self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
-        self._decode_ops = decode_ops
+        self._fused_ops = fused_ops
         self._flash = memory.flash_attn
         _check_types(config, memory)
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
@@ -61,19 +61,19 @@ class FullMemory:
     def can_fuse(self) -> bool:
         return self._flash
 
-    def step_shape(self, n_past: int, n_tokens: int, *, fused: bool) -> StepShape:
-        if fused:
-            # The fused op reads exactly the rows there are, so one graph serves every length.
-            return StepShape(n_tokens, None, fused=True)
+    def step_shape(self, n_past: int, n_tokens: int, form: Form) -> StepShape:
+        if form != "ggml":
+            # The fused ops read exactly the rows there are, so one graph serves every length.
+            return StepShape(n_tokens, form, None)
         n_kv = -(-(n_past + n_tokens) // N_KV_STEP) * N_KV_STEP
-        return StepShape(n_tokens, min(n_kv, self.n_cells), fused=False)
+        return StepShape(n_tokens, form, min(n_kv, self.n_cells))
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
-        if shape.fused:
-            return FusedAttention(self, context, self._decode_ops)
+        if shape.form != "ggml":
+            return FusedAttention(self, context, shape.n_tokens, self._fused_ops)
         assert isinstance(shape.memory, int)
-        form = FlashAttention if self._flash else SoftmaxAttention
-        return form(self, context, shape.n_tokens, shape.memory)
+        kind = FlashAttention if self._flash else SoftmaxAttention
+        return kind(self, context, shape.n_tokens, shape.memory)
 
     def stats(self, n_past: int) -> dict[str, object]:
         prefetch = {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0}

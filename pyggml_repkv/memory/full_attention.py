@@ -10,11 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.model.config import ModelConfig
+
+_GGML = "this graph was planned for ggml's own nodes"
+_FUSED = "this graph was planned for fused nodes"
 
 
 class Arenas(Protocol):
@@ -49,7 +52,13 @@ class _MaskedAttention(ABC):
         self._write(k, v, layer)
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        raise AssertionError("this graph was planned for ggml's own nodes")
+        raise AssertionError(_GGML)
+
+    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
+        raise AssertionError(_GGML)
+
+    def store_packed(self, qkv: Tensor, layer: int) -> None:
+        raise AssertionError(_GGML)
 
     def fill(self, n_past: int) -> None:
         assert n_past + self._n_tokens <= self._n_kv
@@ -132,24 +141,38 @@ class SoftmaxAttention(_MaskedAttention):
 
 
 class FusedAttention:
-    """One token through the extension's op: F32 sums, and each key and value is read once for all heads that share it."""
+    """The extension's ops: F32 sums, and each key and value is read once for all heads that share it."""
 
-    def __init__(self, memory: Arenas, context: GraphContext, ops: DecodeOps) -> None:
-        self._memory, self._g, self._ops = memory, context, ops
+    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, ops: FusedOps) -> None:
+        self._memory, self._g, self._n_tokens, self._ops = memory, context, n_tokens, ops
         self._cells = context.input(g.GGML_TYPE_I32, (2,), "kv_cells")
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        arenas = self._memory.k_arenas[layer], self._memory.v_arenas[layer]
-        return self._ops.attend(self._g, qkv, *arenas, self._cells)
+        return self._ops.attend(self._g, qkv, *self._arenas(layer), self._cells)
+
+    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
+        q = self._ops.store_kv(self._g, qkv, *self._arenas(layer), self._cells)
+        set_name(q, "Qcur", layer)
+        return self._ops.attend_chunk(self._g, q, *self._arenas(layer), self._cells)
+
+    def store_packed(self, qkv: Tensor, layer: int) -> None:
+        q = self._ops.store_kv(self._g, qkv, *self._arenas(layer), self._cells)
+        set_name(q, "Qcur", layer)
+        self._g.expand(q)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        raise AssertionError("this graph was planned for the fused nodes")
+        raise AssertionError(_FUSED)
 
     def store(self, k: Tensor, v: Tensor, layer: int) -> None:
-        raise AssertionError("this graph was planned for the fused nodes")
+        raise AssertionError(_FUSED)
 
     def fill(self, n_past: int) -> None:
-        tensor_array(self._cells)[...] = (n_past, n_past)
+        # One token: the cell to write and how many are before it. A chunk: the first cell and the number of tokens.
+        second = n_past if self._n_tokens == 1 else self._n_tokens
+        tensor_array(self._cells)[...] = (n_past, second)
+
+    def _arenas(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self._memory.k_arenas[layer], self._memory.v_arenas[layer]
 
 
 def _flat_rows(context: GraphContext, x: Tensor, n_tokens: int, width: int) -> Tensor:

@@ -1,18 +1,20 @@
 """The one seam between a model's graph and what its attention remembers.
 
-A policy owns the stored keys and values. The graph asks it, layer by layer, what the new tokens attend to; so a new policy
-needs no change to a model, and a new model none to a policy.
+A policy owns the stored keys and values. The graph asks it, layer by layer, what the new tokens attend to; so a new
+policy needs no change to a model, and a new model none to a policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.model.config import ModelConfig
+
+Form = Literal["ggml", "one", "packed"]
 
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
 
@@ -44,13 +46,13 @@ class MemoryConfig:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """What makes two steps share one static graph: the number of tokens, whatever the policy sized the graph by, and
-    whether the layers are built of fused one-token nodes.
+    """What makes two steps share one static graph: the number of tokens, what the layers are built of (ggml's nodes,
+    the fused ones for one token, or the packed ones for a chunk), and whatever the policy sized the graph by.
     """
 
     n_tokens: int
+    form: Form
     memory: Hashable
-    fused: bool
 
 
 class StepAttention(Protocol):
@@ -63,7 +65,13 @@ class StepAttention(Protocol):
         """Stores k and v [T, H_kv, d] without attending, for a layer whose output nobody reads."""
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        """The fused form for one token: qkv [(H + 2 H_kv) * d] before RoPE -> partial sums for the `attn_out` op."""
+        """Form `one`: qkv [(H + 2 H_kv) * d] before RoPE -> partial sums for the `attn_out` op."""
+
+    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
+        """Form `packed`: qkv [n_panels, (H + 2 H_kv) * d, PANEL] before RoPE -> heads [n_panels, H * d, PANEL]."""
+
+    def store_packed(self, qkv: Tensor, layer: int) -> None:
+        """What `store` is to `attend`."""
 
     def fill(self, n_past: int) -> None:
         """Writes this part's inputs for a step whose first token has position n_past. Call before every compute."""
@@ -77,9 +85,9 @@ class Policy(Protocol):
 
     @property
     def can_fuse(self) -> bool:
-        """Whether `build` knows the fused one-token form."""
+        """Whether `build` knows the forms `one` and `packed`."""
 
-    def step_shape(self, n_past: int, n_tokens: int, *, fused: bool) -> StepShape: ...
+    def step_shape(self, n_past: int, n_tokens: int, form: Form) -> StepShape: ...
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention: ...
 

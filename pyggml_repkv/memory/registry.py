@@ -11,7 +11,7 @@ from pyggml_repkv.memory.policy import MemoryConfig, Policy
 from pyggml_repkv.model.config import ModelConfig
 
 POLICIES: dict[str, Callable[[ModelConfig, MemoryConfig, GraphModel], Policy]] = {
-    "full": lambda config, memory, graph: FullMemory(config, memory, graph.decode_ops),
+    "full": lambda config, memory, graph: FullMemory(config, memory, graph.fused_ops),
 }
 
 

@@ -51,8 +51,7 @@ class ChatTemplate:
         if not sources:
             return None
         bos, eos = (
-            "" if token is None else tokenizer.decode([token])
-            for token in (tokenizer.bos_id, tokenizer.eos_id)
+            "" if token is None else tokenizer.decode([token]) for token in (tokenizer.bos_id, tokenizer.eos_id)
         )
         return cls(sources, bos_token=bos, eos_token=eos)
 
@@ -169,9 +168,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """JSON without the HTML escapes of Jinja2's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _bounded(blocks: Iterable[str]) -> Iterator[str]:
@@ -189,12 +186,8 @@ def _check_messages(messages: object) -> None:
         raise InputError("messages: expected a list with at least one dict, each with a role and content")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise InputError(
-                f"messages[{number}] is {message!r:.80}; it must be a dict with a role and content"
-            )
+            raise InputError(f"messages[{number}] is {message!r:.80}; it must be a dict with a role and content")
         if not isinstance(message.get("role"), str):
-            raise InputError(
-                f"messages[{number}] has no role; 'system', 'user' and 'assistant' are usual ones"
-            )
+            raise InputError(f"messages[{number}] has no role; 'system', 'user' and 'assistant' are usual ones")
         if "content" not in message and "tool_calls" not in message:
             raise InputError(f"messages[{number}] has no content; give it a text")

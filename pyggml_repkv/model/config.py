@@ -139,9 +139,7 @@ class _Keys:
             raise self.error(f"lacks the key {self.full(key)}")
         if isinstance(value, list | np.ndarray):
             # Other families vary these by layer; Qwen2 does not, and neither does the graph.
-            raise self.error(
-                f"{self.full(key)} is an array, one value for all layers is needed", _OTHER_MODEL
-            )
+            raise self.error(f"{self.full(key)} is an array, one value for all layers is needed", _OTHER_MODEL)
         return value
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
@@ -199,9 +197,7 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
         what = f"{keys.full('rope.scaling.type')} is {printable(repr(kind))}"
         raise keys.error(what, "none, linear and yarn are supported")
     old_key = not keys.has("rope.scaling.factor") and keys.has("rope.scale_linear")
-    factor = keys.real(
-        "rope.scale_linear" if old_key else "rope.scaling.factor", -1.0, MAX_SCALING, default=1.0
-    )
+    factor = keys.real("rope.scale_linear" if old_key else "rope.scaling.factor", -1.0, MAX_SCALING, default=1.0)
     factor = 1.0 if factor == 0.0 or kind == "none" else factor
     lowest = 1.0 if kind == "yarn" else 1.0 / MAX_SCALING
     if factor < lowest:

@@ -85,9 +85,7 @@ def demo_model_path(progress: Progress | None = None) -> Path:
                     convert_smollm2(source, target)
     except OSError as error:
         where = printable(error.filename or folder, 400)
-        raise RepkvError(
-            f"{where}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written"
-        ) from None
+        raise RepkvError(f"{where}: {error.strerror}; set XDG_CACHE_HOME to a folder that can be written") from None
     return target
 
 
@@ -95,9 +93,7 @@ def _plan(file: GGUFFile) -> GGUFFile:
     """`file` as it will be: keys renamed, biases added, offsets relative to the start of the data."""
     arch = file.metadata.get("general.architecture")
     if arch != SOURCE_ARCH:
-        raise file_error(
-            file.path, f"its architecture is {printable(repr(arch))}", "SmolLM2 is a 'llama' model"
-        )
+        raise file_error(file.path, f"its architecture is {printable(repr(arch))}", "SmolLM2 is a 'llama' model")
     metadata = {_renamed(key): value for key, value in file.metadata.items()}
     metadata["general.architecture"] = ARCH
     tensors: dict[str, TensorInfo] = {}
@@ -123,9 +119,7 @@ def _with_biases(file: GGUFFile) -> Iterator[TensorInfo]:
 
 def _header(file: GGUFFile, planned: GGUFFile) -> bytes:
     """Everything before the tensor data, padded; values keep their bytes and types."""
-    out = bytearray(
-        struct.pack("<IIQQ", GGUF_MAGIC, file.version, len(planned.tensors), len(planned.metadata))
-    )
+    out = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, file.version, len(planned.tensors), len(planned.metadata)))
     for key, (start, end) in file.value_spans.items():
         out += _string(_renamed(key))
         if key == "general.architecture":
@@ -147,9 +141,7 @@ def _padded(n_bytes: int, alignment: int) -> int:
     return -(-n_bytes // alignment) * alignment
 
 
-def _pieces(
-    file: GGUFFile, planned: GGUFFile, config: ModelConfig, header: bytes
-) -> Iterator[bytes | memoryview]:
+def _pieces(file: GGUFFile, planned: GGUFFile, config: ModelConfig, header: bytes) -> Iterator[bytes | memoryview]:
     yield header
     for info in planned.tensors.values():
         if info.name not in file.tensors:
@@ -204,9 +196,7 @@ def _cache_folder() -> Path:
         # The XDG specification has relative paths ignored.
         base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
     except RuntimeError:
-        raise InputError(
-            "no home folder is known; set XDG_CACHE_HOME to a folder that can be written"
-        ) from None
+        raise InputError("no home folder is known; set XDG_CACHE_HOME to a folder that can be written") from None
     return base / "pyggml_repkv" / "models"
 
 

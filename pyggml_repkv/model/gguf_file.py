@@ -6,6 +6,7 @@ Format: the GGUF specification in ggml's docs/gguf.md.
 
 import os
 import stat
+import mmap
 import struct
 from dataclasses import dataclass, field
 from math import prod
@@ -107,6 +108,12 @@ class GGUFFile:
         except _UnsoundError as problem:
             raise file_error(where, problem.what, problem.remedy) from None
 
+    def release_pages(self) -> None:
+        """Lets go of the pages read so far; they come back from the file when they are next used."""
+        mapping = self.data.base if isinstance(self.data.base, mmap.mmap) else None
+        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapping.madvise(mmap.MADV_DONTNEED)
+
     def tensor_bytes(self, name: str) -> np.ndarray:
         """The mapped bytes of tensor `name`: uint8 [n_bytes], read-only; KeyError if absent."""
         info = self.tensors[name]
@@ -197,9 +204,7 @@ class _Cursor:
                 raise _UnsoundError(f"{what} is cut off after {len(items)} of {count} strings")
             at = start + length_at(view, at)[0]
             if at > end:
-                raise _UnsoundError(
-                    f"string {len(items)} of {what} has {at - start} bytes, {end - start} remain"
-                )
+                raise _UnsoundError(f"string {len(items)} of {what} has {at - start} bytes, {end - start} remain")
             items.append(str(view[start:at], "utf-8", "surrogateescape"))
         self.at = at
         return items
@@ -249,9 +254,7 @@ def _preamble(cursor: _Cursor) -> tuple[int, int, int]:
     magic = bytes(cursor.view[:4])
     if magic != _U32.pack(GGUF_MAGIC):
         if bytes(cursor.view[:23]) == b"version https://git-lfs":
-            raise _UnsoundError(
-                "is a Git LFS pointer, not the model", "fetch the file itself with `git lfs pull`"
-            )
+            raise _UnsoundError("is a Git LFS pointer, not the model", "fetch the file itself with `git lfs pull`")
         raise _UnsoundError(f"is not a GGUF file: it starts with {magic!r}", "give a model in GGUF format")
     cursor.take(4, "the magic")
     version = cursor.u32("the version")
@@ -297,9 +300,7 @@ def _tensor_info(cursor: _Cursor, index: int) -> TensorInfo:
     offset = cursor.u64(what)
     kind = _TENSOR_TYPES.get(number)
     if kind is None:
-        raise _UnsoundError(
-            f"{what} has the unknown type {number}", "convert it to a type that ggml supports"
-        )
+        raise _UnsoundError(f"{what} has the unknown type {number}", "convert it to a type that ggml supports")
     if 0 in ne or prod(ne) >= 2**63:
         raise _UnsoundError(f"{what} has the impossible shape {ne[::-1]}")
     block, block_bytes = GGML_QUANT_SIZES[kind]

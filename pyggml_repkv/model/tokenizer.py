@@ -47,9 +47,7 @@ _FIM_ROLES = (
     _FimRole(("fim_suf", "suffix"), (*_SUFFIXES, "<|code_suffix|>", "<|suffix|>"), ends=False),
     _FimRole(("fim_mid", "middle"), (*_MIDDLES, "<|code_middle|>", "<|middle|>"), ends=False),
     _FimRole(("fim_pad",), ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"), ends=True),
-    _FimRole(
-        ("fim_rep",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), ends=True
-    ),
+    _FimRole(("fim_rep",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), ends=True),
     _FimRole(("fim_sep",), ("<|file_sep|>",), ends=True),
 )
 
@@ -159,9 +157,7 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token; none for an unused one. Raises InputError for an id outside the vocabulary."""
         if not 0 <= token < self.n_vocab:
-            raise InputError(
-                f"token id {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}"
-            )
+            raise InputError(f"token id {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
         kind = self._kinds.get(token, TokenType.NORMAL)
         text = self._tokens[token]
         if kind == TokenType.NORMAL:
@@ -233,8 +229,7 @@ def _byte_pair_encoder(tokens: Sequence[str], merges: Sequence[str]) -> tuple[HF
         # Checked here because the encoder panics where a merge makes no token.
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelFileError(
-                f"tokenizer.ggml.merges has {merge!r:.80}; "
-                "a merge is two tokens with a space between that make a third"
+                f"tokenizer.ggml.merges has {merge!r:.80}; a merge is two tokens with a space between that make a third"
             )
         pairs.append((left, right))
     try:
@@ -247,9 +242,7 @@ def _byte_pair_encoder(tokens: Sequence[str], merges: Sequence[str]) -> tuple[HF
         vocab[stand_in] = len(tokens)
         return HFTokenizer(BPE(vocab, pairs, unk_token=stand_in)), len(tokens)
     except TypeError:
-        raise ModelFileError(
-            "tokenizer.ggml.tokens has text that is not UTF-8; convert the file again"
-        ) from None
+        raise ModelFileError("tokenizer.ggml.tokens has text that is not UTF-8; convert the file again") from None
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
@@ -278,9 +271,7 @@ def _token_id(metadata: Mapping[str, Any], role: str, n_tokens: int) -> int | No
     return token
 
 
-def _mark_special_tokens(
-    metadata: Mapping[str, Any], tokens: Sequence[str], kinds: dict[int, int]
-) -> frozenset[int]:
+def _mark_special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: dict[int, int]) -> frozenset[int]:
     """The end-of-generation ids; tokens known by their text to be control tokens are marked so in `kinds`."""
     n_tokens = len(tokens)
     known = EOG_TEXTS.union(*(role.texts for role in _FIM_ROLES))

@@ -1,4 +1,4 @@
-"""Model weights as ggml tensors: over the memory map where they lie, or repacked where ggml multiplies faster that way."""
+"""Model weights as ggml tensors: over the memory map where they lie, or repacked where that multiplies faster."""
 
 from __future__ import annotations
 
@@ -82,6 +82,8 @@ class Weights:
         output_name = "token_embd.weight" if config.tied_output else "output.weight"
         self.output = self._matrix([output_name], "output.weight")
         self.layers = [self._layer(i, join) for i in range(config.n_layer)]
+        if self.repacked:
+            file.release_pages()
 
     def _layer(self, layer: int, join: bool) -> LayerWeights:
         names = {part: f"blk.{layer}.{suffix}" for part, suffix in _PARTS.items()}
@@ -94,11 +96,10 @@ class Weights:
                 if tensor is not None:
                     joined[whole] = tensor
         covered = {part for whole in joined for part in _JOINS[whole]}
-        parts = {
-            part: self._matrix([name], name) if name.endswith(".weight") and part not in covered else self._mapped(name)
-            for part, name in names.items()
-        }
-        return LayerWeights(**parts, **joined)
+        single: dict[str, Tensor] = {}
+        for part, name in names.items():
+            single[part] = self._mapped(name) if part in covered else self._matrix([name], name)
+        return LayerWeights(**single, **joined)
 
     def _join(self, name: str, parts: list[str]) -> Tensor | None:
         """One tensor of the parts' rows, where that pays: matrices that are repacked anyway, and their biases."""

@@ -34,6 +34,6 @@ enum repkv_op {
     REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK, ...
 };
 void *repkv_op_address(enum repkv_op op);
-size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim);
+size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 int repkv_panel(void);
 int repkv_has_fast_prefill(void);

@@ -3,21 +3,20 @@
 #include "convert.h"
 #include "simd.h"
 
-enum { TILE = 32 /* cells whose keys and values are converted at once */ };
+enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
 
 /* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
 static size_t row_bytes(size_t n) {
     return ((n * sizeof(float) + 511) / 256) * 256;
 }
 
-size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int head_dim) {
+size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim) {
     size_t widest = (size_t)(n_ff > n_embd ? n_ff : n_embd);
-    const size_t n_embd_q = (size_t)n_head * (size_t)head_dim;
+    const size_t n_embd_q = (size_t)n_head * (size_t)head_dim, n_embd_kv = (size_t)n_head_kv * (size_t)head_dim;
     if (n_embd_q > widest) widest = n_embd_q;
-    /* x after norm, x quantised; attend: q of all heads, tile of keys, tile of values, scores, a key and a value */
+    /* x after norm, x quantised; attend: queries of all heads, tiles of keys and values, scores */
     const size_t linear = 2 * row_bytes(widest);
-    const size_t attend = row_bytes(n_embd_q) + 2 * row_bytes(TILE * (size_t)head_dim) + row_bytes(TILE * (size_t)n_head) +
-                          4 * row_bytes((size_t)head_dim);
+    const size_t attend = row_bytes(n_embd_q) + 2 * row_bytes(TILE * n_embd_kv) + row_bytes(TILE);
     return linear > attend ? linear : attend;
 }
 
@@ -118,12 +117,12 @@ static void rope(float *y, const float *x, const float *cosine, const float *sin
     for (int i = rope_dim; i < head_dim; i++) y[i] = x[i];
 }
 
-/* Folds n_cells keys and values [n_cells, head_dim] into the running (maximum, sum, values) of one query head. */
-static void fold(float *partial, float *scores, const float *q, const float *keys, const float *values, int n_cells, int d,
-                 float scale) {
+/* Folds n_cells keys and values [n_cells, stride] into the running (maximum, sum, values) of one query head. */
+static void fold(float *partial, float *scores, const float *q, const float *keys, const float *values, int n_cells,
+                 size_t stride, int d, float scale) {
     float tile_max = -INFINITY;
     for (int c = 0; c < n_cells; c++) {
-        scores[c] = dot_f32(q, keys + (size_t)c * (size_t)d, d) * scale;
+        scores[c] = dot_f32(q, keys + (size_t)c * stride, d) * scale;
         if (scores[c] > tile_max) tile_max = scores[c];
     }
     for (int c = n_cells; c < TILE; c++) scores[c] = -INFINITY;
@@ -135,73 +134,60 @@ static void fold(float *partial, float *scores, const float *q, const float *key
     }
     const f32x16 max = splat16(partial[0]);
     for (int c = 0; c < TILE; c += 16) store16(scores + c, exp16(load16(scores + c) - max));
-    for (int c = 0; c < n_cells; c++) {
-        partial[1] += scores[c];
-        axpy_f32(partial + 2, values + (size_t)c * (size_t)d, scores[c], d);
+    for (int c = 0; c < n_cells; c++) partial[1] += scores[c];
+    weighted_rows_f32(partial + 2, scores, values, n_cells, stride, d);
+}
+
+/* One thread's share of attention for all heads. */
+struct attention {
+    const struct repkv_op_params *p;
+    const struct ggml_tensor *k_arena, *v_arena;
+    float *q, *keys, *values, *scores, *partials;
+};
+
+static void attend_cells(const struct attention *a, int64_t first, int n_cells) {
+    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv, width = a->p->n_head_kv * d;
+    to_f32(a->k_arena->type, row(a->k_arena, first), a->keys, n_cells * width);
+    to_f32(a->v_arena->type, row(a->v_arena, first), a->values, n_cells * width);
+    for (int h = 0; h < a->p->n_head; h++) {
+        const int kv = h / group * d;
+        fold(a->partials + (size_t)h * (size_t)(2 + d), a->scores, a->q + h * d, a->keys + kv, a->values + kv, n_cells,
+             (size_t)width, d, a->p->scale);
     }
 }
 
 void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const float *qkv = dst->src[0]->data;
-    const struct ggml_tensor *k_arena = dst->src[1], *v_arena = dst->src[2];
-    const int half = p->rope_dim / 2;
-    const float *cosine = dst->src[3]->data, *sine = cosine + half;
+    const float *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
     const int32_t *cells = dst->src[4]->data;
-    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const enum ggml_type k_type = k_arena->type, v_type = v_arena->type;
-    const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
+    const int d = p->head_dim, width = p->n_head_kv * d;
 
-    char *scratch = repkv_thread_scratch(p, ith);
-    float *q = (float *)scratch;
-    scratch += row_bytes((size_t)(p->n_head * d));
-    float *keys = (float *)scratch;
-    scratch += row_bytes((size_t)(TILE * d));
-    float *values = (float *)scratch;
-    scratch += row_bytes((size_t)(TILE * d));
-    float *scores = (float *)scratch;
-    scratch += row_bytes((size_t)(TILE * p->n_head));
-    float *key = (float *)scratch;
-
-    float *partials = (float *)dst->data + (size_t)ith * (size_t)p->n_head * (size_t)(2 + d);
+    struct attention a = {.p = p, .k_arena = dst->src[1], .v_arena = dst->src[2]};
+    a.q = (float *)repkv_thread_scratch(p, ith);
+    a.keys = a.q + row_bytes((size_t)(p->n_head * d)) / sizeof(float);
+    a.values = a.keys + row_bytes((size_t)(TILE * width)) / sizeof(float);
+    a.scores = a.values + row_bytes((size_t)(TILE * width)) / sizeof(float);
+    a.partials = (float *)dst->data + (size_t)ith * (size_t)p->n_head * (size_t)(2 + d);
     for (int h = 0; h < p->n_head; h++) {
-        rope(q + h * d, qkv + h * d, cosine, sine, p->rope_dim, d);
-        float *partial = partials + (size_t)h * (size_t)(2 + d);
+        rope(a.q + h * d, qkv + h * d, cosine, sine, p->rope_dim, d);
+        float *partial = a.partials + (size_t)h * (size_t)(2 + d);
         partial[0] = -INFINITY;
         memset(partial + 1, 0, (size_t)(1 + d) * sizeof(float));
     }
 
     int64_t begin, end;
     share(cells[1], ith, nth, &begin, &end);
-    for (int kv = 0; kv < p->n_head_kv; kv++) {
-        for (int64_t c0 = begin; c0 < end; c0 += TILE) {
-            const int n_cells = end - c0 < TILE ? (int)(end - c0) : TILE;
-            for (int c = 0; c < n_cells; c++) {
-                to_f32(k_type, row(k_arena, c0 + c) + (size_t)kv * k_head_bytes, keys + c * d, d);
-                to_f32(v_type, row(v_arena, c0 + c) + (size_t)kv * v_head_bytes, values + c * d, d);
-            }
-            for (int g = 0; g < group; g++) {
-                const int h = kv * group + g;
-                fold(partials + (size_t)h * (size_t)(2 + d), scores, q + h * d, keys, values, n_cells, d, p->scale);
-            }
-        }
-    }
+    for (int64_t c = begin; c < end; c += TILE) attend_cells(&a, c, end - c < TILE ? (int)(end - c) : TILE);
     if (ith != nth - 1) return;
 
     /* The new token: stored first and read back, so that it is attended with the cache's precision. */
     for (int kv = 0; kv < p->n_head_kv; kv++) {
-        char *k_cell = row(k_arena, cells[0]) + (size_t)kv * k_head_bytes;
-        char *v_cell = row(v_arena, cells[0]) + (size_t)kv * v_head_bytes;
-        rope(key, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
-        from_f32(k_type, key, k_cell, d);
-        from_f32(v_type, qkv + (p->n_head + p->n_head_kv + kv) * d, v_cell, d);
-        to_f32(k_type, k_cell, keys, d);
-        to_f32(v_type, v_cell, values, d);
-        for (int g = 0; g < group; g++) {
-            const int h = kv * group + g;
-            fold(partials + (size_t)h * (size_t)(2 + d), scores, q + h * d, keys, values, 1, d, p->scale);
-        }
+        rope(a.keys + kv * d, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
     }
+    from_f32(a.k_arena->type, a.keys, row(a.k_arena, cells[0]), width);
+    from_f32(a.v_arena->type, qkv + p->n_head * d + width, row(a.v_arena, cells[0]), width);
+    attend_cells(&a, cells[0], 1);
 }
 
 /* The threads' partial sums of one head become its output [d]. */

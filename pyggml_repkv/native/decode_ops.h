@@ -29,6 +29,6 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void repkv_linear_add(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 /* Bytes of scratch per thread. */
-size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int head_dim);
+size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 
 #endif

@@ -43,7 +43,7 @@ enum repkv_op {
 void *repkv_op_address(enum repkv_op op);
 
 /* Bytes of scratch per thread that the ops need for a model of these sizes. */
-size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int head_dim);
+size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 
 /* Tokens that lie side by side in the packed layout of the prefill ops (see prefill_ops.h). */
 int repkv_panel(void);

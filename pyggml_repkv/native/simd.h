@@ -5,7 +5,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__)
+#if defined(__F16C__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -27,10 +27,14 @@ static inline f32x16 splat16(float x) {
 }
 
 static inline float sum16(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float s[8], t[4];
     for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
     for (int i = 0; i < 4; i++) t[i] = s[i] + s[i + 4];
     return (t[0] + t[2]) + (t[1] + t[3]);
+#endif
 }
 
 static inline float dot_f32(const float *a, const float *b, int n) {
@@ -52,6 +56,28 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
     int i = 0;
     for (; i + 16 <= n; i += 16) store16(y + i, load16(y + i) + sv * load16(x + i));
     for (; i < n; i++) y[i] += s * x[i];
+}
+
+/* y [n] += sum over rows of weights[row] * x[row * stride ...] */
+static inline void weighted_rows_f32(float *y, const float *weights, const float *x, int n_rows, size_t stride, int n) {
+    int i = 0;
+    for (; i + 64 <= n; i += 64) {
+        f32x16 acc[4];
+        for (int j = 0; j < 4; j++) acc[j] = load16(y + i + 16 * j);
+        for (int r = 0; r < n_rows; r++) {
+            const f32x16 w = splat16(weights[r]);
+            for (int j = 0; j < 4; j++) acc[j] += w * load16(x + (size_t)r * stride + i + 16 * j);
+        }
+        for (int j = 0; j < 4; j++) store16(y + i + 16 * j, acc[j]);
+    }
+    for (; i + 16 <= n; i += 16) {
+        f32x16 acc = load16(y + i);
+        for (int r = 0; r < n_rows; r++) acc += splat16(weights[r]) * load16(x + (size_t)r * stride + i);
+        store16(y + i, acc);
+    }
+    for (; i < n; i++) {
+        for (int r = 0; r < n_rows; r++) y[i] += weights[r] * x[(size_t)r * stride + i];
+    }
 }
 
 static inline void scale_f32(float *y, float s, int n) {

@@ -14,9 +14,7 @@ from pyggml_repkv.model.tokenizer import CHUNK, Tokenizer
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 VOCABULARIES = ("qwen2", "smollm")
 
-pytestmark = pytest.mark.skipif(
-    not (GOLDEN / "tokenizer.json").exists(), reason=f"no golden files in {GOLDEN}"
-)
+pytestmark = pytest.mark.skipif(not (GOLDEN / "tokenizer.json").exists(), reason=f"no golden files in {GOLDEN}")
 
 
 @cache

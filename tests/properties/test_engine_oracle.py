@@ -62,6 +62,11 @@ def test_every_weight_type(weight_type, repack, tmp_path):
     weights = write_tiny_model(tmp_path / "model.gguf", spec)
     tokens = list(range(20))
     memory = MemoryConfig(type_k="f32", type_v="f32")
-    with Model.load(tmp_path / "model.gguf", n_threads=2, repack=repack) as model, model.session(memory) as session:
+    with (
+        Model.load(tmp_path / "model.gguf", n_threads=2, repack=repack) as model,
+        model.session(memory) as session,
+    ):
         logits = [*session.prefill_all(tokens[:16]), *(session.decode(t).copy() for t in tokens[16:])]
-    assert relative_error(np.array(logits), qwen2_logits(spec, weights, tokens)) < _TOLERANCE.get(weight_type, _QUANTISED)
+    assert relative_error(np.array(logits), qwen2_logits(spec, weights, tokens)) < _TOLERANCE.get(
+        weight_type, _QUANTISED
+    )

@@ -205,9 +205,7 @@ class Answer:
     @property
     def is_clear(self) -> bool:
         """Whether the model ran, or was refused in one line."""
-        refused = (
-            self.end == "refused" and self.message.isprintable() and 10 < len(self.message) < MAX_MESSAGE
-        )
+        refused = self.end == "refused" and self.message.isprintable() and 10 < len(self.message) < MAX_MESSAGE
         return self.end == "ok" or refused
 
 

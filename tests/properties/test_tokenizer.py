@@ -113,9 +113,7 @@ def test_a_stream_holds_back_what_may_yet_become_a_character_and_no_more(tokens:
 
 
 def may_become_a_character(start: bytes) -> bool:
-    return any(
-        is_utf8(start + bytes([byte]) + b"\x80" * n_more) for byte in range(0x80, 0xC0) for n_more in range(3)
-    )
+    return any(is_utf8(start + bytes([byte]) + b"\x80" * n_more) for byte in range(0x80, 0xC0) for n_more in range(3))
 
 
 def is_utf8(data: bytes) -> bool:

@@ -48,9 +48,7 @@ class Builder:
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     outer = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     env = {**outer, **environment}
-    return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
 def script(path: Path, text: str) -> Path:
@@ -110,9 +108,7 @@ class TestKey:
 
     def test_changes_with_cpu_and_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
         here = ggml_wheel.machine()
-        assert wheel_key(PIN, {**here, "cxx": here["cxx"] + "#define __AVX1024__ 1\n"}) != wheel_key(
-            PIN, here
-        )
+        assert wheel_key(PIN, {**here, "cxx": here["cxx"] + "#define __AVX1024__ 1\n"}) != wheel_key(PIN, here)
         monkeypatch.setenv("CXXFLAGS", "-O1")
         assert wheel_key(PIN, ggml_wheel.machine()) != wheel_key(PIN, here)
 
@@ -194,9 +190,7 @@ class TestCache:
         with pytest.raises(WheelError, match=r"cannot write the wheel cache .*file.*set XDG_CACHE_HOME"):
             ensure_wheel(PIN, tmp_path / "file", Builder())
 
-    @pytest.mark.parametrize(
-        ("given", "root"), [("/var/c", "/var/c"), ("", "~/.cache"), ("relative", "~/.cache")]
-    )
+    @pytest.mark.parametrize(("given", "root"), [("/var/c", "/var/c"), ("", "~/.cache"), ("relative", "~/.cache")])
     def test_follows_xdg(self, monkeypatch: pytest.MonkeyPatch, given: str, root: str) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", given)
         assert ggml_wheel.cache_root() == Path(root).expanduser() / "pyggml_repkv" / "wheels"
@@ -206,9 +200,7 @@ class TestPipBuild:
     def test_fails_with_the_tail_of_the_log(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        python = script(
-            tmp_path / "python", "i=0; while [ $i -lt 99 ]; do i=$((i+1)); echo line $i; done; exit 1"
-        )
+        python = script(tmp_path / "python", "i=0; while [ $i -lt 99 ]; do i=$((i+1)); echo line $i; done; exit 1")
         monkeypatch.setattr(sys, "executable", str(python))
         with pytest.raises(WheelError, match=r"could not be built; the whole log is .*log$"):
             ggml_wheel.build_with_pip(PIN, tmp_path, tmp_path / "log")
@@ -230,9 +222,7 @@ class TestPipBuild:
 
 
 class TestExtension:
-    def test_sources_leave_out_the_generated_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_sources_leave_out_the_generated_file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("ops.c", "_native.c", "ops.h", "cdef.h"):
             (tmp_path / name).touch()
         monkeypatch.setattr(build, "FOLDER", tmp_path)

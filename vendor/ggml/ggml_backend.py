@@ -53,9 +53,7 @@ def _pinned_ggml() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from None
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(_wheel) as archive:
-            archive.extractall(
-                folder, [name for name in archive.namelist() if name.startswith("ggml/include/")]
-            )
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("ggml/include/")])
         os.environ["GGML_INCLUDE_DIR"] = os.path.join(folder, "ggml", "include")
         # A build folder that is kept would put modules deleted since into the next wheel.
         config = Path(folder, "build.cfg")
@@ -74,15 +72,11 @@ def prepare_metadata_for_build_editable(metadata_directory: str, config_settings
         return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)
 
 
-def build_wheel(
-    directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_wheel(directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     with _pinned_ggml():
         return build_meta.build_wheel(directory, config_settings, metadata_directory)
 
 
-def build_editable(
-    directory: str, config_settings: Settings = None, metadata_directory: str | None = None
-) -> str:
+def build_editable(directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
     with _pinned_ggml():
         return build_meta.build_editable(directory, config_settings, metadata_directory)

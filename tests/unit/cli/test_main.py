@@ -78,9 +78,7 @@ def test_help_imports_nothing_heavy():
             "heavy = {'numpy', 'ggml', 'rich', 'jinja2', 'gguf', 'tokenizers'} & set(sys.modules); "
             "sys.exit(f'imported {heavy}' if heavy else code)"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
         assert "usage: python -m pyggml_repkv" in done.stdout
 

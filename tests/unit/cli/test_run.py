@@ -124,9 +124,7 @@ def test_a_drawn_seed_is_said_and_reproduces_the_text(run, model):
     model.reply = ""
     first = run("--temp", "90", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "20", "--ignore-eos")
     seed = re.search(r"seed: (\d+)", first.err)[1]
-    again = run(
-        "--temp", "90", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "20", "--ignore-eos", "-s", seed
-    )
+    again = run("--temp", "90", "--top-k", "0", "--top-p", "1", "--min-p", "0", "-n", "20", "--ignore-eos", "-s", seed)
     assert first.out == again.out
     assert len(first.out) > 5
 

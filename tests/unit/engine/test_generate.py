@@ -65,9 +65,7 @@ class ScriptedSession:
 
 def generate(script, n_ctx=100, prompt=(2, 3, 4), **config):
     session = ScriptedSession(script, n_ctx)
-    generation = Generation(
-        session, LetterTokenizer(), prompt, GenerationConfig(**{"sampling": GREEDY, **config})
-    )
+    generation = Generation(session, LetterTokenizer(), prompt, GenerationConfig(**{"sampling": GREEDY, **config}))
     return list(generation), generation.result(), session
 
 
@@ -154,9 +152,7 @@ def test_the_penalty_sees_the_prompt_and_the_text():
 
 def test_progress_reaches_the_caller_and_the_count():
     seen = []
-    generation = Generation(
-        ScriptedSession("ab$"), LetterTokenizer(), [2] * 10, GenerationConfig(sampling=GREEDY)
-    )
+    generation = Generation(ScriptedSession("ab$"), LetterTokenizer(), [2] * 10, GenerationConfig(sampling=GREEDY))
     generation.prefill(lambda n_done, n_total: seen.append((n_done, n_total)))
     assert seen == [(0, 10), (4, 10), (8, 10), (10, 10)]
     assert generation.result().n_prompt == 10

@@ -85,9 +85,7 @@ def test_blocks_are_trimmed_as_transformers_does() -> None:
 
 
 def test_loop_controls() -> None:
-    source = (
-        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% if i == 3 %}{% break %}"
-    )
+    source = "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{{ i }}{% if i == 3 %}{% break %}"
     assert rendered(source + "{% endif %}{% endfor %}") == "023"
 
 
@@ -219,6 +217,4 @@ def test_messages_are_checked(messages: Any, message: str) -> None:
 
 
 def test_tool_calls_may_stand_for_content() -> None:
-    assert (
-        rendered("{{ messages[0].tool_calls[0] }}", [{"role": "assistant", "tool_calls": ["f()"]}]) == "f()"
-    )
+    assert rendered("{{ messages[0].tool_calls[0] }}", [{"role": "assistant", "tool_calls": ["f()"]}]) == "f()"

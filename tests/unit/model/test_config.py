@@ -177,9 +177,7 @@ def test_bad_value_is_refused_in_one_line(
 
 @pytest.mark.parametrize(("arch", "shown"), [("llama", "'llama'"), ("qwen2\n", r"'qwen2\\n'")])
 def test_other_architecture_is_named(config_of: Callable[..., ModelConfig], arch: str, shown: str) -> None:
-    with pytest.raises(
-        ModelFileError, match=f"architecture is {shown}; give a text-generating 'qwen2' model"
-    ):
+    with pytest.raises(ModelFileError, match=f"architecture is {shown}; give a text-generating 'qwen2' model"):
         config_of(None, {"general.architecture": (arch, TEXT)})
 
 

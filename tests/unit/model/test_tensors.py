@@ -34,9 +34,7 @@ def checked(path: Path, spec: TinySpec, edit: Edit | None = None) -> tuple[str, 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(spec=tiny_specs())
-def test_sound_models_pass_and_are_wholly_expected(
-    tmp_path_factory: pytest.TempPathFactory, spec: TinySpec
-) -> None:
+def test_sound_models_pass_and_are_wholly_expected(tmp_path_factory: pytest.TempPathFactory, spec: TinySpec) -> None:
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     assert checked(path, spec) == ()
     file = GGUFFile.open(path)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyggml_repkv.ffi.context import GraphContext, TensorContext
 from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros, tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.decode_ops import DecodeOps
+from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.model.config import ModelConfig, RopeScaling
 from tests.tiny_models import random_matrix
 
@@ -27,7 +27,21 @@ def tolerance(kind: QT) -> float:
 def config(n_embd=64, n_head=4, n_head_kv=2, head_dim=32, n_ff=96) -> ModelConfig:
     scaling = RopeScaling("none", 1.0, 512, 0.0, 1.0)
     return ModelConfig(
-        "qwen2", "test", 1, n_embd, n_head, n_head_kv, head_dim, n_ff, 300, 1e4, head_dim, scaling, 1e-5, 512, True
+        "qwen2",
+        "test",
+        1,
+        n_embd,
+        n_head,
+        n_head_kv,
+        head_dim,
+        n_ff,
+        300,
+        1e4,
+        head_dim,
+        scaling,
+        1e-5,
+        512,
+        True,
     )
 
 
@@ -39,7 +53,7 @@ class Bench:
     n_threads: int
 
     def __post_init__(self):
-        self.ops = DecodeOps(self.config, self.n_threads)
+        self.ops = FusedOps(self.config, self.n_threads)
         self.backend = Backend(self.n_threads)
         self.context = TensorContext(32)
         self.graph = GraphContext(256)
@@ -80,7 +94,11 @@ def assert_close(got, want, limit):
     assert np.abs(got - want).max() <= limit * max(1.0, np.abs(want).max())
 
 
-shapes = {"n_in": st.sampled_from([32, 64, 160, 256]), "seed": st.integers(0, 1000), "n_threads": st.integers(1, 3)}
+shapes = {
+    "n_in": st.sampled_from([32, 64, 160, 256]),
+    "seed": st.integers(0, 1000),
+    "n_threads": st.integers(1, 3),
+}
 
 
 @given(rows=st.lists(st.integers(1, 50), min_size=1, max_size=3), kinds=st.lists(st.sampled_from(TYPES), min_size=3),
@@ -173,7 +191,11 @@ def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_thread
         a, b = x[..., :half], x[..., half:]
         return np.concatenate((a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)), -1)
 
-    q, k_new, v_new = rotate(heads[:n_head]), rotate(heads[n_head : n_head + n_head_kv]), heads[n_head + n_head_kv :]
+    q, k_new, v_new = (
+        rotate(heads[:n_head]),
+        rotate(heads[n_head : n_head + n_head_kv]),
+        heads[n_head + n_head_kv :],
+    )
     k = np.concatenate((k_old[:n_past].astype(np.float64).reshape(n_past, n_head_kv, head_dim), k_new[None]))
     v = np.concatenate((v_old[:n_past].astype(np.float64).reshape(n_past, n_head_kv, head_dim), v_new[None]))
     out = np.empty((n_head, head_dim))
@@ -183,7 +205,10 @@ def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_thread
         out[h] = p / p.sum() @ v[:, h // group]
     assert_close(got, w @ out.ravel() + residual, 2e-5 if cache == "f32" else 2e-3)
 
-    k_after, v_after = tensor_array(k_arena).reshape(n_cells, width), tensor_array(v_arena).reshape(n_cells, width)
+    k_after, v_after = (
+        tensor_array(k_arena).reshape(n_cells, width),
+        tensor_array(v_arena).reshape(n_cells, width),
+    )
     assert np.array_equal(k_after[:n_past], k_old[:n_past])
     assert np.isnan(k_after[n_past + 1 :]).all()
     assert np.allclose(k_after[n_past].reshape(n_head_kv, head_dim), k_new, atol=2e-3)

@@ -1,0 +1,283 @@
+#include "prefill_ops.h"
+
+#include "convert.h"
+#include "microkernel.h"
+
+enum {
+    PANEL = REPKV_PANEL,
+    BLOCK_ROWS = 48,  /* weight rows converted at once: with BLOCK_K columns they stay in a 1 MiB second-level cache */
+    BLOCK_K = 2048,   /* a multiple of every quantisation block */
+    TILE = 64,        /* cells attended at once */
+};
+
+size_t repkv_prefill_scratch(int n_head, int head_dim) {
+    const size_t matmul = (size_t)BLOCK_ROWS * BLOCK_K + (size_t)BLOCK_ROWS * PANEL;
+    /* keys, values, scores; running maximum and sum of a panel for each head of a group */
+    const size_t attend = (size_t)TILE * (2 * (size_t)head_dim + PANEL) + 2 * PANEL * (size_t)n_head;
+    /* one token's head, and a panel's head after rotation */
+    const size_t store = (size_t)head_dim * (1 + PANEL);
+    const size_t most = matmul > attend ? matmul : attend;
+    return (most > store ? most : store) * sizeof(float) + 64;
+}
+
+void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    (void)userdata;
+    const struct ggml_tensor *x = dst->src[0];
+    const int64_t n = x->ne[0], n_tokens = x->ne[1];
+    int64_t begin, end;
+    share(dst->ne[2], ith, nth, &begin, &end);
+    for (int64_t panel = begin; panel < end; panel++) {
+        float *y = (float *)dst->data + panel * n * PANEL;
+        for (int64_t t = 0; t < PANEL; t++) {
+            const int64_t token = panel * PANEL + t;
+            const float *from = token < n_tokens ? (const float *)x->data + token * n : NULL;
+            for (int64_t i = 0; i < n; i++) y[i * PANEL + t] = from ? from[i] : 0.0f;
+        }
+    }
+}
+
+void repkv_norm_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const int64_t n = dst->ne[1];
+    const float *weight = dst->src[1]->data;
+    int64_t begin, end;
+    share(dst->ne[2], ith, nth, &begin, &end);
+    for (int64_t panel = begin; panel < end; panel++) {
+        const float *x = (const float *)dst->src[0]->data + panel * n * PANEL;
+        float *y = (float *)dst->data + panel * n * PANEL;
+        for (int half = 0; half < PANEL; half += 16) {
+            f32x16 sum[4] = {splat16(0.0f), splat16(0.0f), splat16(0.0f), splat16(0.0f)};
+            for (int64_t i = 0; i < n; i++) {
+                const f32x16 v = load16(x + i * PANEL + half);
+                sum[i & 3] += v * v;
+            }
+            const f32x16 mean = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / (float)n + p->eps;
+            f32x16 scale;
+            for (int t = 0; t < 16; t++) scale[t] = 1.0f / sqrtf(mean[t]);
+            for (int64_t i = 0; i < n; i++) {
+                store16(y + i * PANEL + half, load16(x + i * PANEL + half) * scale * splat16(weight[i]));
+            }
+        }
+    }
+}
+
+/* Rows [r0, r0 + n_rows) and columns [k0, k0 + n_k) of a weight as F32 [n_rows, n_k]. */
+static void convert_block(float *to, const struct ggml_tensor *w, int64_t r0, int n_rows, int64_t k0, int n_k) {
+    const size_t offset = (size_t)k0 / (size_t)repkv_ggml.get_type_traits(w->type)->blck_size * repkv_ggml.get_type_traits(w->type)->type_size;
+    for (int r = 0; r < n_rows; r++) to_f32(w->type, row(w, r0 + r) + offset, to + (size_t)r * (size_t)n_k, n_k);
+}
+
+/* y[panel][first + r] = weight rows [begin, end) @ x, for all panels; y has n_out features. */
+static void multiply(struct ggml_tensor *dst, const struct ggml_tensor *x, const struct ggml_tensor *w, int64_t begin,
+                     int64_t end, int64_t first, float *block) {
+    const int64_t n_in = x->ne[1], n_out = dst->ne[1], n_panels = dst->ne[2];
+    for (int64_t r0 = begin; r0 < end; r0 += BLOCK_ROWS) {
+        const int n_rows = end - r0 < BLOCK_ROWS ? (int)(end - r0) : BLOCK_ROWS;
+        for (int64_t k0 = 0; k0 < n_in; k0 += BLOCK_K) {
+            const int n_k = n_in - k0 < BLOCK_K ? (int)(n_in - k0) : BLOCK_K;
+            convert_block(block, w, r0, n_rows, k0, n_k);
+            for (int64_t panel = 0; panel < n_panels; panel++) {
+                float *y = (float *)dst->data + (panel * n_out + first + r0) * PANEL;
+                const float *b = (const float *)x->data + (panel * n_in + k0) * PANEL;
+                if (k0 == 0) {
+                    product(n_rows, y, PANEL, block, (size_t)n_k, 1, b, n_k, 0);
+                } else {
+                    product(n_rows, y, PANEL, block, (size_t)n_k, 1, b, n_k, 1);
+                }
+            }
+        }
+    }
+}
+
+/* The rows a thread does, in whole register tiles. */
+static void share_rows(int64_t n_rows, int ith, int nth, int64_t *begin, int64_t *end) {
+    share((n_rows + ROWS - 1) / ROWS, ith, nth, begin, end);
+    *begin *= ROWS;
+    *end = *end * ROWS < n_rows ? *end * ROWS : n_rows;
+}
+
+void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    float *block = (float *)repkv_thread_scratch(p, ith);
+    int64_t first = 0;
+    for (int m = 0; m < p->n_matrices; m++) {
+        const struct ggml_tensor *w = dst->src[1 + m];
+        int64_t begin, end;
+        share_rows(w->ne[1], ith, nth, &begin, &end);
+        multiply(dst, dst->src[0], w, begin, end, first, block);
+        if (p->n_biases) {
+            const float *bias = dst->src[1 + p->n_matrices + m]->data;
+            for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
+                float *y = (float *)dst->data + (panel * dst->ne[1] + first) * PANEL;
+                for (int64_t r = begin; r < end; r++) {
+                    for (int t = 0; t < PANEL; t++) y[r * PANEL + t] += bias[r];
+                }
+            }
+        }
+        first += w->ne[1];
+    }
+}
+
+void repkv_matmul_add(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    int64_t begin, end;
+    share_rows(dst->ne[1], ith, nth, &begin, &end);
+    multiply(dst, dst->src[0], dst->src[1], begin, end, 0, (float *)repkv_thread_scratch(p, ith));
+    for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
+        const int64_t offset = panel * dst->ne[1] * PANEL;
+        float *y = (float *)dst->data + offset;
+        const float *residual = (const float *)dst->src[2]->data + offset;
+        for (int64_t i = begin * PANEL; i < end * PANEL; i += 16) store16(y + i, load16(y + i) + load16(residual + i));
+    }
+}
+
+void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const struct ggml_tensor *x = dst->src[0], *gate = dst->src[1], *up = dst->src[2];
+    const int64_t n_in = x->ne[1], n_out = dst->ne[1];
+    float *block = (float *)repkv_thread_scratch(p, ith), *product_of_up = block + (size_t)BLOCK_ROWS * BLOCK_K;
+    int64_t begin, end;
+    share_rows(n_out, ith, nth, &begin, &end);
+    multiply(dst, x, gate, begin, end, 0, block);
+    /* `up` needs its whole sum before it meets the gate, so its rows go by blocks that are as long as fits. */
+    const int64_t rows_per_block = n_in <= BLOCK_K ? BLOCK_ROWS : (int64_t)BLOCK_ROWS * BLOCK_K / n_in;
+    const int64_t step = rows_per_block < 1 ? 1 : rows_per_block;
+    for (int64_t r0 = begin; r0 < end; r0 += step) {
+        const int n_rows = end - r0 < step ? (int)(end - r0) : (int)step;
+        convert_block(block, up, r0, n_rows, 0, (int)n_in);
+        for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
+            const float *b = (const float *)x->data + panel * n_in * PANEL;
+            product(n_rows, product_of_up, PANEL, block, (size_t)n_in, 1, b, (int)n_in, 0);
+            float *y = (float *)dst->data + (panel * n_out + r0) * PANEL;
+            for (int i = 0; i < n_rows * PANEL; i += 16) {
+                const f32x16 g = load16(y + i);
+                store16(y + i, g / (1.0f + exp16(-g)) * load16(product_of_up + i));
+            }
+        }
+    }
+}
+
+/* Rotates one head of a panel, features [head_dim][PANEL]; rope is [rope_dim][PANEL], cosines then sines. */
+static void rope_panel(float *y, const float *x, const float *rope, float scale, int rope_dim, int head_dim) {
+    const int half = rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        for (int t = 0; t < PANEL; t += 16) {
+            const f32x16 a = load16(x + i * PANEL + t), b = load16(x + (i + half) * PANEL + t);
+            const f32x16 c = load16(rope + i * PANEL + t), s = load16(rope + (i + half) * PANEL + t);
+            store16(y + i * PANEL + t, (a * c - b * s) * scale);
+            store16(y + (i + half) * PANEL + t, (a * s + b * c) * scale);
+        }
+    }
+    for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
+}
+
+/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena. */
+static void scatter_panel(const struct ggml_tensor *arena, const float *x, int64_t first_cell, int n_tokens, int head,
+                          size_t head_bytes, int d, float *buffer) {
+    for (int t = 0; t < n_tokens; t++) {
+        for (int i = 0; i < d; i++) buffer[i] = x[i * PANEL + t];
+        from_f32(arena->type, buffer, row(arena, first_cell + t) + (size_t)head * head_bytes, d);
+    }
+}
+
+void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const struct ggml_tensor *qkv = dst->src[0], *k_arena = dst->src[1], *v_arena = dst->src[2];
+    const int32_t *cells = dst->src[4]->data;
+    const int d = p->head_dim, n_features = (p->n_head + 2 * p->n_head_kv) * d;
+    const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
+    float *buffer = (float *)repkv_thread_scratch(p, ith), *rotated = buffer + d;
+    int64_t begin, end;
+    share(dst->ne[2], ith, nth, &begin, &end);
+    for (int64_t panel = begin; panel < end; panel++) {
+        const float *x = (const float *)qkv->data + panel * n_features * PANEL;
+        const float *rope = (const float *)dst->src[3]->data + panel * p->rope_dim * PANEL;
+        float *y = (float *)dst->data + panel * p->n_head * d * PANEL;
+        const int64_t cell = cells[0] + panel * PANEL;
+        const int n_tokens = cells[1] - panel * PANEL < PANEL ? (int)(cells[1] - panel * PANEL) : PANEL;
+        for (int h = 0; h < p->n_head; h++) rope_panel(y + h * d * PANEL, x + h * d * PANEL, rope, p->scale, p->rope_dim, d);
+        for (int h = 0; h < p->n_head_kv; h++) {
+            rope_panel(rotated, x + (p->n_head + h) * d * PANEL, rope, 1.0f, p->rope_dim, d);
+            scatter_panel(k_arena, rotated, cell, n_tokens, h, k_head_bytes, d, buffer);
+            scatter_panel(v_arena, x + (p->n_head + p->n_head_kv + h) * d * PANEL, cell, n_tokens, h, v_head_bytes, d, buffer);
+        }
+    }
+}
+
+/* One tile of cells into the running softmax of one head and panel: out [d][PANEL], max and sum [PANEL]. */
+static void attend_tile(float *out, float *max, float *sum, float *scores, const float *q, const float *keys,
+                        const float *values, int n_cells, int d, int64_t first_cell, int64_t last_visible_of_lane_0) {
+    product(n_cells, scores, PANEL, keys, (size_t)d, 1, q, d, 0);
+    const int masked = first_cell + n_cells - 1 > last_visible_of_lane_0;
+    for (int half = 0; half < PANEL; half += 16) {
+        if (masked) {
+            for (int c = 0; c < n_cells; c++) {
+                /* lane t sees the cells up to last_visible_of_lane_0 + t */
+                const int64_t hidden = first_cell + c - last_visible_of_lane_0 - half;
+                for (int t = 0; t < 16 && t < hidden; t++) scores[c * PANEL + half + t] = -INFINITY;
+            }
+        }
+        const f32x16 old_max = load16(max + half);
+        f32x16 new_max = old_max;
+        for (int c = 0; c < n_cells; c++) new_max = max16(new_max, load16(scores + c * PANEL + half));
+        f32x16 tile_sum = splat16(0.0f);
+        for (int c = 0; c < n_cells; c++) {
+            const f32x16 score = load16(scores + c * PANEL + half);
+            /* exp16 saturates above zero: what is masked must weigh exactly nothing. */
+            const f32x16 weight = select16(score == -INFINITY, splat16(0.0f), exp16(score - new_max));
+            store16(scores + c * PANEL + half, weight);
+            tile_sum += weight;
+        }
+        const f32x16 shrink = select16(old_max == -INFINITY, splat16(0.0f), exp16(old_max - new_max));
+        store16(sum + half, load16(sum + half) * shrink + tile_sum);
+        store16(max + half, new_max);
+        for (int i = 0; i < d; i++) store16(out + i * PANEL + half, load16(out + i * PANEL + half) * shrink);
+    }
+    product(d, out, PANEL, values, 1, (size_t)d, scores, n_cells, 1);
+}
+
+void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const struct ggml_tensor *k_arena = dst->src[1], *v_arena = dst->src[2];
+    const int32_t *cells = dst->src[3]->data;
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
+    const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
+    float *keys = (float *)repkv_thread_scratch(p, ith), *values = keys + TILE * d, *scores = values + TILE * d;
+
+    /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
+    for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
+        const int64_t panel = unit / p->n_head_kv;
+        const int kv = (int)(unit % p->n_head_kv);
+        const int64_t visible_of_lane_0 = cells[0] + panel * PANEL;
+        const int64_t last_token = cells[1] < (panel + 1) * PANEL ? cells[1] - 1 : (panel + 1) * PANEL - 1;
+        const int64_t n_cells = cells[0] + last_token + 1;
+        const size_t first = (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
+        float *out = (float *)dst->data + first;
+        const float *q = (const float *)dst->src[0]->data + first;
+        float *max = scores + TILE * PANEL, *sum = max + (size_t)group * PANEL;
+        memset(out, 0, (size_t)(group * d * PANEL) * sizeof(float));
+        for (int i = 0; i < group * PANEL; i++) max[i] = -INFINITY, sum[i] = 0.0f;
+
+        for (int64_t c0 = 0; c0 < n_cells; c0 += TILE) {
+            const int n = n_cells - c0 < TILE ? (int)(n_cells - c0) : TILE;
+            for (int c = 0; c < n; c++) {
+                to_f32(k_arena->type, row(k_arena, c0 + c) + (size_t)kv * k_head_bytes, keys + c * d, d);
+                to_f32(v_arena->type, row(v_arena, c0 + c) + (size_t)kv * v_head_bytes, values + c * d, d);
+            }
+            for (int g = 0; g < group; g++) {
+                const size_t head = (size_t)(g * d * PANEL);
+                attend_tile(out + head, max + g * PANEL, sum + g * PANEL, scores, q + head, keys, values, n, d, c0,
+                            visible_of_lane_0);
+            }
+        }
+        for (int g = 0; g < group; g++) {
+            for (int t = 0; t < PANEL; t += 16) {
+                const f32x16 scale = 1.0f / load16(sum + g * PANEL + t);
+                for (int i = 0; i < d; i++) {
+                    float *y = out + (size_t)(g * d + i) * PANEL + t;
+                    store16(y, load16(y) * scale);
+                }
+            }
+        }
+    }
+}
