@@ -75,6 +75,13 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
         default="full",
         help=f"KV memory policy: {', '.join(KV_POLICIES)} (default: %(default)s)",
     )
+    group.add_argument(
+        "-fa",
+        "--flash-attn",
+        choices=("on", "off"),
+        default="on",
+        help="off stores attention scores, as llama.cpp does without flash attention; slower (default: %(default)s)",
+    )
     for flag, name, what in (("-ctk", "k", "keys"), ("-ctv", "v", "values")):
         group.add_argument(
             flag,

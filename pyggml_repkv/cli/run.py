@@ -134,7 +134,14 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         )
     if n_ctx > n_ctx_train:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
-    memory = MemoryConfig(args.kv, n_ctx, args.batch_size, args.cache_type_k, args.cache_type_v)
+    memory = MemoryConfig(
+        kv=args.kv,
+        n_ctx=n_ctx,
+        n_batch=args.batch_size,
+        type_k=args.cache_type_k,
+        type_v=args.cache_type_v,
+        flash_attn=args.flash_attn == "on",
+    )
     return model.session(memory)
 
 

@@ -7,19 +7,22 @@ import time
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pyggml_repkv.engine.session import Session
-from pyggml_repkv.errors import InputError
-from pyggml_repkv.ffi.handles import Backend
+from pyggml_repkv.errors import InputError, ModelFileError
+from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
 from pyggml_repkv.memory.policy import MemoryConfig
 from pyggml_repkv.memory.registry import make_policy
-from pyggml_repkv.model.chat_template import ChatTemplate
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
 from pyggml_repkv.model.weights import Weights
+
+if TYPE_CHECKING:
+    from pyggml_repkv.model.chat_template import ChatTemplate
 
 MAX_THREADS = 512
 
@@ -64,7 +67,14 @@ class Model:
         weights = Weights(file, config, repack=repack, join=not exact_graph)
         model = cls(file, config, weights, Backend(n_threads), exact=exact_graph)
         # The tokenizer is part of loading: a broken vocabulary should be known before a prompt is typed.
-        _ = model.tokenizer
+        try:
+            _ = model.tokenizer
+        except ModelFileError as error:
+            model.close()
+            raise ModelFileError(f"{path}: {error}") from None
+        # Half of what was parsed; nobody needs it again.
+        file.metadata.pop("tokenizer.ggml.merges", None)
+        return_free_memory()
         model.load_ms = (time.perf_counter() - start) * 1e3
         return model
 
@@ -74,12 +84,16 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
+        """The file's own, or None; only now is Jinja2 imported."""
+        from pyggml_repkv.model.chat_template import ChatTemplate
+
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
 
     def session(self, memory: MemoryConfig | None = None) -> Session:
         """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short."""
         memory = memory or MemoryConfig()
-        session = Session(self.graph, self.backend, make_policy(self.config, memory, self.graph), memory)
+        policy = make_policy(self.config, memory, self.graph)
+        session = Session(self.graph, self.backend, self.tokenizer, policy, memory)
         self._sessions.append(session)
         return session
 

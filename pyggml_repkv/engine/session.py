@@ -7,10 +7,12 @@ from types import TracebackType
 
 import numpy as np
 
+from pyggml_repkv.engine.generate import Generation, GenerationConfig
 from pyggml_repkv.errors import ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
 from pyggml_repkv.memory.policy import MemoryConfig, Policy
+from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
 
@@ -21,11 +23,13 @@ class Session:
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
     """
 
-    def __init__(self, graph: GraphModel, backend: Backend, policy: Policy, memory: MemoryConfig) -> None:
+    def __init__(
+        self, graph: GraphModel, backend: Backend, tokenizer: Tokenizer, policy: Policy, memory: MemoryConfig
+    ) -> None:
         self.n_past = 0
         self.n_batch = memory.n_batch
         self.policy = policy
-        self._graph, self._config = graph, graph.config
+        self._graph, self._config, self._tokenizer = graph, graph.config, tokenizer
         self._plans = PlanCache(graph, policy, backend)
         self._closed = False
 
@@ -69,6 +73,14 @@ class Session:
         logits = self._step(self._checked((token,)), "all")
         assert logits is not None
         return logits[0]
+
+    def generate(self, prompt: str | Sequence[int], config: GenerationConfig | None = None) -> Generation:
+        """Continues a text (tokenized as by `run`) or token ids: iterate the result for pieces of text.
+
+        Raises InputError for an empty prompt; iterating raises as prefill does.
+        """
+        tokens = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
+        return Generation(self, self._tokenizer, tokens, config)
 
     def stats(self) -> dict[str, object]:
         """The `kv` object of `run --json`."""

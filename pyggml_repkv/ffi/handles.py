@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -68,7 +69,7 @@ class Backend(Handle):
         if status == g.GGML_STATUS_SUCCESS:
             return
         if status == g.GGML_STATUS_ABORTED:
-            # Python's own handler has seen the signal too; if it did not raise, the caller still must not use the result.
+            # Python's own handler saw the signal too; even if it did not raise, the result must not be used.
             raise KeyboardInterrupt
         reason = last_log() or g.ggml_status_to_string(status).decode(errors="replace")
         raise ComputeError(f"ggml could not compute the graph: {reason}")
@@ -117,6 +118,27 @@ def aligned_zeros(n_bytes: int) -> np.ndarray:
         raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
     start = -raw.ctypes.data % 64
     return raw[start : start + n_bytes]
+
+
+def lazy_zeros(n_bytes: int) -> np.ndarray:
+    """Zeroed, page-aligned memory (uint8 [n_bytes]) that is resident only where it was written, page by page.
+
+    Huge pages are declined: of many arenas that are used from their start, each would take 2 MiB at its first row.
+    """
+    try:
+        memory = mmap.mmap(-1, max(n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError, OverflowError):
+        raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.uint8, n_bytes)
+
+
+def return_free_memory() -> None:
+    """Gives the C heap's free pages back to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class GraphAllocator(Handle):

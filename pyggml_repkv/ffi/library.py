@@ -103,9 +103,10 @@ def last_log() -> str:
     return text
 
 
-_CPU_FEATURES = (
-    "sse3 avx2 fma f16c avx_vnni avx512 avx512_vbmi avx512_vnni avx512_bf16 amx_int8 neon dotprod matmul_int8 sve"
-).split()
+_CPU_FEATURES = [
+    *("sse3", "avx2", "fma", "f16c", "avx_vnni", "avx512", "avx512_vbmi", "avx512_vnni", "avx512_bf16", "amx_int8"),
+    *("neon", "dotprod", "matmul_int8", "sve"),
+]
 
 
 def describe() -> dict[str, str]:

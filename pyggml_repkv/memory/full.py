@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from pyggml_repkv.errors import InputError
+import os
+
+from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
-from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
+from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
@@ -41,8 +43,9 @@ class FullMemory:
         _check_types(config, memory)
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
         self._bytes_per_token = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in types)
+        _check_memory(self._bytes_per_token * self.n_cells, self.n_ctx)
         self._context = TensorContext(2 * config.n_layer + 8)
-        self._buffer = Buffer.over(aligned_zeros(self._bytes_per_token * self.n_cells))
+        self._buffer = Buffer.over(lazy_zeros(self._bytes_per_token * self.n_cells))
         k_shape = (self.n_cells, config.n_embd_kv)
         v_shape = k_shape if self._flash else k_shape[::-1]
         self.k_arenas: list[Tensor] = []
@@ -100,3 +103,13 @@ def _check_types(config: ModelConfig, memory: MemoryConfig) -> None:
             raise InputError(f"{flag} {name} needs a head size that {block} divides; this model's is {config.head_dim}")
     if not memory.flash_attn and memory.type_v == "q8_0":
         raise InputError("-ctv q8_0 needs flash attention; leave out -fa off, or use f16, bf16 or f32")
+
+
+def _check_memory(n_bytes: int, n_ctx: int) -> None:
+    """Linux promises memory that it does not have and kills the process that uses it, so ask first."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if n_bytes > total:
+        raise ComputeError(
+            f"keys and values of {n_ctx} tokens need {n_bytes / 2**30:.1f} GiB and this machine has "
+            f"{total / 2**30:.1f}: use a smaller -c, or -ctk q8_0 -ctv q8_0"
+        )

@@ -4,9 +4,9 @@ gguf.GGUFReader makes several numpy arrays per string, seconds for a vocabulary,
 Format: the GGUF specification in ggml's docs/gguf.md.
 """
 
+import mmap
 import os
 import stat
-import mmap
 import struct
 from dataclasses import dataclass, field
 from math import prod

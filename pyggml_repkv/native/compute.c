@@ -22,9 +22,13 @@ static void on_sigint(int signal_number, siginfo_t *info, void *context) {
     }
 }
 
+bool repkv_abort_requested(void) {
+    return atomic_load_explicit(&abort_requested, memory_order_relaxed);
+}
+
 static bool should_abort(void *data) {
     (void)data;
-    return atomic_load_explicit(&abort_requested, memory_order_relaxed);
+    return repkv_abort_requested();
 }
 
 static void enter(void) {

@@ -2,10 +2,15 @@
 #ifndef REPKV_COMPUTE_H
 #define REPKV_COMPUTE_H
 
+#include <stdbool.h>
+
 /* Runs ggml_backend_graph_compute on a CPU backend and returns its status (0 ok, 1 aborted, < 0 failed).
  * While it runs, SIGINT also sets an abort flag that ggml polls after every node; the handler that was installed before
  * is called as well, so Python raises KeyboardInterrupt once the call returns. Several threads may compute at once. */
 int repkv_compute(void *backend, void *graph);
+
+/* True while a running compute is to stop: long ops ask it between blocks and return early, their result unread. */
+bool repkv_abort_requested(void);
 
 /* Stops every compute that is running, as SIGINT would. Safe from any thread and from signal handlers. */
 void repkv_request_abort(void);

@@ -1,5 +1,6 @@
 #include "prefill_ops.h"
 
+#include "compute.h"
 #include "convert.h"
 #include "microkernel.h"
 
@@ -76,6 +77,7 @@ static void multiply(struct ggml_tensor *dst, const struct ggml_tensor *x, const
         for (int64_t k0 = 0; k0 < n_in; k0 += BLOCK_K) {
             const int n_k = n_in - k0 < BLOCK_K ? (int)(n_in - k0) : BLOCK_K;
             convert_block(block, w, r0, n_rows, k0, n_k);
+            if (repkv_abort_requested()) return;
             for (int64_t panel = 0; panel < n_panels; panel++) {
                 float *y = (float *)dst->data + (panel * n_out + first + r0) * PANEL;
                 const float *b = (const float *)x->data + (panel * n_in + k0) * PANEL;
@@ -144,6 +146,7 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     const int64_t step = rows_per_block < 1 ? 1 : rows_per_block;
     for (int64_t r0 = begin; r0 < end; r0 += step) {
         const int n_rows = end - r0 < step ? (int)(end - r0) : (int)step;
+        if (repkv_abort_requested()) return;
         convert_block(block, up, r0, n_rows, 0, (int)n_in);
         for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
             const float *b = (const float *)x->data + panel * n_in * PANEL;
@@ -246,6 +249,7 @@ void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdat
 
     /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
+        if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
         const int64_t visible_of_lane_0 = cells[0] + panel * PANEL;
