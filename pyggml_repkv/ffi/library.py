@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 
 from pyggml_repkv.errors import RepkvError
+from pyggml_repkv.ffi.symbols import SYMBOLS
 
 __all__ = ["describe", "g", "last_log", "native", "native_ffi"]
 
@@ -81,6 +82,8 @@ def _bind_native() -> None:
 
 def _self_test() -> None:
     """Cheap proofs that the binary is the one the bindings and the extension were made for."""
+    for name in SYMBOLS:
+        _symbol_address(name)
     version = g.ggml_version().decode()
     if version != GGML_VERSION:
         raise RepkvError(f"ggml {version} is loaded but {GGML_VERSION} is needed; {_REINSTALL}")
