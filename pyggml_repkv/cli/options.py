@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from pyggml_repkv.cli.parser import integer, number
+from pyggml_repkv.memory.config import POSITIONS, MemoryConfig
 
-KV_POLICIES = ("full",)
+KV_POLICIES = ("full", "repkv")
 KV_TYPES = ("f16", "f32", "bf16", "q8_0")
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 1
@@ -58,7 +59,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=integer(0, MAX_INT),
         default=0,
-        help="tokens of context; 0 is what the model was trained on (default: 0)",
+        help="tokens of context; 0 is what the model was trained on, with repkv about a million (default: 0)",
     )
     group.add_argument(
         "-b",
@@ -91,6 +92,34 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
             default="f16",
             help=f"type of the cached {what}: {', '.join(KV_TYPES)} (default: %(default)s)",
         )
+
+
+def add_memory_options(parser: argparse.ArgumentParser) -> None:
+    """What `--kv repkv` keeps and fetches."""
+    defaults = MemoryConfig()
+    group = parser.add_argument_group("representative-token memory (--kv repkv)")
+    counts = (
+        ("--n-sink", "n_sink", 0, 2**20, "first tokens, always attended"),
+        ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
+        ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends at each step"),
+        ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),
+        ("--n-score", "n_score", 1, 2**20, "later queries that score a token; at most --n-local"),
+    )
+    for flag, name, low, high, what in counts:
+        default = getattr(defaults, name)
+        group.add_argument(
+            flag, metavar="N", type=integer(low, high), default=default, help=f"{what} (default: {default})"
+        )
+    group.add_argument(
+        "--block", metavar="SCHEME", default=defaults.block, help="how older tokens are cut (default: %(default)s)"
+    )
+    group.add_argument(
+        "--positions",
+        choices=POSITIONS,
+        default=defaults.positions,
+        help="where older tokens are seen: at their exact place, all at one far distance, or far as soon as the "
+        "context may outgrow the trained one (default: %(default)s)",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

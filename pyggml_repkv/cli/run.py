@@ -14,6 +14,7 @@ from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.options import (
     MAX_INT,
     add_context_options,
+    add_memory_options,
     add_model_options,
     add_sampling_options,
     default_threads,
@@ -58,6 +59,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add_model_options(parser)
     add_context_options(parser)
+    add_memory_options(parser)
     group = parser.add_argument_group("length")
     group.add_argument(
         "-n",
@@ -100,7 +102,11 @@ def main(args: argparse.Namespace) -> int:
 
     threads = args.threads or default_threads()
     with Model.load(
-        _model_path(args), n_threads=threads, repack=not args.no_repack, exact_graph=args.exact_graph
+        _model_path(args),
+        n_threads=threads,
+        # Memory policies other than `full` read matrices as they lie in the file.
+        repack=not args.no_repack and args.kv == "full",
+        exact_graph=args.exact_graph,
     ) as model:
         if args.chat:
             prompt = apply_template(args, prompt, model.chat_template)
@@ -126,13 +132,14 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     from pyggml_repkv.memory.policy import MemoryConfig
 
     n_ctx_train = model.config.n_ctx_train
-    n_ctx = args.ctx_size or n_ctx_train
-    if n_prompt > n_ctx:
+    unbounded = args.kv != "full"
+    n_ctx = args.ctx_size or (0 if unbounded else n_ctx_train)
+    if n_ctx and n_prompt > n_ctx:
         raise InputError(
             f"the prompt has {n_prompt} tokens and the context holds {n_ctx}: give -c {n_prompt} or more, "
             f"or a shorter prompt (the model was trained on {n_ctx_train})"
         )
-    if n_ctx > n_ctx_train:
+    if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
     memory = MemoryConfig(
         kv=args.kv,
@@ -141,6 +148,13 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         type_k=args.cache_type_k,
         type_v=args.cache_type_v,
         flash_attn=args.flash_attn == "on",
+        n_sink=args.n_sink,
+        n_local=args.n_local,
+        block=args.block,
+        top_blocks=args.top_blocks,
+        n_repr=args.n_repr,
+        n_score=args.n_score,
+        positions=args.positions,
     )
     return model.session(memory)
 

@@ -50,9 +50,10 @@ class Session:
         """
         ids = self._checked(tokens)
         logits: np.ndarray | None = None
-        for start in range(0, len(ids), self.n_batch):
-            chunk = ids[start : start + self.n_batch]
-            end = start + len(chunk)
+        end = 0
+        for size in self.policy.split(len(ids), self.n_batch):
+            chunk = ids[end : end + size]
+            end += size
             logits = self._step(chunk, "last" if end == len(ids) else "none")
             if on_progress is not None:
                 on_progress(end, len(ids))
@@ -87,12 +88,15 @@ class Session:
         return self.policy.stats(self.n_past)
 
     def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
-        # One token has one output whether "last" or "all" was asked for; they share a plan.
-        if len(chunk) == 1 and outputs == "last":
+        # One token's logits are cheaper than a second plan without them.
+        if len(chunk) == 1:
             outputs = "all"
-        form = self._graph.form(len(chunk), outputs) if self.policy.can_fuse else "ggml"
-        shape = self.policy.step_shape(self.n_past, len(chunk), form)
-        logits = self._plans.run(PlanKey(shape, outputs), chunk, self.n_past)
+        shape = self.policy.step_shape(self.n_past, len(chunk), self._graph.form(len(chunk), outputs))
+        try:
+            logits = self._plans.run(PlanKey(shape, outputs), chunk, self.n_past)
+        except BaseException:
+            self.policy.undo_step()
+            raise
         self.n_past += len(chunk)
         return logits
 

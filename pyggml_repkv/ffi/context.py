@@ -179,6 +179,8 @@ class GraphContext(TensorContext):
     def custom(self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any) -> Tensor:
         """An F32 tensor computed by a C op of the extension; `params` is a cffi struct and is kept alive."""
         self._reserve()
+        if len(sources) >= g.GGML_MAX_SRC:
+            raise ComputeError(f"a custom op takes fewer than {g.GGML_MAX_SRC} sources, not {len(sources)}")
         args = (ctypes.POINTER(g.ggml_tensor) * len(sources))(*sources)
         self.keep_alive(params)
         ne = [*reversed(shape), 1, 1, 1][:4]

@@ -99,6 +99,52 @@ class FusedOps:
         shape = _packed_like(q, self.config.n_embd_q)
         return self._node(g, native.REPKV_ATTEND_CHUNK, shape, [q, k_arena, v_arena, cells])
 
+    def store_far(
+        self, g: GraphContext, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor
+    ) -> Tensor:
+        """Packed qkv -> queries rotated by the far distance, packed; stores keys before RoPE and values."""
+        shape = _packed_like(qkv, self.config.n_embd_q)
+        return self._node(g, native.REPKV_STORE_FAR, shape, [qkv, k_store, v_store, rope, regions])
+
+    def score_acc(
+        self, g: GraphContext, q: Tensor, k_local: Tensor, score: Tensor, regions: Tensor, n_score: int
+    ) -> Tensor:
+        """Adds what this chunk's queries say to `score` [n_positions, K] -> a marker [1]."""
+        return self._node(g, native.REPKV_SCORE_ACC, (1,), [q, k_local, score, regions], n_score=n_score)
+
+    def score_acc_one(
+        self, g: GraphContext, qkv: Tensor, k_local: Tensor, score: Tensor, rope: Tensor, regions: Tensor, n_score: int
+    ) -> Tensor:
+        sources = [qkv, k_local, score, rope, regions]
+        return self._node(g, native.REPKV_SCORE_ACC_ONE, (1,), sources, n_score=n_score)
+
+    def relevance(
+        self, g: GraphContext, q_far: Tensor, index: Tensor, regions: Tensor, marker: Tensor, n_repr: int
+    ) -> Tensor:
+        """-> relevance of every block for every query head [n_blocks_max, H]."""
+        shape = (index.contents.ne[1], self.config.n_head)
+        return self._node(g, native.REPKV_RELEVANCE, shape, [q_far, index, regions, marker], n_repr=n_repr)
+
+    def relevance_one(
+        self, g: GraphContext, qkv: Tensor, index: Tensor, rope: Tensor, regions: Tensor, marker: Tensor, n_repr: int
+    ) -> Tensor:
+        shape = (index.contents.ne[1], self.config.n_head)
+        return self._node(g, native.REPKV_RELEVANCE_ONE, shape, [qkv, index, rope, regions, marker], n_repr=n_repr)
+
+    def block_topk(self, g: GraphContext, relevance: Tensor, regions: Tensor, n_top: int) -> Tensor:
+        """-> I32 [1 + n_top], how many blocks and which; its memory is typed F32."""
+        return self._node(g, native.REPKV_BLOCK_TOPK, (1 + n_top,), [relevance, regions], n_top=n_top)
+
+    def attend_memory(self, g: GraphContext, sources: list[Tensor]) -> Tensor:
+        """Sources as in native/memory_ops.h -> heads, packed."""
+        shape = _packed_like(sources[0], self.config.n_embd_q)
+        return self._node(g, native.REPKV_ATTEND_MEMORY, shape, sources)
+
+    def attend_memory_one(self, g: GraphContext, sources: list[Tensor]) -> Tensor:
+        """Sources as in native/memory_ops.h -> partial softmax sums."""
+        shape = (self.n_threads, self.config.n_head, 2 + self.config.head_dim)
+        return self._node(g, native.REPKV_ATTEND_MEMORY_ONE, shape, sources)
+
     def _node(
         self,
         g: GraphContext,
@@ -107,6 +153,7 @@ class FusedOps:
         sources: list[Tensor],
         n_matrices: int = 0,
         n_biases: int = 0,
+        **counts: int,
     ) -> Tensor:
         c = self.config
         params = native_ffi.new("struct repkv_op_params *")
@@ -119,6 +166,8 @@ class FusedOps:
             c.rope_dim,
         )
         params.n_threads = self.n_threads
+        for name, count in counts.items():
+            setattr(params, name, count)
         params.scratch = native_ffi.cast("char *", self._scratch.ctypes.data)
         params.scratch_stride = self._scratch_stride
         _SCRATCH_OF[params] = self._scratch

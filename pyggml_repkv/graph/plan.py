@@ -44,7 +44,8 @@ class Plan:
 
     def __init__(self, model: GraphModel, policy: Policy, key: PlanKey, cb: NameTensor) -> None:
         n_tokens = key.shape.n_tokens
-        self._model, self._key = model, key
+        self._key = key
+        self._make_rope = model.precise_rope_table if policy.precise_rope else model.rope_table
         self.context = GraphContext(64 * model.config.n_layer + 256)
         g = self.context
         self._tokens = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_tokens")
@@ -83,10 +84,10 @@ class Plan:
             tensor_array(self._positions)[...] = np.arange(n_past, n_past + len(tokens))
         if self._output_rows is not None:
             tensor_array(self._output_rows)[...] = len(tokens) - 1
-        if self._rope_table is not None:
+        if self._rope_table is not None and self._rope_table.contents.data:
             table = tensor_array(self._rope_table)
             lanes = 1 if self._key.shape.form == "one" else PANEL * n_panels(len(tokens))
-            angles = self._model.rope_table(np.arange(n_past, n_past + lanes))  # [rope_dim, lanes]
+            angles = self._make_rope(np.arange(n_past, n_past + lanes))  # [rope_dim, lanes]
             table[...] = angles.reshape(table.shape) if lanes == 1 else _into_panels(angles)
         self.attention.fill(n_past)
 
@@ -109,8 +110,10 @@ class GraphModel:
 
     def __init__(self, config: ModelConfig, weights: Weights, n_threads: int, *, exact: bool) -> None:
         self.config, self.weights = config, weights
+        self.exact = exact
         self.rope = rope_params(config)
         self.rope_table = RopeTable(self.rope)
+        self.precise_rope_table = RopeTable(self.rope, np.float64)
         self.fused_ops = FusedOps(config, n_threads)
         # Repacked matrices can only be read by ggml's own multiplication.
         self._fuses = not exact and not weights.repacked

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import os
 
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.fused_ops import FusedOps
+from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
-from pyggml_repkv.memory.policy import Form, MemoryConfig, StepAttention, StepShape, context_length
+from pyggml_repkv.memory.policy import Form, MemoryConfig, StepAttention, StepShape, context_length, even_split
 from pyggml_repkv.model.config import ModelConfig
-
-GGML_CACHE_TYPES = {
-    "f16": g.GGML_TYPE_F16,
-    "bf16": g.GGML_TYPE_BF16,
-    "f32": g.GGML_TYPE_F32,
-    "q8_0": g.GGML_TYPE_Q8_0,
-}
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
 # sums come out bit for bit the same.
@@ -32,6 +26,7 @@ class FullMemory:
     """
 
     name = "full"
+    precise_rope = False
 
     def __init__(self, config: ModelConfig, memory: MemoryConfig, fused_ops: FusedOps) -> None:
         self.config = config
@@ -40,7 +35,7 @@ class FullMemory:
         self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
         self._fused_ops = fused_ops
         self._flash = memory.flash_attn
-        _check_types(config, memory)
+        check_cache_types(config, memory)
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
         self._bytes_per_token = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in types)
         _check_memory(self._bytes_per_token * self.n_cells, self.n_ctx)
@@ -60,16 +55,15 @@ class FullMemory:
                 arenas.append(arena)
                 offset += g.ggml_nbytes(arena)
 
-    @property
-    def can_fuse(self) -> bool:
-        return self._flash
+    def split(self, n_tokens: int, n_batch: int) -> list[int]:
+        return even_split(n_tokens, n_batch)
 
-    def step_shape(self, n_past: int, n_tokens: int, form: Form) -> StepShape:
-        if form != "ggml":
+    def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
+        if self._flash and preferred != "ggml":
             # The fused ops read exactly the rows there are, so one graph serves every length.
-            return StepShape(n_tokens, form, None)
+            return StepShape(n_tokens, preferred, None)
         n_kv = -(-(n_past + n_tokens) // N_KV_STEP) * N_KV_STEP
-        return StepShape(n_tokens, form, min(n_kv, self.n_cells))
+        return StepShape(n_tokens, "ggml", min(n_kv, self.n_cells))
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
         if shape.form != "ggml":
@@ -77,6 +71,9 @@ class FullMemory:
         assert isinstance(shape.memory, int)
         kind = FlashAttention if self._flash else SoftmaxAttention
         return kind(self, context, shape.n_tokens, shape.memory)
+
+    def undo_step(self) -> None:
+        """Nothing to do: rows beyond n_past are written again before they are read."""
 
     def stats(self, n_past: int) -> dict[str, object]:
         prefetch = {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0}
@@ -94,15 +91,6 @@ class FullMemory:
     def close(self) -> None:
         self._context.close()
         self._buffer.close()
-
-
-def _check_types(config: ModelConfig, memory: MemoryConfig) -> None:
-    for flag, name in (("-ctk", memory.type_k), ("-ctv", memory.type_v)):
-        block = g.ggml_blck_size(GGML_CACHE_TYPES[name])
-        if config.head_dim % block:
-            raise InputError(f"{flag} {name} needs a head size that {block} divides; this model's is {config.head_dim}")
-    if not memory.flash_attn and memory.type_v == "q8_0":
-        raise InputError("-ctv q8_0 needs flash attention; leave out -fa off, or use f16, bf16 or f32")
 
 
 def _check_memory(n_bytes: int, n_ctx: int) -> None:

@@ -10,38 +10,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 
+__all__ = ["Form", "MemoryConfig", "Policy", "StepAttention", "StepShape", "context_length", "even_split"]
+
 Form = Literal["ggml", "one", "packed"]
-
-CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryConfig:
-    """What a session may remember, and how.
-
-    n_ctx: tokens, 0 = as trained; n_batch: tokens per prefill step; type_k, type_v: storage of keys and values;
-    flash_attn: never store the scores (fused decode needs it).
-    """
-
-    kv: str = "full"
-    n_ctx: int = 0
-    n_batch: int = 512
-    type_k: str = "f16"
-    type_v: str = "f16"
-    flash_attn: bool = True
-
-    def __post_init__(self) -> None:
-        if self.n_ctx < 0:
-            raise InputError(f"-c is {self.n_ctx}; it must be 0 (the trained context) or a number of tokens")
-        if self.n_batch < 1:
-            raise InputError(f"-b is {self.n_batch}; it must be at least 1")
-        for flag, value in (("-ctk", self.type_k), ("-ctv", self.type_v)):
-            if value not in CACHE_TYPES:
-                raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(CACHE_TYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +58,17 @@ class Policy(Protocol):
     name: str
     n_ctx: int
 
-    @property
-    def can_fuse(self) -> bool:
-        """Whether `build` knows the forms `one` and `packed`."""
+    precise_rope: bool
+    """Whether the fused forms rotate by float64 angles: only where no key is ever rotated by ggml."""
 
-    def step_shape(self, n_past: int, n_tokens: int, form: Form) -> StepShape: ...
+    def split(self, n_tokens: int, n_batch: int) -> list[int]:
+        """The sizes of the steps in which a prompt is read."""
+
+    def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
+        """`preferred` is the fastest form the model has for this step; the policy may know fewer."""
+
+    def undo_step(self) -> None:
+        """Called when a step failed midway: takes back what must not count twice."""
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention: ...
 
@@ -99,3 +80,9 @@ class Policy(Protocol):
 
 def context_length(memory: MemoryConfig, config: ModelConfig) -> int:
     return memory.n_ctx or config.n_ctx_train
+
+
+def even_split(n_tokens: int, n_batch: int) -> list[int]:
+    """Steps of n_batch tokens and one of what is left."""
+    whole, rest = divmod(n_tokens, n_batch)
+    return [n_batch] * whole + [rest] * bool(rest)

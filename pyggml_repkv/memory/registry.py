@@ -8,10 +8,12 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.graph.plan import GraphModel
 from pyggml_repkv.memory.full import FullMemory
 from pyggml_repkv.memory.policy import MemoryConfig, Policy
+from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.config import ModelConfig
 
 POLICIES: dict[str, Callable[[ModelConfig, MemoryConfig, GraphModel], Policy]] = {
     "full": lambda config, memory, graph: FullMemory(config, memory, graph.fused_ops),
+    "repkv": lambda config, memory, graph: RepKVMemory(graph, memory),
 }
 
 

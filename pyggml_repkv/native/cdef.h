@@ -17,6 +17,9 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    int32_t n_score;
+    int32_t n_repr;
+    int32_t n_top;
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
@@ -31,9 +34,13 @@ void repkv_request_abort(void);
 
 enum repkv_op {
     REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, REPKV_PACK, REPKV_NORM_PACKED,
-    REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK, ...
+    REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK,
+    REPKV_STORE_FAR, REPKV_SCORE_ACC, REPKV_SCORE_ACC_ONE, REPKV_RELEVANCE, REPKV_RELEVANCE_ONE, REPKV_BLOCK_TOPK,
+    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, ...
 };
 void *repkv_op_address(enum repkv_op op);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 int repkv_panel(void);
 int repkv_has_fast_prefill(void);
+void repkv_repr_topk(char *out, const char *store, size_t store_row_bytes, const float *score, int64_t begin, int64_t end,
+                     int n_head_kv, int n_repr);

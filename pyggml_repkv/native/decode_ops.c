@@ -1,22 +1,13 @@
 #include "decode_ops.h"
 
-#include "convert.h"
-#include "simd.h"
-
-enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
-
-/* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
-static size_t row_bytes(size_t n) {
-    return ((n * sizeof(float) + 511) / 256) * 256;
-}
+#include "one_token.h"
 
 size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim) {
     size_t widest = (size_t)(n_ff > n_embd ? n_ff : n_embd);
-    const size_t n_embd_q = (size_t)n_head * (size_t)head_dim, n_embd_kv = (size_t)n_head_kv * (size_t)head_dim;
+    const size_t n_embd_q = (size_t)n_head * (size_t)head_dim;
     if (n_embd_q > widest) widest = n_embd_q;
-    /* x after norm, x quantised; attend: queries of all heads, tiles of keys and values, scores */
-    const size_t linear = 2 * row_bytes(widest);
-    const size_t attend = row_bytes(n_embd_q) + 2 * row_bytes(TILE * n_embd_kv) + row_bytes(TILE);
+    /* x after norm, x quantised */
+    const size_t linear = 2 * row_bytes(widest), attend = attention_scratch(n_head, n_head_kv, head_dim);
     return linear > attend ? linear : attend;
 }
 
@@ -106,88 +97,20 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     }
 }
 
-/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout that Qwen2 uses. */
-static void rope(float *y, const float *x, const float *cosine, const float *sine, int rope_dim, int head_dim) {
-    const int half = rope_dim / 2;
-    for (int i = 0; i < half; i++) {
-        const float a = x[i], b = x[i + half];
-        y[i] = a * cosine[i] - b * sine[i];
-        y[i + half] = a * sine[i] + b * cosine[i];
-    }
-    for (int i = rope_dim; i < head_dim; i++) y[i] = x[i];
-}
-
-/* Folds n_cells keys and values [n_cells, stride] into the running (maximum, sum, values) of one query head. */
-static void fold(float *partial, float *scores, const float *q, const float *keys, const float *values, int n_cells,
-                 size_t stride, int d, float scale) {
-    float tile_max = -INFINITY;
-    for (int c = 0; c < n_cells; c++) {
-        scores[c] = dot_f32(q, keys + (size_t)c * stride, d) * scale;
-        if (scores[c] > tile_max) tile_max = scores[c];
-    }
-    for (int c = n_cells; c < TILE; c++) scores[c] = -INFINITY;
-    if (tile_max > partial[0]) {
-        const float shrink = expf(partial[0] - tile_max);
-        partial[0] = tile_max;
-        partial[1] *= shrink;
-        scale_f32(partial + 2, shrink, d);
-    }
-    const f32x16 max = splat16(partial[0]);
-    for (int c = 0; c < TILE; c += 16) store16(scores + c, exp16(load16(scores + c) - max));
-    for (int c = 0; c < n_cells; c++) partial[1] += scores[c];
-    weighted_rows_f32(partial + 2, scores, values, n_cells, stride, d);
-}
-
-/* One thread's share of attention for all heads. */
-struct attention {
-    const struct repkv_op_params *p;
-    const struct ggml_tensor *k_arena, *v_arena;
-    float *q, *keys, *values, *scores, *partials;
-};
-
-static void attend_cells(const struct attention *a, int64_t first, int n_cells) {
-    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv, width = a->p->n_head_kv * d;
-    to_f32(a->k_arena->type, row(a->k_arena, first), a->keys, n_cells * width);
-    to_f32(a->v_arena->type, row(a->v_arena, first), a->values, n_cells * width);
-    for (int h = 0; h < a->p->n_head; h++) {
-        const int kv = h / group * d;
-        fold(a->partials + (size_t)h * (size_t)(2 + d), a->scores, a->q + h * d, a->keys + kv, a->values + kv, n_cells,
-             (size_t)width, d, a->p->scale);
-    }
-}
-
 void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const float *qkv = dst->src[0]->data;
     const float *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
     const int32_t *cells = dst->src[4]->data;
-    const int d = p->head_dim, width = p->n_head_kv * d;
+    const int d = p->head_dim;
 
-    struct attention a = {.p = p, .k_arena = dst->src[1], .v_arena = dst->src[2]};
-    a.q = (float *)repkv_thread_scratch(p, ith);
-    a.keys = a.q + row_bytes((size_t)(p->n_head * d)) / sizeof(float);
-    a.values = a.keys + row_bytes((size_t)(TILE * width)) / sizeof(float);
-    a.scores = a.values + row_bytes((size_t)(TILE * width)) / sizeof(float);
-    a.partials = (float *)dst->data + (size_t)ith * (size_t)p->n_head * (size_t)(2 + d);
-    for (int h = 0; h < p->n_head; h++) {
-        rope(a.q + h * d, qkv + h * d, cosine, sine, p->rope_dim, d);
-        float *partial = a.partials + (size_t)h * (size_t)(2 + d);
-        partial[0] = -INFINITY;
-        memset(partial + 1, 0, (size_t)(1 + d) * sizeof(float));
-    }
+    struct attention a = attention_begin(p, dst, ith);
+    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, cosine, sine, p->rope_dim, d);
 
     int64_t begin, end;
     share(cells[1], ith, nth, &begin, &end);
-    for (int64_t c = begin; c < end; c += TILE) attend_cells(&a, c, end - c < TILE ? (int)(end - c) : TILE);
-    if (ith != nth - 1) return;
-
-    /* The new token: stored first and read back, so that it is attended with the cache's precision. */
-    for (int kv = 0; kv < p->n_head_kv; kv++) {
-        rope(a.keys + kv * d, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
-    }
-    from_f32(a.k_arena->type, a.keys, row(a.k_arena, cells[0]), width);
-    from_f32(a.v_arena->type, qkv + p->n_head * d + width, row(a.v_arena, cells[0]), width);
-    attend_cells(&a, cells[0], 1);
+    attend_range(&a, a.q, dst->src[1], dst->src[2], begin, end);
+    if (ith == nth - 1) attend_new(&a, a.q, dst->src[1], dst->src[2], cells[0], qkv, cosine, sine);
 }
 
 /* The threads' partial sums of one head become its output [d]. */

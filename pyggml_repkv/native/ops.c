@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "decode_ops.h"
+#include "memory_ops.h"
 #include "prefill_ops.h"
 
 void *repkv_op_address(enum repkv_op op) {
@@ -19,6 +20,14 @@ void *repkv_op_address(enum repkv_op op) {
         [REPKV_MATMUL_GATE_UP] = repkv_matmul_gate_up,
         [REPKV_STORE_KV] = repkv_store_kv,
         [REPKV_ATTEND_CHUNK] = repkv_attend_chunk,
+        [REPKV_STORE_FAR] = repkv_store_far,
+        [REPKV_SCORE_ACC] = repkv_score_acc,
+        [REPKV_SCORE_ACC_ONE] = repkv_score_acc_one,
+        [REPKV_RELEVANCE] = repkv_relevance,
+        [REPKV_RELEVANCE_ONE] = repkv_relevance_one,
+        [REPKV_BLOCK_TOPK] = repkv_block_topk,
+        [REPKV_ATTEND_MEMORY] = repkv_attend_memory,
+        [REPKV_ATTEND_MEMORY_ONE] = repkv_attend_memory_one,
     };
     void *address = NULL;
     if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);
@@ -32,7 +41,7 @@ size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int h
 }
 
 int repkv_panel(void) {
-    return REPKV_PANEL;
+    return PANEL;
 }
 
 int repkv_has_fast_prefill(void) {

@@ -18,6 +18,9 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    int32_t n_score; /* score_acc: how many later queries score a key */
+    int32_t n_repr;  /* relevance: representatives per block and key head */
+    int32_t n_top;   /* block_topk: blocks to select */
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
@@ -36,6 +39,14 @@ enum repkv_op {
     REPKV_MATMUL_GATE_UP,
     REPKV_STORE_KV,
     REPKV_ATTEND_CHUNK,
+    REPKV_STORE_FAR,
+    REPKV_SCORE_ACC,
+    REPKV_SCORE_ACC_ONE,
+    REPKV_RELEVANCE,
+    REPKV_RELEVANCE_ONE,
+    REPKV_BLOCK_TOPK,
+    REPKV_ATTEND_MEMORY,
+    REPKV_ATTEND_MEMORY_ONE,
     REPKV_N_OPS
 };
 

@@ -1,20 +1,16 @@
 #include "prefill_ops.h"
 
 #include "compute.h"
-#include "convert.h"
-#include "microkernel.h"
 
 enum {
-    PANEL = REPKV_PANEL,
     BLOCK_ROWS = 48,  /* weight rows converted at once: with BLOCK_K columns they stay in a 1 MiB second-level cache */
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
-    TILE = 64,        /* cells attended at once */
 };
 
 size_t repkv_prefill_scratch(int n_head, int head_dim) {
     const size_t matmul = (size_t)BLOCK_ROWS * BLOCK_K + (size_t)BLOCK_ROWS * PANEL;
     /* keys, values, scores; running maximum and sum of a panel for each head of a group */
-    const size_t attend = (size_t)TILE * (2 * (size_t)head_dim + PANEL) + 2 * PANEL * (size_t)n_head;
+    const size_t attend = (size_t)ATTEND_TILE * (2 * (size_t)head_dim + PANEL) + 2 * PANEL * (size_t)n_head;
     /* one token's head, and a panel's head after rotation */
     const size_t store = (size_t)head_dim * (1 + PANEL);
     const size_t most = matmul > attend ? matmul : attend;
@@ -160,29 +156,6 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     }
 }
 
-/* Rotates one head of a panel, features [head_dim][PANEL]; rope is [rope_dim][PANEL], cosines then sines. */
-static void rope_panel(float *y, const float *x, const float *rope, float scale, int rope_dim, int head_dim) {
-    const int half = rope_dim / 2;
-    for (int i = 0; i < half; i++) {
-        for (int t = 0; t < PANEL; t += 16) {
-            const f32x16 a = load16(x + i * PANEL + t), b = load16(x + (i + half) * PANEL + t);
-            const f32x16 c = load16(rope + i * PANEL + t), s = load16(rope + (i + half) * PANEL + t);
-            store16(y + i * PANEL + t, (a * c - b * s) * scale);
-            store16(y + (i + half) * PANEL + t, (a * s + b * c) * scale);
-        }
-    }
-    for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
-}
-
-/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena. */
-static void scatter_panel(const struct ggml_tensor *arena, const float *x, int64_t first_cell, int n_tokens, int head,
-                          size_t head_bytes, int d, float *buffer) {
-    for (int t = 0; t < n_tokens; t++) {
-        for (int i = 0; i < d; i++) buffer[i] = x[i * PANEL + t];
-        from_f32(arena->type, buffer, row(arena, first_cell + t) + (size_t)head * head_bytes, d);
-    }
-}
-
 void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct ggml_tensor *qkv = dst->src[0], *k_arena = dst->src[1], *v_arena = dst->src[2];
@@ -207,81 +180,16 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     }
 }
 
-/* One tile of cells into the running softmax of one head and panel: out [d][PANEL], max and sum [PANEL]. */
-static void attend_tile(float *out, float *max, float *sum, float *scores, const float *q, const float *keys,
-                        const float *values, int n_cells, int d, int64_t first_cell, int64_t last_visible_of_lane_0) {
-    product(n_cells, scores, PANEL, keys, (size_t)d, 1, q, d, 0);
-    const int masked = first_cell + n_cells - 1 > last_visible_of_lane_0;
-    for (int half = 0; half < PANEL; half += 16) {
-        if (masked) {
-            for (int c = 0; c < n_cells; c++) {
-                /* lane t sees the cells up to last_visible_of_lane_0 + t */
-                const int64_t hidden = first_cell + c - last_visible_of_lane_0 - half;
-                for (int t = 0; t < 16 && t < hidden; t++) scores[c * PANEL + half + t] = -INFINITY;
-            }
-        }
-        const f32x16 old_max = load16(max + half);
-        f32x16 new_max = old_max;
-        for (int c = 0; c < n_cells; c++) new_max = max16(new_max, load16(scores + c * PANEL + half));
-        f32x16 tile_sum = splat16(0.0f);
-        for (int c = 0; c < n_cells; c++) {
-            const f32x16 score = load16(scores + c * PANEL + half);
-            /* exp16 saturates above zero: what is masked must weigh exactly nothing. */
-            const f32x16 weight = select16(score == -INFINITY, splat16(0.0f), exp16(score - new_max));
-            store16(scores + c * PANEL + half, weight);
-            tile_sum += weight;
-        }
-        const f32x16 shrink = select16(old_max == -INFINITY, splat16(0.0f), exp16(old_max - new_max));
-        store16(sum + half, load16(sum + half) * shrink + tile_sum);
-        store16(max + half, new_max);
-        for (int i = 0; i < d; i++) store16(out + i * PANEL + half, load16(out + i * PANEL + half) * shrink);
-    }
-    product(d, out, PANEL, values, 1, (size_t)d, scores, n_cells, 1);
-}
-
 void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *k_arena = dst->src[1], *v_arena = dst->src[2];
     const int32_t *cells = dst->src[3]->data;
-    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
-    float *keys = (float *)repkv_thread_scratch(p, ith), *values = keys + TILE * d, *scores = values + TILE * d;
-
     /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
         if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
-        const int kv = (int)(unit % p->n_head_kv);
-        const int64_t visible_of_lane_0 = cells[0] + panel * PANEL;
-        const int64_t last_token = cells[1] < (panel + 1) * PANEL ? cells[1] - 1 : (panel + 1) * PANEL - 1;
-        const int64_t n_cells = cells[0] + last_token + 1;
-        const size_t first = (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
-        float *out = (float *)dst->data + first;
-        const float *q = (const float *)dst->src[0]->data + first;
-        float *max = scores + TILE * PANEL, *sum = max + (size_t)group * PANEL;
-        memset(out, 0, (size_t)(group * d * PANEL) * sizeof(float));
-        for (int i = 0; i < group * PANEL; i++) max[i] = -INFINITY, sum[i] = 0.0f;
-
-        for (int64_t c0 = 0; c0 < n_cells; c0 += TILE) {
-            const int n = n_cells - c0 < TILE ? (int)(n_cells - c0) : TILE;
-            for (int c = 0; c < n; c++) {
-                to_f32(k_arena->type, row(k_arena, c0 + c) + (size_t)kv * k_head_bytes, keys + c * d, d);
-                to_f32(v_arena->type, row(v_arena, c0 + c) + (size_t)kv * v_head_bytes, values + c * d, d);
-            }
-            for (int g = 0; g < group; g++) {
-                const size_t head = (size_t)(g * d * PANEL);
-                attend_tile(out + head, max + g * PANEL, sum + g * PANEL, scores, q + head, keys, values, n, d, c0,
-                            visible_of_lane_0);
-            }
-        }
-        for (int g = 0; g < group; g++) {
-            for (int t = 0; t < PANEL; t += 16) {
-                const f32x16 scale = 1.0f / load16(sum + g * PANEL + t);
-                for (int i = 0; i < d; i++) {
-                    float *y = out + (size_t)(g * d + i) * PANEL + t;
-                    store16(y, load16(y) * scale);
-                }
-            }
-        }
+        struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
+        const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;
+        attend_cells(&a, dst->src[0], dst->src[1], dst->src[2], 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
+        panel_attention_end(&a);
     }
 }

@@ -10,7 +10,7 @@
 
 #include "ops.h"
 
-enum { REPKV_PANEL = 32 };
+#include "packed.h"
 
 /* src: x [T, n] -> packed [n_panels, n, PANEL]. */
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata);

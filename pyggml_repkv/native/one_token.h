@@ -1,0 +1,108 @@
+/* Steps on one token that the decode ops share: rotation, and attention as running sums of each query head. */
+#ifndef REPKV_ONE_TOKEN_H
+#define REPKV_ONE_TOKEN_H
+
+#include "convert.h"
+#include "ops.h"
+
+enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
+
+/* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
+static inline size_t row_bytes(size_t n) {
+    return ((n * sizeof(float) + 511) / 256) * 256;
+}
+
+/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout that Qwen2 uses. */
+static inline void rope(float *y, const float *x, const float *cosine, const float *sine, int rope_dim, int head_dim) {
+    const int half = rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        y[i] = a * cosine[i] - b * sine[i];
+        y[i + half] = a * sine[i] + b * cosine[i];
+    }
+    for (int i = rope_dim; i < head_dim; i++) y[i] = x[i];
+}
+
+/* Folds n_cells keys and values [n_cells, stride] into the running (maximum, sum, values) of one query head. */
+static inline void fold(float *partial, float *scores, const float *q, const float *keys, const float *values, int n_cells,
+                 size_t stride, int d, float scale) {
+    float tile_max = -INFINITY;
+    for (int c = 0; c < n_cells; c++) {
+        scores[c] = dot_f32(q, keys + (size_t)c * stride, d) * scale;
+        if (scores[c] > tile_max) tile_max = scores[c];
+    }
+    for (int c = n_cells; c < TILE; c++) scores[c] = -INFINITY;
+    if (tile_max > partial[0]) {
+        const float shrink = expf(partial[0] - tile_max);
+        partial[0] = tile_max;
+        partial[1] *= shrink;
+        scale_f32(partial + 2, shrink, d);
+    }
+    const f32x16 max = splat16(partial[0]);
+    for (int c = 0; c < TILE; c += 16) store16(scores + c, exp16(load16(scores + c) - max));
+    for (int c = 0; c < n_cells; c++) partial[1] += scores[c];
+    weighted_rows_f32(partial + 2, scores, values, n_cells, stride, d);
+}
+
+/* One thread's share of attention for all heads, over as many runs of rows as are fed to it. */
+struct attention {
+    const struct repkv_op_params *p;
+    float *q, *keys, *values, *scores, *partials; /* q: room for the rotated queries */
+};
+
+static inline size_t attention_scratch(int n_head, int n_head_kv, int head_dim) {
+    return row_bytes((size_t)n_head * (size_t)head_dim) + 2 * row_bytes(TILE * (size_t)n_head_kv * (size_t)head_dim) +
+           row_bytes(TILE);
+}
+
+static inline struct attention attention_begin(const struct repkv_op_params *p, struct ggml_tensor *dst, int ith) {
+    const int d = p->head_dim, width = p->n_head_kv * d;
+    struct attention a = {.p = p};
+    a.q = (float *)repkv_thread_scratch(p, ith);
+    a.keys = a.q + row_bytes((size_t)(p->n_head * d)) / sizeof(float);
+    a.values = a.keys + row_bytes((size_t)(TILE * width)) / sizeof(float);
+    a.scores = a.values + row_bytes((size_t)(TILE * width)) / sizeof(float);
+    a.partials = (float *)dst->data + (size_t)ith * (size_t)p->n_head * (size_t)(2 + d);
+    for (int h = 0; h < p->n_head; h++) {
+        float *partial = a.partials + (size_t)h * (size_t)(2 + d);
+        partial[0] = -INFINITY;
+        memset(partial + 1, 0, (size_t)(1 + d) * sizeof(float));
+    }
+    return a;
+}
+
+/* Rows [first, first + n_cells) of the arenas, at most TILE of them, with rotated queries q. */
+static inline void attend_rows(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
+                               const struct ggml_tensor *v_arena, int64_t first, int n_cells) {
+    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv, width = a->p->n_head_kv * d;
+    to_f32(k_arena->type, row(k_arena, first), a->keys, n_cells * width);
+    to_f32(v_arena->type, row(v_arena, first), a->values, n_cells * width);
+    for (int h = 0; h < a->p->n_head; h++) {
+        const int kv = h / group * d;
+        fold(a->partials + (size_t)h * (size_t)(2 + d), a->scores, q + h * d, a->keys + kv, a->values + kv, n_cells,
+             (size_t)width, d, a->p->scale);
+    }
+}
+
+static inline void attend_range(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
+                                const struct ggml_tensor *v_arena, int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; c += TILE) {
+        attend_rows(a, q, k_arena, v_arena, c, end - c < TILE ? (int)(end - c) : TILE);
+    }
+}
+
+/* The new token: written to its row first and read back, so that it is attended with the cache's precision. */
+static inline void attend_new(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
+                              const struct ggml_tensor *v_arena, int64_t cell, const float *qkv, const float *cosine,
+                              const float *sine) {
+    const struct repkv_op_params *p = a->p;
+    const int d = p->head_dim, width = p->n_head_kv * d;
+    for (int kv = 0; kv < p->n_head_kv; kv++) {
+        rope(a->keys + kv * d, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
+    }
+    from_f32(k_arena->type, a->keys, row(k_arena, cell), width);
+    from_f32(v_arena->type, qkv + p->n_head * d + width, row(v_arena, cell), width);
+    attend_rows(a, q, k_arena, v_arena, cell, 1);
+}
+
+#endif

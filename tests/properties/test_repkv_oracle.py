@@ -1,0 +1,87 @@
+"""RepKV in the engine equals the method in plain numpy, and full attention where it has room for everything."""
+
+import numpy as np
+from gguf import GGMLQuantizationType as QT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.memory.config import MemoryConfig
+from tests.repkv_oracle import RepKVOracle
+from tests.tiny_models import TinySpec, write_tiny_model
+
+N_CTX = 512
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+@st.composite
+def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
+    n_local = draw(st.sampled_from([32, 40, 64]))
+    values = {
+        "kv": "repkv",
+        "n_ctx": N_CTX,
+        "n_batch": draw(st.integers(2, 70)),
+        "type_k": "f32",
+        "type_v": "f32",
+        "n_local": n_local,
+        "n_sink": draw(st.sampled_from([0, 4, 17])),
+        "block": f"fixed:{draw(st.sampled_from([16, 20, 32]))}",
+        "top_blocks": draw(st.integers(0, 4)),
+        "n_repr": draw(st.integers(1, 5)),
+        "n_score": draw(st.integers(1, n_local)),
+        "positions": draw(st.sampled_from(["exact", "far"])),
+    }
+    return MemoryConfig(**{**values, **fixed})
+
+
+def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str) -> TinySpec:
+    return TinySpec(
+        n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=N_CTX, weight_type=QT.F32,
+        scaling_kind=scaling, scaling_factor=2.0 if scaling != "none" else 1.0, seed=draw_seed,
+    )  # fmt: skip
+
+
+models = {
+    "seed": st.integers(0, 1000),
+    "n_head_kv": st.integers(1, 3),
+    "group": st.integers(1, 3),
+    "scaling": st.sampled_from(["none", "none", "linear", "yarn"]),
+    "n_threads": st.integers(1, 3),
+}
+
+
+@given(memory=memories(), n_prompt=st.integers(40, 150), n_decode=st.integers(0, 20), **models)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, group, scaling, n_threads, tmp_path):
+    spec = spec_of(seed, n_head_kv, group, scaling)
+    weights = write_tiny_model(tmp_path / "model.gguf", spec)
+    tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
+    oracle = RepKVOracle(spec, weights, memory, far=memory.positions == "far")
+    with Model.load(tmp_path / "model.gguf", n_threads=n_threads, repack=False) as model, model.session(memory) as s:
+        got = [s.prefill(tokens[:n_prompt]).copy()]
+        sizes = s.policy.split(n_prompt, memory.n_batch)
+        got += [s.decode(token).copy() for token in tokens[n_prompt:]]
+        scores = [s.policy.get_scores(1, t) for t in range(len(tokens))]
+    steps = sizes + [1] * n_decode
+    want = [oracle.step(tokens[oracle.n_past : oracle.n_past + size])[-1] for size in steps]
+    assert relative_error(np.array(got), np.array(want[len(sizes) - 1 :])) < 1e-4
+    assert relative_error(np.array(scores), np.array(oracle.layers[1].scores)) < 1e-4
+
+
+@given(memory=memories(top_blocks=64, positions="exact"), n_prompt=st.integers(40, 200), **models)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_room_for_every_block_is_full_attention(memory, n_prompt, seed, n_head_kv, group, scaling, n_threads, tmp_path):
+    spec = spec_of(seed, n_head_kv, group, scaling)
+    write_tiny_model(tmp_path / "model.gguf", spec)
+    tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + 5).tolist()
+    full = MemoryConfig(n_ctx=N_CTX, type_k="f32", type_v="f32")
+    logits = []
+    with Model.load(tmp_path / "model.gguf", n_threads=n_threads, repack=False) as model:
+        for config in (memory, full):
+            with model.session(config) as session:
+                logits.append([session.prefill(tokens[:n_prompt]).copy()])
+                logits[-1] += [session.decode(token).copy() for token in tokens[n_prompt:]]
+    assert relative_error(np.array(logits[0]), np.array(logits[1])) < 2e-5
