@@ -11,7 +11,7 @@ help:
 	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model)"
 	@echo "make test [ARGS='-k name']          run every test"
 	@echo "make lint                           ruff and mypy"
-	@echo "make bench [ARGS='...']             compare with llama.cpp (compiles llama-cpp-python once: ten minutes)"
+	@echo "make bench [MODEL=FILE] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
 	@echo "make venv                           only set up $(VENV)"
 	@echo "make clean                          remove $(VENV) and what was built (the cached ggml wheel stays)"
 
@@ -53,8 +53,10 @@ $(VENV)/.bench: $(VENV)/.installed
 	@$(PIP) install -qq -e '.[bench]'
 	@touch "$@"
 
+bench: MODEL =
 bench: $(VENV)/.bench
-	@$(BIN)/python tools/bench.py $(ARGS)
+	@$(BIN)/python tools/compare_llama.py $(if $(MODEL),-m "$(MODEL)")
+	@$(BIN)/python tools/bench_llama.py $(if $(MODEL),-m "$(MODEL)") $(ARGS)
 
 clean:
 	@[ ! -e "$(VENV)" ] || [ -f "$(VENV)/pyvenv.cfg" ] || { echo "error: $(VENV) is not a virtual environment" >&2; exit 1; }

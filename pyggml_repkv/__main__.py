@@ -2,7 +2,11 @@
 
 import sys
 
-from pyggml_repkv.cli.main import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from pyggml_repkv.cli.main import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # Ctrl-C while the command line itself was being imported.
+        sys.exit(130)

@@ -13,7 +13,10 @@ from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError
 
 PROG = "python -m pyggml_repkv"
-COMMANDS = {"run": "continue a prompt, or answer one with --chat"}
+COMMANDS = {
+    "run": "continue a prompt, or answer one with --chat",
+    "eval": "measure what a KV memory retrieves",
+}
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.
 

@@ -3,32 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 
 from pyggml_repkv.cli.parser import integer, number
-from pyggml_repkv.memory.config import POSITIONS, MemoryConfig
+from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
+from pyggml_repkv.memory.config import CACHE_TYPES, POSITIONS, MemoryConfig
 
 KV_POLICIES = ("full", "repkv")
-KV_TYPES = ("f16", "f32", "bf16", "q8_0")
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 1
-MAX_THREADS = 512
-
-
-def default_threads() -> int:
-    """Physical cores among the CPUs of this process: a second thread on one core slows matrix kernels."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    return min(len({_core(cpu) for cpu in os.sched_getaffinity(0)}), MAX_THREADS)
-
-
-def _core(cpu: int) -> str:
-    """The CPUs that share the core of `cpu`, or `cpu` itself where the kernel does not say."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text("ascii")
-    except OSError:
-        return str(cpu)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +25,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"compute threads (default: {default_threads()}, the physical cores at hand)",
     )
     group.add_argument(
-        "--no-repack", action="store_true", help="keep the weights in the file's layout: slower, less RAM"
+        "--no-repack",
+        action="store_true",
+        help="use all weights as in the file: less RAM; of types that ggml repacks (Q4_0, Q4_K, ...), long prompts are "
+        "read faster and tokens come more slowly",
     )
     group.add_argument(
         "--exact-graph", action="store_true", help="llama.cpp's graph, node by node; decodes more slowly"
@@ -65,7 +50,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
         "-b",
         "--batch-size",
         metavar="N",
-        type=integer(1, 65536),
+        type=integer(1, 16384),
         default=512,
         help="prompt tokens read at a time (default: %(default)s)",
     )
@@ -88,9 +73,9 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
             flag,
             f"--cache-type-{name}",
             metavar="TYPE",
-            choices=KV_TYPES,
+            choices=CACHE_TYPES,
             default="f16",
-            help=f"type of the cached {what}: {', '.join(KV_TYPES)} (default: %(default)s)",
+            help=f"type of the cached {what}: {', '.join(CACHE_TYPES)} (default: %(default)s)",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -15,10 +16,19 @@ from pyggml_repkv.errors import RepkvError
 def prepare() -> None:
     """Makes both streams usable whatever the locale, and when the caller closed them."""
     # a process started with a closed descriptor has None here
-    sys.stdout = cast("TextIO | None", sys.stdout) or _nowhere()
+    sys.stdout = cast("TextIO | None", sys.stdout) or _ClosedStream()
     sys.stderr = cast("TextIO | None", sys.stderr) or _nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")
+
+
+class _ClosedStream(io.StringIO):
+    """Stands for a stdout that the caller closed: what was asked for must not vanish with exit code 0."""
+
+    def write(self, text: str, /) -> int:
+        if text:
+            raise OSError(errno.EBADF, "it is closed")
+        return 0
 
 
 def _nowhere() -> TextIO:

@@ -20,17 +20,25 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise InputError("no prompt: give -p TEXT, -f FILE, or -p - to read stdin")
     parts = []
     if args.file is not None:
-        try:
-            parts.append(_decoded(Path(args.file).read_bytes(), f"-f {args.file}"))
-        except OSError as error:
-            raise InputError(f"-f {args.file}: {error.strerror}; give a text file") from error
-        except ValueError as error:  # a NUL in the name
-            raise InputError(f"-f {args.file!r}: {error}") from error
+        parts.append(read_text_file(args.file, "-f"))
     if args.prompt == "-":
         parts.append(_decoded(_read_stdin(), "-p -"))
     elif args.prompt is not None:
         parts.append(args.prompt)
     return "".join(parts)
+
+
+def read_text_file(name: str, flag: str) -> str:
+    """A UTF-8 file that `flag` named. Raises InputError for what cannot be read."""
+    try:
+        path = Path(name)
+        if path.is_char_device() or path.is_block_device():
+            raise InputError(f"{flag} {name}: is a device, which may never end; give a text file")
+        return _decoded(path.read_bytes(), f"{flag} {name}")
+    except OSError as error:
+        raise InputError(f"{flag} {name}: {error.strerror}; give a text file") from error
+    except ValueError as error:  # a NUL in the name
+        raise InputError(f"{flag} {name!r}: {error}") from error
 
 
 def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:

@@ -17,11 +17,12 @@ from pyggml_repkv.cli.options import (
     add_memory_options,
     add_model_options,
     add_sampling_options,
-    default_threads,
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.memory.config import MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
@@ -98,16 +99,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json and args.display_prompt:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
 
-    from pyggml_repkv.engine.model import Model
-
-    threads = args.threads or default_threads()
-    with Model.load(
-        _model_path(args),
-        n_threads=threads,
-        # Memory policies other than `full` read matrices as they lie in the file.
-        repack=not args.no_repack and args.kv == "full",
-        exact_graph=args.exact_graph,
-    ) as model:
+    with load_model(args) as model:
         if args.chat:
             prompt = apply_template(args, prompt, model.chat_template)
         tokens = tokenize(args, prompt, model.tokenizer)
@@ -116,6 +108,19 @@ def main(args: argparse.Namespace) -> int:
         with _session(args, model, len(tokens)) as session:
             _generate(args, model, session, prompt, tokens)
     return 0
+
+
+def load_model(args: argparse.Namespace) -> Model:
+    """The model of `add_model_options` and `add_context_options`."""
+    from pyggml_repkv.engine.model import Model
+
+    return Model.load(
+        _model_path(args),
+        n_threads=args.threads or default_threads(),
+        # Memory policies other than `full` read matrices as they lie in the file.
+        repack=not args.no_repack and args.kv == "full",
+        exact_graph=args.exact_graph,
+    )
 
 
 def _model_path(args: argparse.Namespace) -> str | Path:
@@ -129,8 +134,6 @@ def _model_path(args: argparse.Namespace) -> str | Path:
 
 
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
-    from pyggml_repkv.memory.policy import MemoryConfig
-
     n_ctx_train = model.config.n_ctx_train
     unbounded = args.kv != "full"
     n_ctx = args.ctx_size or (0 if unbounded else n_ctx_train)
@@ -141,7 +144,12 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         )
     if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
-    memory = MemoryConfig(
+    return model.session(memory_config(args, n_ctx))
+
+
+def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
+    """What `add_context_options` and `add_memory_options` say."""
+    return MemoryConfig(
         kv=args.kv,
         n_ctx=n_ctx,
         n_batch=args.batch_size,
@@ -156,7 +164,6 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         n_score=args.n_score,
         positions=args.positions,
     )
-    return model.session(memory)
 
 
 def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: str, tokens: list[int]) -> None:
@@ -193,7 +200,7 @@ def _stream(pieces: Iterable[str]) -> None:
         for piece in pieces:
             output.write(piece)
             last = piece or last
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ComputeError):
         _end_line(last)
         raise
     _end_line(last)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pyggml_repkv.engine.session import Session
+from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
@@ -24,22 +26,15 @@ from pyggml_repkv.model.weights import Weights
 if TYPE_CHECKING:
     from pyggml_repkv.model.chat_template import ChatTemplate
 
-MAX_THREADS = 512
-
-
-def available_threads() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0))
-
 
 class Model:
-    """Read-only after loading. Its sessions share one set of threads, so only one of them computes at a time."""
+    """Read-only after loading. Its sessions share one set of threads and take turns, step by step."""
 
     def __init__(self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
         self.file, self.config, self.weights, self.backend = file, config, weights, backend
         self.graph = GraphModel(config, weights, backend.n_threads, exact=exact)
         self.load_ms = 0.0
-        self._sessions: list[Session] = []
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
     def load(
@@ -52,13 +47,13 @@ class Model:
     ) -> Model:
         """Opens a GGUF file of architecture qwen2.
 
-        n_threads: None = all cores this process may use.
+        threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
-        n_threads = available_threads() if n_threads is None else n_threads
+        n_threads = default_threads() if n_threads is None else n_threads
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
         file = GGUFFile.open(Path(path))
@@ -91,14 +86,16 @@ class Model:
 
     def session(self, memory: MemoryConfig | None = None) -> Session:
         """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short."""
+        if self.backend.closed:
+            raise InputError("the model is closed")
         memory = memory or MemoryConfig()
         policy = make_policy(self.config, memory, self.graph)
         session = Session(self.graph, self.backend, self.tokenizer, policy, memory)
-        self._sessions.append(session)
+        self._sessions.add(session)
         return session
 
     def close(self) -> None:
-        for session in self._sessions:
+        for session in list(self._sessions):
             session.close()
         self.weights.close()
         self.backend.close()

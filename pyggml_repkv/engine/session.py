@@ -40,10 +40,10 @@ class Session:
     @property
     def compute_bytes(self) -> int:
         """Bytes of the compute buffer so far."""
-        return self._plans.compute_bytes
+        return 0 if self._closed else self._plans.compute_bytes
 
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
-        """Reads tokens -> logits of the last one, float32 [n_vocab], valid until the next step.
+        """Reads tokens -> logits of the last one, float32 [n_vocab].
 
         on_progress(n_done, n_total) is called after each chunk of at most n_batch tokens.
         Raises ContextFullError, before anything is computed, if they do not all fit; InputError for a bad token.
@@ -61,7 +61,7 @@ class Session:
         return logits[0]
 
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
-        """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab], a copy. Raises as prefill does."""
+        """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self._config.n_vocab), np.float32)
         for start in range(0, len(ids), self.n_batch):
@@ -70,7 +70,7 @@ class Session:
         return logits
 
     def decode(self, token: int) -> np.ndarray:
-        """Reads one token -> its logits, float32 [n_vocab], valid until the next step. Raises as prefill does."""
+        """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
         logits = self._step(self._checked((token,)), "all")
         assert logits is not None
         return logits[0]

@@ -58,10 +58,12 @@ class GraphContext(TensorContext):
     """Builds one graph node by node. Nothing is computed or allocated here."""
 
     def __init__(self, max_nodes: int) -> None:
-        overhead = g.ggml_graph_overhead_custom(max_nodes, False)
-        super().__init__(2 * max_nodes, extra_bytes=overhead + 4096)
-        self.max_nodes = max_nodes
-        self.graph = g.ggml_new_graph_custom(self.pointer, max_nodes, False)
+        # ggml aborts when a graph is full. It holds tensors of this context and what they take as sources, at most
+        # GGML_MAX_SRC each, so a graph of this size cannot be full before the context is, which raises.
+        size = max_nodes * g.GGML_MAX_SRC
+        overhead = g.ggml_graph_overhead_custom(size, False)
+        super().__init__(max_nodes, extra_bytes=overhead + 4096)
+        self.graph = g.ggml_new_graph_custom(self.pointer, size, False)
         graph_address = ctypes.cast(self.graph, ctypes.c_void_p).value
         self.native_graph = native_ffi.cast("void *", graph_address)
         self._alive: list[object] = []
@@ -87,8 +89,6 @@ class GraphContext(TensorContext):
 
     def expand(self, tensor: Tensor) -> Tensor:
         """Adds the tensor and all it depends on to the graph, in order."""
-        if self.n_nodes + 64 > self.max_nodes:
-            raise ComputeError(f"the graph outgrew its {self.max_nodes} nodes")
         g.ggml_build_forward_expand(self.graph, tensor)
         return tensor
 

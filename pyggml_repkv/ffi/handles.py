@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +24,7 @@ class Handle:
     """
 
     def __init__(self, pointer: Any, free: Callable[[Any], object], *parents: Handle, keep: object = None) -> None:
-        self.pointer = pointer
+        self._pointer = pointer
         self._parents = parents
         self._children: weakref.WeakSet[Handle] = weakref.WeakSet()
         # `keep` rides with the finalizer: memory that C still points to must not die before the C object.
@@ -34,11 +36,17 @@ class Handle:
     def closed(self) -> bool:
         return not self._finalizer.alive
 
+    @property
+    def pointer(self) -> Any:
+        """What ggml takes. Raises ComputeError once the handle is closed."""
+        if self.closed:
+            raise ComputeError(f"{type(self).__name__} was used after it was closed")
+        return self._pointer
+
     def close(self) -> None:
         for child in list(self._children):
             child.close()
         self._finalizer()
-        self.pointer = None
 
 
 def _free_then_release(free: Callable[[Any], object], pointer: Any, keep: object) -> None:
@@ -58,19 +66,22 @@ class Backend(Handle):
         super().__init__(pointer, g.ggml_backend_free)
         self.n_threads = n_threads
         g.ggml_backend_cpu_set_n_threads(pointer, n_threads)
-        self._native_pointer = native_ffi.cast("void *", int(pointer))
+        # Sessions of one model share the threads, ggml's work buffer and our scratch: one step at a time.
+        self.lock = threading.Lock()
 
     def compute(self, graph_address: Any) -> None:
         """Runs a graph (`GraphContext.native_graph`).
 
         Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
         """
-        status = native.repkv_compute(self._native_pointer, graph_address)
+        status = native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address)
         if status == g.GGML_STATUS_SUCCESS:
             return
         if status == g.GGML_STATUS_ABORTED:
-            # Python's own handler saw the signal too; even if it did not raise, the result must not be used.
-            raise KeyboardInterrupt
+            if native.repkv_was_interrupted():
+                # Python's own handler saw the signal too; even if it did not raise, the result must not be used.
+                raise KeyboardInterrupt
+            raise ComputeError("the compute was stopped")
         reason = last_log() or g.ggml_status_to_string(status).decode(errors="replace")
         raise ComputeError(f"ggml could not compute the graph: {reason}")
 
@@ -129,7 +140,7 @@ def lazy_zeros(n_bytes: int) -> np.ndarray:
         memory = mmap.mmap(-1, max(n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError):
         raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
-    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages refuses the hint
         memory.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(memory, np.uint8, n_bytes)
 
@@ -144,8 +155,8 @@ def return_free_memory() -> None:
 class GraphAllocator(Handle):
     """Gives the intermediate tensors of graphs one shared buffer, reused from graph to graph and within each."""
 
-    def __init__(self) -> None:
-        super().__init__(g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type()), g.ggml_gallocr_free)
+    def __init__(self, *parents: Handle) -> None:
+        super().__init__(g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type()), g.ggml_gallocr_free, *parents)
 
     @property
     def size(self) -> int:
@@ -162,6 +173,7 @@ class GraphAllocator(Handle):
 def tensor_array(tensor: Any) -> np.ndarray:
     """A writable numpy view of a contiguous, allocated tensor, outermost dimension first. Not for quantised types."""
     t = tensor.contents
+    assert g.ggml_is_contiguous(tensor)
     shape = tuple(t.ne[i] for i in reversed(range(g.ggml_n_dims(tensor))))
     dtype = np.dtype(_NUMPY_TYPES[t.type])
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

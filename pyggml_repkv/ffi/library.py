@@ -22,8 +22,6 @@ GGML_VERSION = "0.15.3"
 _POINTER_RESULTS = (
     "ggml_backend_cpu_buffer_type",
     "ggml_backend_cpu_buffer_from_ptr",
-    "ggml_backend_alloc_buffer",
-    "ggml_backend_sched_get_tensor_backend",
 )
 
 _NATIVE_SYMBOLS = {
@@ -87,8 +85,6 @@ def _bind_native() -> None:
 
 def _self_test() -> None:
     """Cheap proofs that the binary is the one the bindings and the extension were made for."""
-    for name in SYMBOLS:
-        _symbol_address(name)
     version = g.ggml_version().decode()
     if version != GGML_VERSION:
         raise RepkvError(f"ggml {version} is loaded but {GGML_VERSION} is needed; {_REINSTALL}")
@@ -98,6 +94,8 @@ def _self_test() -> None:
         raise RepkvError(f"ggml has no CPU buffer type; {_REINSTALL}")
 
 
+for _name in SYMBOLS:
+    _symbol_address(_name)
 _repair_bindings()
 _bind_native()
 _self_test()

@@ -133,7 +133,7 @@ class PlanCache:
 
     def __init__(self, model: GraphModel, policy: Policy, backend: Backend, cb: NameTensor = set_name) -> None:
         self._model, self._policy, self._backend, self._cb = model, policy, backend, cb
-        self._allocator = GraphAllocator()
+        self._allocator = GraphAllocator(backend)
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
 
     @property
@@ -144,21 +144,34 @@ class PlanCache:
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(self._model, self._policy, key, self._cb)
-            if self._allocator.allocate(plan.context.graph):
-                # The buffer grew, hence moved: what was placed in it before points nowhere.
-                self._drop_all()
+            self._place(plan)
             self._plans[key] = plan
             while len(self._plans) > _MAX_PLANS:
                 self._plans.popitem(last=False)[1].context.close()
         self._plans.move_to_end(key)
         return plan
 
+    def _place(self, plan: Plan) -> None:
+        """Where the buffer grew, hence moved, or could not grow and is gone, plans placed before point nowhere."""
+        moved = True
+        try:
+            moved = self._allocator.allocate(plan.context.graph)
+        except BaseException:
+            self._allocator.close()
+            self._allocator = GraphAllocator(self._backend)
+            plan.context.close()
+            raise
+        finally:
+            if moved:
+                self._drop_all()
+
     def run(self, key: PlanKey, tokens: Sequence[int] | np.ndarray, n_past: int) -> np.ndarray | None:
-        """One step -> logits [n_outputs, n_vocab], or None where there are no outputs."""
-        plan = self.get(key)
-        plan.fill(tokens, n_past)
-        self._backend.compute(plan.context.native_graph)
-        return plan.read() if plan.logits is not None else None
+        """One step -> a copy of the logits [n_outputs, n_vocab], or None where there are no outputs."""
+        with self._backend.lock:
+            plan = self.get(key)
+            plan.fill(tokens, n_past)
+            self._backend.compute(plan.context.native_graph)
+            return plan.read().copy() if plan.logits is not None else None
 
     def _drop_all(self) -> None:
         for plan in self._plans.values():

@@ -1,4 +1,4 @@
-"""The three forms in which `full` attends: ggml's flash attention, plain softmax, and our fused one-token op.
+"""The forms in which `full` attends: ggml's flash attention, plain softmax, and our fused ops.
 
 Shapes: T tokens, H query heads, K key/value heads, d head size, n_kv attended rows (a multiple of the padding).
 """
@@ -69,7 +69,8 @@ class _MaskedAttention(ABC):
         mask[:, :n_past] = 0
         mask[:, n_past:] = -np.inf
         # A token sees itself and all before it: a triangle after the rows that every token sees.
-        mask[:, n_past : n_past + self._n_tokens][np.tri(self._n_tokens, dtype=bool)] = 0
+        for t in range(self._n_tokens):
+            mask[t, n_past : n_past + t + 1] = 0
 
     @abstractmethod
     def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Messages to one prompt, by the Jinja2 template of a GGUF file.
 
 What a template may use is what transformers gives it (utils/chat_template_utils.py). The template comes with
-the model, from anywhere: it runs in a sandbox, where loops, repetition and output are bounded.
+the model, from anywhere: it runs in a sandbox that reaches nothing outside, with bounds on loops, `*`, `**` and output.
+A hostile template can still waste time and memory (recursive macros, huge paddings), as it can in transformers.
 """
 
 from __future__ import annotations

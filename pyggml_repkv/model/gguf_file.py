@@ -4,6 +4,7 @@ gguf.GGUFReader makes several numpy arrays per string, seconds for a vocabulary,
 Format: the GGUF specification in ggml's docs/gguf.md.
 """
 
+import contextlib
 import mmap
 import os
 import stat
@@ -111,8 +112,9 @@ class GGUFFile:
     def release_pages(self) -> None:
         """Lets go of the pages read so far; they come back from the file when they are next used."""
         mapping = self.data.base if isinstance(self.data.base, mmap.mmap) else None
-        if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
-            mapping.madvise(mmap.MADV_DONTNEED)
+        if mapping is not None:
+            with contextlib.suppress(AttributeError, OSError):
+                mapping.madvise(mmap.MADV_DONTNEED)
 
     def tensor_bytes(self, name: str) -> np.ndarray:
         """The mapped bytes of tensor `name`: uint8 [n_bytes], read-only; KeyError if absent."""

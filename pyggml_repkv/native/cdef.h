@@ -31,6 +31,7 @@ void repkv_clear_log(void);
 
 int repkv_compute(void *backend, void *graph);
 void repkv_request_abort(void);
+bool repkv_was_interrupted(void);
 
 enum repkv_op {
     REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, REPKV_PACK, REPKV_NORM_PACKED,

@@ -12,8 +12,10 @@ static int n_running;
 static bool installed;
 static struct sigaction previous;
 static atomic_bool abort_requested;
+static atomic_bool interrupted;
 
 static void on_sigint(int signal_number, siginfo_t *info, void *context) {
+    atomic_store(&interrupted, true);
     atomic_store(&abort_requested, true);
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal_number, info, context);
@@ -35,6 +37,7 @@ static void enter(void) {
     pthread_mutex_lock(&lock);
     if (n_running++ == 0) {
         atomic_store(&abort_requested, false);
+        atomic_store(&interrupted, false);
         sigaction(SIGINT, NULL, &previous);
         /* The default action kills and "ignore" ignores; only a real handler (Python's) wants company. */
         installed = (previous.sa_flags & SA_SIGINFO) || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
@@ -59,8 +62,14 @@ int repkv_compute(void *backend, void *graph) {
     enter();
     repkv_ggml.set_abort_callback(backend, should_abort, NULL);
     int status = repkv_ggml.graph_compute(backend, graph);
+    /* ggml's first thread may have polled for the last time before another returned early from the last node. */
+    if (status == GGML_STATUS_SUCCESS && repkv_abort_requested()) status = GGML_STATUS_ABORTED;
     leave();
     return status;
+}
+
+bool repkv_was_interrupted(void) {
+    return atomic_load(&interrupted);
 }
 
 void repkv_request_abort(void) {

@@ -12,6 +12,9 @@ int repkv_compute(void *backend, void *graph);
 /* True while a running compute is to stop: long ops ask it between blocks and return early, their result unread. */
 bool repkv_abort_requested(void);
 
+/* True if it was SIGINT that stopped the last compute. */
+bool repkv_was_interrupted(void);
+
 /* Stops every compute that is running, as SIGINT would. Safe from any thread and from signal handlers. */
 void repkv_request_abort(void);
 

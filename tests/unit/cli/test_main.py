@@ -86,7 +86,7 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     ("argv", "redirect", "code", "errors"),
     [
-        ("run --help", ">&-", 0, ""),
+        ("run --help", ">&-", 1, "pyggml_repkv: error: cannot write to stdout: it is closed\n"),
         (
             "run --help",
             "> /dev/full",

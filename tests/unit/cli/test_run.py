@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyggml_repkv.cli import options
-from pyggml_repkv.memory import policy, registry
+from pyggml_repkv.memory import config, registry
 
 JSON_KEYS = {
     "text",
@@ -113,7 +113,7 @@ def test_the_defaults_are_the_librarys(run, model):
 
 def test_the_choices_are_what_the_memory_offers():
     assert tuple(registry.POLICIES) == options.KV_POLICIES
-    assert set(options.KV_TYPES) == set(policy.CACHE_TYPES)
+    assert set(options.CACHE_TYPES) == set(config.CACHE_TYPES)
 
 
 def test_default_threads_are_at_most_the_cpus_of_the_process():

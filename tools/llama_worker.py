@@ -1,0 +1,86 @@
+"""llama.cpp, through llama-cpp-python's low-level bindings, as a worker of the comparison tools."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from _worker import serve
+
+# What one llama_decode takes, and the chunks that it computes in: llama.cpp's own defaults.
+N_BATCH = 2048
+N_UBATCH = 512
+
+
+class LlamaEngine:
+    """An Engine; on the CPU, and otherwise with llama.cpp's defaults."""
+
+    def __init__(self, llama: ModuleType, model: str, n_threads: int) -> None:
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self._llama, self._n_threads = llama, n_threads
+        self._model = llama.llama_model_load_from_file(os.fsencode(model), params)
+        if not self._model:
+            raise RuntimeError(f"{model}: llama.cpp cannot load it")
+        self.version = f"llama-cpp-python {llama.__version__}"
+        self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._context: Any = None
+
+    def open(self, n_ctx: int, flash_attn: bool) -> None:
+        llama = self._llama
+        if self._context:
+            llama.llama_free(self._context)
+        params = llama.llama_context_default_params()
+        params.n_ctx = n_ctx
+        params.n_batch = min(N_BATCH, n_ctx)
+        params.n_ubatch = min(N_UBATCH, n_ctx)
+        params.n_threads = params.n_threads_batch = self._n_threads
+        params.offload_kqv = params.op_offload = False
+        on, off = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = on if flash_attn else off
+        self._context = llama.llama_init_from_model(self._model, params)
+        if not self._context:
+            raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens")
+
+    def prefill(self, tokens: Sequence[int]) -> np.ndarray:
+        for start in range(0, len(tokens), N_BATCH):
+            self._read(tokens[start : start + N_BATCH])
+        return self._logits()
+
+    def decode(self, token: int) -> np.ndarray:
+        self._read((token,))
+        return self._logits()
+
+    def rewind(self, n_past: int) -> None:
+        memory = self._llama.llama_get_memory(self._context)
+        if not self._llama.llama_memory_seq_rm(memory, 0, n_past, -1):
+            raise RuntimeError(f"llama.cpp cannot forget the tokens from {n_past} on")
+
+    def _read(self, tokens: Sequence[int]) -> None:
+        array = (self._llama.llama_token * len(tokens))(*tokens)
+        status = self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(array, len(tokens)))
+        if status:
+            raise RuntimeError(f"llama.cpp could not read {len(tokens)} tokens: llama_decode returned {status}")
+
+    def _logits(self) -> np.ndarray:
+        """Waits for them."""
+        row = self._llama.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(row, shape=(self.n_vocab,))
+
+
+def make_engine(model: str, n_threads: int) -> LlamaEngine:
+    try:
+        import llama_cpp
+    except ImportError as error:
+        raise RuntimeError(f"{error}: run `make bench`, or pip install '.[bench]'") from None
+    return LlamaEngine(llama_cpp, model, n_threads)
+
+
+if __name__ == "__main__":
+    serve(make_engine)
