@@ -36,7 +36,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/g
 	@$(PIP) install -qq -e '.[test,lint]'
 	@touch "$@"
 
-run: ARGS ?= --chat -p 'Why is the sky blue?' -n 64 --seed 1
+run: ARGS ?= --chat -p 'Write two sentences about the sea.' --greedy -n 64
 run: venv
 	@$(BIN)/python -m pyggml_repkv run $(ARGS)
 

@@ -19,7 +19,7 @@ class RepkvEngine:
     version = f"pyggml_repkv {__version__}"
 
     def __init__(self, model: str, n_threads: int, exact_graph: bool) -> None:
-        self._model = Model.load(model, n_threads=n_threads, exact_graph=exact_graph)
+        self._model = Model.load(model, threads=n_threads, exact_graph=exact_graph)
         self.n_vocab = self._model.config.n_vocab
         self._session: Session
 

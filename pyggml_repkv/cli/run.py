@@ -116,7 +116,7 @@ def load_model(args: argparse.Namespace) -> Model:
 
     return Model.load(
         _model_path(args),
-        n_threads=args.threads or default_threads(),
+        threads=args.threads or default_threads(),
         # Memory policies other than `full` read matrices as they lie in the file.
         repack=not args.no_repack and args.kv == "full",
         exact_graph=args.exact_graph,

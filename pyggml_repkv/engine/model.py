@@ -41,7 +41,7 @@ class Model:
         cls,
         path: str | os.PathLike[str],
         *,
-        n_threads: int | None = None,
+        threads: int | None = None,
         repack: bool = True,
         exact_graph: bool = False,
     ) -> Model:
@@ -53,7 +53,7 @@ class Model:
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
-        n_threads = default_threads() if n_threads is None else n_threads
+        n_threads = default_threads() if threads is None else threads
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
         file = GGUFFile.open(Path(path))

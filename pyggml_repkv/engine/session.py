@@ -103,7 +103,10 @@ class Session:
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         if self._closed:
             raise InputError("the session is closed")
-        ids = np.asarray(tokens)
+        try:
+            ids = np.asarray(tokens)
+        except ValueError:  # ragged
+            ids = np.empty(0)
         if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError("tokens must be a non-empty sequence of token ids")
         # ggml aborts the process on a row that is not there.

@@ -33,7 +33,7 @@ def greedy(session, logits: np.ndarray, n: int) -> list[int]:
 
 @pytest.fixture(scope="module", params=[True, False], ids=["exact", "fused"])
 def model(request, demo_model):
-    with Model.load(demo_model, n_threads=2, exact_graph=request.param) as loaded:
+    with Model.load(demo_model, threads=2, exact_graph=request.param) as loaded:
         yield loaded
 
 

@@ -34,7 +34,7 @@ def test_prefill_and_decode_equal_the_oracle(data, spec, tmp_path):
     type_k = data.draw(st.sampled_from(caches), label="type_k")
     type_v = data.draw(st.sampled_from([c for c in caches if flash_attn or c != "q8_0"]), label="type_v")
     options = {
-        "n_threads": data.draw(st.integers(1, 3), label="n_threads"),
+        "threads": data.draw(st.integers(1, 3), label="threads"),
         "repack": data.draw(st.booleans(), label="repack"),
         "exact_graph": data.draw(st.booleans(), label="exact_graph"),
     }
@@ -63,7 +63,7 @@ def test_every_weight_type(weight_type, repack, tmp_path):
     tokens = list(range(20))
     memory = MemoryConfig(type_k="f32", type_v="f32")
     with (
-        Model.load(tmp_path / "model.gguf", n_threads=2, repack=repack) as model,
+        Model.load(tmp_path / "model.gguf", threads=2, repack=repack) as model,
         model.session(memory) as session,
     ):
         logits = [*session.prefill_all(tokens[:16]), *(session.decode(t).copy() for t in tokens[16:])]

@@ -192,7 +192,7 @@ def open_and_run(path: Path) -> None:
     template = ChatTemplate.from_metadata(file.metadata, tokenizer)
     if template is not None:
         template.render([{"role": "user", "content": "hello"}])
-    with Model.load(path, n_threads=1) as model, model.session(MemoryConfig(kv="full", n_ctx=32)) as session:
+    with Model.load(path, threads=1) as model, model.session(MemoryConfig(kv="full", n_ctx=32)) as session:
         session.prefill(ids[:20])
         session.decode(ids[0])
 

@@ -60,7 +60,7 @@ def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, gr
     weights = write_tiny_model(tmp_path / "model.gguf", spec)
     tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
     oracle = RepKVOracle(spec, weights, memory, far=memory.positions == "far")
-    with Model.load(tmp_path / "model.gguf", n_threads=n_threads, repack=False) as model, model.session(memory) as s:
+    with Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model, model.session(memory) as s:
         got = [s.prefill(tokens[:n_prompt]).copy()]
         sizes = s.policy.split(n_prompt, memory.n_batch)
         got += [s.decode(token).copy() for token in tokens[n_prompt:]]
@@ -79,7 +79,7 @@ def test_room_for_every_block_is_full_attention(memory, n_prompt, seed, n_head_k
     tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + 5).tolist()
     full = MemoryConfig(n_ctx=N_CTX, type_k="f32", type_v="f32")
     logits = []
-    with Model.load(tmp_path / "model.gguf", n_threads=n_threads, repack=False) as model:
+    with Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model:
         for config in (memory, full):
             with model.session(config) as session:
                 logits.append([session.prefill(tokens[:n_prompt]).copy()])

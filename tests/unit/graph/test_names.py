@@ -1,0 +1,103 @@
+"""Tensors carry llama.cpp's names, given by whoever builds the graph, so that dumps of both can be compared."""
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.plan import Plan, PlanCache, PlanKey
+from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.registry import make_policy
+
+N_LAYER = 3
+# In the order of src/models/qwen2.cpp; the three names of q, k and v are the product, the bias and the rotation.
+LAYER = [
+    "norm", "attn_norm", *["Qcur"] * 2, *["Kcur"] * 2, *["Vcur"] * 2, "Qcur", "Kcur", "Vcur", "kqv_out", "attn_out",
+    "ffn_inp", "norm", "ffn_norm", "ffn_up", "ffn_gate", "ffn_swiglu", "ffn_out", "l_out",
+]  # fmt: skip
+EXACT = [("embd", -1), *((n, il) for il in range(N_LAYER) for n in LAYER),
+         ("norm", -1), ("result_norm", -1), ("result_output", -1)]  # fmt: skip
+
+
+@pytest.fixture(params=[True, False], ids=["exact", "fused"])
+def model(request, tiny_model):
+    with Model.load(tiny_model(n_layer=N_LAYER), threads=1, exact_graph=request.param) as model:
+        yield model
+
+
+def make_plan(model, n_tokens, cb, outputs="all"):
+    policy = make_policy(model.config, MemoryConfig(), model.graph)
+    shape = policy.step_shape(0, n_tokens, model.graph.form(n_tokens, outputs))
+    return Plan(model.graph, policy, PlanKey(shape, outputs), cb)
+
+
+def node_names(plan):
+    graph = plan.context.graph
+    return [g.ggml_graph_node(graph, i).contents.name.decode() for i in range(g.ggml_graph_n_nodes(graph))]
+
+
+def calls_of(model, n_tokens, **options):
+    calls = []
+    make_plan(model, n_tokens, lambda tensor, name, layer: calls.append((name, layer)), **options)
+    return calls
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7, 40])
+@pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])
+def test_the_exact_graph_names_what_llama_cpp_names(model, n_tokens):
+    assert calls_of(model, n_tokens) == EXACT
+
+
+@pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])
+def test_names_are_on_the_nodes_that_compute(model):
+    """In the order in which they run: a value is there before it is used."""
+    policy = make_policy(model.config, MemoryConfig(), model.graph)
+    cache = PlanCache(model.graph, policy, model.backend)
+    names = node_names(cache.get(PlanKey(policy.step_shape(0, 7, "ggml"), "all")))
+    for il in range(N_LAYER):
+        wanted = ["attn_norm", "Qcur", "kqv_out", "ffn_inp", "ffn_norm", "ffn_out", "l_out"]
+        places = [names.index(f"{name}-{il}") for name in wanted]
+        assert places == sorted(places)
+        assert {f"Kcur-{il}", f"Vcur-{il}"} <= set(names)
+    assert names.index("result_norm") < names.index("result_output") == len(names) - 1
+
+
+def test_a_part_of_the_names_in_every_form(model):
+    for n_tokens in (1, 40):
+        calls = calls_of(model, n_tokens)
+        assert calls[0] == ("embd", -1)
+        assert calls[-1] == ("result_output", -1)
+        for name in ("ffn_inp", "ffn_swiglu", "l_out"):
+            assert [il for n, il in calls if n == name] == list(range(N_LAYER))
+
+
+def test_without_an_output_the_last_layer_only_stores(model):
+    calls = calls_of(model, 40, outputs="none")
+    assert ("l_out", N_LAYER - 2) in calls
+    assert not {("l_out", N_LAYER - 1), ("kqv_out", N_LAYER - 1), ("result_output", -1)} & set(calls)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_the_names_are_given_by_who_builds(model, n_tokens):
+    """Every name comes through `cb`, for a tensor of its own, and nobody else gives one."""
+    seen = []
+
+    def cb(tensor, name, layer):
+        seen.append(f"mine.{len(seen)}")
+        g.ggml_set_name(tensor, seen[-1].encode())
+
+    names = node_names(make_plan(model, n_tokens, cb))
+    # ggml calls a view after what it looks at.
+    assert sorted(name for name in names if name.startswith("mine.") and " " not in name) == sorted(seen)
+    assert not [name for name in names if name.startswith(("l_out", "attn_norm", "result_"))]
+
+
+def test_a_cache_passes_its_names_on(model):
+    calls = []
+    policy = make_policy(model.config, MemoryConfig(), model.graph)
+    cache = PlanCache(model.graph, policy, model.backend, cb=lambda tensor, name, layer: calls.append(name))
+    key = PlanKey(policy.step_shape(0, 1, model.graph.form(1, "all")), "all")
+    logits = cache.run(key, np.array([5]), 0)
+    assert calls.count("l_out") == N_LAYER
+    with model.session() as session:
+        assert np.array_equal(session.prefill([5]), logits[0])

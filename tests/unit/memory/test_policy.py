@@ -1,0 +1,81 @@
+"""What a session may ask of its memory: checked once, plainly, and open to new policies."""
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.full import FullMemory
+from pyggml_repkv.memory.policy import MemoryConfig, context_length, even_split
+from pyggml_repkv.memory.registry import POLICIES
+
+
+@pytest.fixture
+def model(tiny_model):
+    with Model.load(tiny_model(n_layer=1, n_ctx=64), threads=1) as model:
+        yield model
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_ctx": -1}, "-c is -1; it must be 0 (the trained context) or a number of tokens"),
+        ({"n_batch": 0}, "-b is 0; it must be at least 1"),
+        ({"type_k": "q4_0"}, "-ctk is 'q4_0'; it must be one of f16, bf16, f32, q8_0"),
+        ({"type_v": ""}, "-ctv is ''; it must be one of f16, bf16, f32, q8_0"),
+    ],
+)
+def test_a_bad_value_names_its_flag_and_what_would_be_right(fields, message):
+    with pytest.raises(InputError) as caught:
+        MemoryConfig(**fields)
+    assert str(caught.value) == message
+
+
+def test_a_configuration_is_fixed_and_comparable():
+    config = MemoryConfig(n_ctx=100)
+    assert config == MemoryConfig(n_ctx=100) != MemoryConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.n_ctx = 200
+    with pytest.raises(TypeError, match="n_context"):
+        MemoryConfig(n_context=100)
+
+
+@pytest.mark.parametrize(("n_ctx", "length"), [(0, 64), (1, 1), (63, 63), (1000, 1000)])
+def test_no_length_means_the_trained_one(model, n_ctx, length):
+    assert context_length(MemoryConfig(n_ctx=n_ctx), model.config) == length
+    assert model.session(MemoryConfig(n_ctx=n_ctx)).n_ctx == length
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "n_batch", "sizes"),
+    [(1, 1, [1]), (10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 512, [3]), (5, 1, [1] * 5)],
+)
+def test_a_prompt_is_read_in_even_steps(n_tokens, n_batch, sizes):
+    assert even_split(n_tokens, n_batch) == sizes
+
+
+def test_an_unknown_policy_lists_the_known_ones(model):
+    with pytest.raises(InputError) as caught:
+        model.session(MemoryConfig(kv="none"))
+    assert str(caught.value) == f"--kv is 'none'; it must be one of {', '.join(sorted(POLICIES))}"
+    assert "full" in POLICIES
+
+
+def test_a_new_policy_is_one_entry(model, monkeypatch):
+    """No model and no session knows it, and it is used for every step."""
+    asked = []
+
+    class Spy(FullMemory):
+        name = "spy"
+
+        def step_shape(self, n_past, n_tokens, preferred):
+            asked.append((n_past, n_tokens))
+            return super().step_shape(n_past, n_tokens, preferred)
+
+    monkeypatch.setitem(POLICIES, "spy", lambda config, memory, graph: Spy(config, memory, graph.fused_ops))
+    with model.session(MemoryConfig(kv="spy", n_batch=4)) as session:
+        session.prefill(range(9))
+        session.decode(1)
+        assert session.stats()["policy"] == "spy"
+    assert asked == [(0, 4), (4, 4), (8, 1), (9, 1)]

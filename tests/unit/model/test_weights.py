@@ -1,0 +1,166 @@
+"""Weights as tensors: over the file where they lie, copied where they must, repacked where that is faster."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as QT
+from gguf import GGUFValueType as VT
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.ffi.library import g, native
+from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.weights import Weights
+from tests.oracle import qwen2_logits
+from tests.tiny_models import MIN_VOCAB, TinySpec, write_tiny_model
+from tests.unit.native.op_bench import tensor_bytes
+
+SPEC = TinySpec(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ff=96, seed=5)
+TOKENS = np.random.default_rng(1).integers(0, MIN_VOCAB, 60).tolist()
+EXACT_CACHE = MemoryConfig(type_k="f32", type_v="f32")
+MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def load(path, *, repack=False, join=True):
+    file = GGUFFile.open(path)
+    return file, Weights(file, ModelConfig.from_gguf(file), repack=repack, join=join)
+
+
+def address(tensor):
+    return tensor.contents.data
+
+
+def logits_of(path, **options):
+    """Of a chunk, a short step and single tokens: every form that the model has."""
+    with Model.load(path, threads=2, **options) as model, model.session(EXACT_CACHE) as session:
+        steps = [session.prefill_all(TOKENS[:40]), session.prefill_all(TOKENS[40:45])]
+        return np.concatenate([*steps, *(session.decode(token)[None] for token in TOKENS[45:])])
+
+
+def relative_error(got, want):
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+@pytest.fixture
+def q4_0(tmp_path):
+    """-> path, dequantised weights, spec: every matrix has rows in multiples of 8, as repacking wants."""
+    spec = TinySpec(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ff=128, weight_type=QT.Q4_0, seed=6)
+    path = tmp_path / "q4_0.gguf"
+    with_weights = write_tiny_model(path, spec)
+    _, weights = load(path, repack=True)
+    repacked = weights.repacked
+    weights.close()
+    if not repacked:
+        pytest.skip("this CPU has no layout for Q4_0")
+    return path, with_weights, spec
+
+
+def test_tensors_lie_in_the_file(tmp_path):
+    write_tiny_model(tmp_path / "m.gguf", SPEC)
+    file, weights = load(tmp_path / "m.gguf")
+    start = file.data.ctypes.data
+    for i, layer in enumerate(weights.layers):
+        for part in MATRICES:
+            assert address(getattr(layer, part)) == start + file.tensors[f"blk.{i}.{part}.weight"].offset
+        assert layer.attn_qkv is None
+        assert layer.ffn_gate_up is None
+    assert not weights.repacked
+    assert weights.repacked_bytes == 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_output_is_the_embedding(tmp_path, tied):
+    spec = TinySpec(n_layer=1, tied=tied, seed=8)
+    written = write_tiny_model(tmp_path / "m.gguf", spec)
+    _, weights = load(tmp_path / "m.gguf")
+    assert (address(weights.output) == address(weights.token_embd)) == tied
+    assert relative_error(logits_of(tmp_path / "m.gguf"), qwen2_logits(spec, written, TOKENS)) < 2e-5
+
+
+@pytest.mark.parametrize("alignment", [8, 16, 64])
+@pytest.mark.parametrize("options", [{}, {"exact_graph": True}], ids=["fused", "exact"])
+def test_any_alignment_of_the_file(tmp_path, alignment, options):
+    """Odd rows of Q8_0 leave the tensors after them where vector loads must not look: those are copied."""
+
+    def edit(metadata, tensors):
+        metadata["general.alignment"] = (alignment, VT.UINT32)
+
+    types = (("*attn_k.weight", QT.Q8_0), ("*ffn_up.weight", QT.Q4_0), ("*embd*", QT.Q8_0))
+    spec = TinySpec(n_embd=32, n_head=3, n_head_kv=1, head_dim=32, n_ff=32, n_vocab=273, seed=9, weight_types=types)
+    written = write_tiny_model(tmp_path / "m.gguf", spec, edit)
+    file, weights = load(tmp_path / "m.gguf")
+    misaligned = [name for name, info in file.tensors.items() if info.offset % 32]
+    assert bool(misaligned) == (alignment < 32)
+    for i, layer in enumerate(weights.layers):
+        for part in MATRICES:
+            tensor, name = getattr(layer, part), f"blk.{i}.{part}.weight"
+            assert address(tensor) % 32 == 0
+            assert np.array_equal(tensor_bytes(tensor).ravel(), file.tensor_bytes(name).ravel())
+    want = qwen2_logits(spec, written, TOKENS)
+    assert relative_error(logits_of(tmp_path / "m.gguf", **options), want) < 2e-2
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_what_is_repacked_is_joined(q4_0, join):
+    path, _, spec = q4_0
+    file, weights = load(path, repack=True, join=join)
+    assert weights.repacked
+    assert weights.repacked_bytes >= sum(
+        info.n_bytes for name, info in file.tensors.items() if name.startswith("blk.") and info.type == QT.Q4_0
+    )
+    for i, layer in enumerate(weights.layers):
+        assert (layer.attn_qkv is not None) == (layer.ffn_gate_up is not None) == join
+        if join:
+            n_qkv = (spec.n_head + 2 * spec.n_head_kv) * spec.head_dim
+            assert layer.attn_qkv.contents.ne[:2] == [spec.width, n_qkv]
+            assert layer.ffn_gate_up.contents.ne[:2] == [spec.width, 2 * spec.n_ff]
+            biases = np.concatenate([file.tensor_bytes(f"blk.{i}.attn_{n}.bias") for n in "qkv"])
+            assert np.array_equal(tensor_bytes(layer.attn_qkv_bias).ravel(), biases.ravel())
+        else:
+            assert layer.attn_q.contents.extra
+
+
+def test_repacking_and_joining_do_not_change_the_answer(q4_0):
+    path, written, spec = q4_0
+    plain = logits_of(path, exact_graph=True, repack=False)
+    for options in ({"exact_graph": True}, {}):
+        # The same products in other places: only the order of a few sums differs.
+        assert relative_error(logits_of(path, **options), plain) < 1e-6
+    # ggml rounds activations to 8 bits, as the fused ops do for single tokens; packed chunks are not rounded at all.
+    want = qwen2_logits(spec, written, TOKENS)
+    fused = logits_of(path, repack=False)
+    assert relative_error(plain, want) < 3e-2
+    assert relative_error(fused[40:], want[40:]) < 3e-2
+    if native.repkv_has_fast_prefill():
+        assert relative_error(fused[:40], want[:40]) < 1e-5
+
+
+def test_the_joined_graph_is_the_one_that_runs(q4_0):
+    """One product for q, k and v, and its bias, where they are joined."""
+    for options, expected in (({}, True), ({"exact_graph": True}, False)):
+        with Model.load(q4_0[0], threads=1, **options) as model, model.session() as session:
+            session.prefill([1, 2, 3])
+            (plan,) = session._plans._plans.values()
+            graph = plan.context.graph
+            names = [g.ggml_graph_node(graph, i).contents.name for i in range(g.ggml_graph_n_nodes(graph))]
+            assert (b"bqkv-0" in names) == (b"ffn_gate_up-0" in names) == expected
+
+
+def test_matrices_of_other_types_are_not_joined(tmp_path):
+    spec = TinySpec(n_layer=1, n_head_kv=4, head_dim=32, n_ff=128, weight_type=QT.Q4_0, seed=3,
+                    weight_types=(("*attn_v.weight", QT.Q8_0), ("*ffn_up.weight", QT.F32)))  # fmt: skip
+    written = write_tiny_model(tmp_path / "m.gguf", spec)
+    _, weights = load(tmp_path / "m.gguf", repack=True)
+    (layer,) = weights.layers
+    assert layer.attn_qkv is None
+    assert layer.attn_qkv_bias is None
+    assert layer.ffn_gate_up is None
+    assert relative_error(logits_of(tmp_path / "m.gguf"), qwen2_logits(spec, written, TOKENS)) < 2e-2
+
+
+def test_closing_gives_everything_back(q4_0):
+    _, weights = load(q4_0[0], repack=True)
+    buffers = [*weights._buffers, weights._map]
+    weights.close()
+    weights.close()
+    assert all(buffer.closed for buffer in buffers)

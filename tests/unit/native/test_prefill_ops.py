@@ -1,0 +1,251 @@
+"""Each packed op against plain numpy, on random shapes, weight types and thread counts.
+
+The lanes of no token hold NaN on the way in, so a result that is finite and right owes nothing to them.
+"""
+
+from itertools import accumulate
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as QT
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.ffi.library import g
+from tests.unit.native.op_bench import (
+    Bench,
+    assert_close,
+    config,
+    matrix,
+    normed,
+    packed,
+    rotated,
+    silu,
+    tensor_bytes,
+)
+
+TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0, QT.Q4_K, QT.Q6_K]
+# One block of columns is 2048: just one, a part of a second, a part of a third.
+WIDTHS = [32, 64, 160, 256, 1024, 2048, 2304, 4352]
+# Weights are dequantised and sums are F32: no type makes it less precise.
+PRECISION = 1e-5
+
+token_counts = st.one_of(st.integers(1, 100), st.sampled_from([1, 31, 32, 33, 64, 65]))
+common = {"n_tokens": token_counts, "n_threads": st.integers(1, 4), "seed": st.integers(0, 1000)}
+
+
+def fitting(kind: QT, n_in: int) -> QT:
+    """`kind`, or F32 where its blocks do not divide a row."""
+    return QT.F32 if n_in % GGML_QUANT_SIZES[kind][0] else kind
+
+
+def tokens(rng, n_tokens, n):
+    return rng.standard_normal((n_tokens, n)).astype(np.float32)
+
+
+@given(n=st.integers(1, 200), **common)
+@settings(max_examples=30)
+def test_pack(n, n_tokens, n_threads, seed):
+    bench = Bench(config(), n_threads)
+    x = tokens(np.random.default_rng(seed), n_tokens, n)
+    got = bench.compute(bench.ops.pack(bench.graph, bench.tensor(x)))
+    assert np.array_equal(got.ravel(), packed(x, padding=0.0).ravel())
+
+
+@given(n=st.integers(1, 300), scale=st.sampled_from([1e-3, 1.0, 1e3]), **common)
+@settings(max_examples=30)
+def test_norm_packed(n, scale, n_tokens, n_threads, seed):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(), n_threads)
+    x, weight = tokens(rng, n_tokens, n) * np.float32(scale), tokens(rng, 1, n)[0]
+    got = bench.compute_packed(
+        bench.ops.norm_packed(bench.graph, bench.tensor(packed(x)), bench.tensor(weight)), n_tokens
+    )
+    assert_close(got, normed(x, weight), PRECISION)
+
+
+@given(rows=st.lists(st.integers(1, 110), min_size=1, max_size=3), n_in=st.sampled_from(WIDTHS), data=st.data(),
+       biased=st.booleans(), **common)  # fmt: skip
+@settings(max_examples=40)
+def test_matmul(rows, n_in, data, biased, n_tokens, n_threads, seed):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(), n_threads)
+    kinds = [fitting(data.draw(st.sampled_from(TYPES), label="kind"), n_in) for _ in rows]
+    x = tokens(rng, n_tokens, n_in)
+    mats = [matrix(rng, (n, n_in), kind) for n, kind in zip(rows, kinds, strict=True)]
+    biases = [tokens(rng, 1, n)[0] for n in rows] if biased else []
+    weights = [bench.tensor(m[0], kind, (n, n_in)) for m, kind, n in zip(mats, kinds, rows, strict=True)]
+    node = bench.ops.matmul(bench.graph, bench.tensor(packed(x)), weights, [bench.tensor(b) for b in biases])
+    want = np.concatenate([x @ m[1].T for m in mats], -1) + (np.concatenate(biases) if biased else 0)
+    assert_close(bench.compute_packed(node, n_tokens), want, PRECISION)
+
+
+@given(kind=st.sampled_from(TYPES), n_rows=st.integers(1, 130), n_in=st.sampled_from(WIDTHS), **common)
+@settings(max_examples=40)
+def test_matmul_add(kind, n_rows, n_in, n_tokens, n_threads, seed):
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(), n_threads)
+    kind = fitting(kind, n_in)
+    x, residual = tokens(rng, n_tokens, n_in), tokens(rng, n_tokens, n_rows)
+    data, w = matrix(rng, (n_rows, n_in), kind)
+    node = bench.ops.matmul_add(
+        bench.graph,
+        bench.tensor(packed(x)),
+        bench.tensor(data, kind, (n_rows, n_in)),
+        bench.tensor(packed(residual)),
+    )
+    assert_close(bench.compute_packed(node, n_tokens), x @ w.T + residual, PRECISION)
+
+
+@given(kinds=st.tuples(*[st.sampled_from(TYPES)] * 2), n_rows=st.integers(1, 130), n_in=st.sampled_from(WIDTHS),
+       size=st.sampled_from([1.0, 30.0, 1000.0]), **common)  # fmt: skip
+@settings(max_examples=40)
+def test_matmul_gate_up(kinds, n_rows, n_in, size, n_tokens, n_threads, seed):
+    """`size` drives the gates past both ends of the exponential."""
+    rng = np.random.default_rng(seed)
+    bench = Bench(config(), n_threads)
+    x = tokens(rng, n_tokens, n_in) * np.float32(size)
+    kinds = [fitting(kind, n_in) for kind in kinds]
+    (gate_data, gate), (up_data, up) = (matrix(rng, (n_rows, n_in), kind) for kind in kinds)
+    gate_t, up_t = (bench.tensor(d, k, (n_rows, n_in)) for d, k in zip((gate_data, up_data), kinds, strict=True))
+    node = bench.ops.matmul_gate_up(bench.graph, bench.tensor(packed(x)), gate_t, up_t)
+    got = bench.compute_packed(node, n_tokens)
+    a, b = x @ gate.T, x @ up.T
+    # Each factor's rounding is as large as its inputs, and the product carries it on.
+    assert np.abs(got - silu(a) * b).max() <= PRECISION * size * (size + max(np.abs(a).max(), np.abs(b).max()))
+
+
+def test_silu_is_good_to_a_few_ulp():
+    """One column of ones, so the only rounding is the exponential's and one product's."""
+    bench = Bench(config(), 1)
+    x = np.linspace(-80, 80, 3201, dtype=np.float32)[:, None]
+    one = np.ones((1, 1), np.float32)
+    node = bench.ops.matmul_gate_up(bench.graph, bench.tensor(packed(x)), bench.tensor(one), bench.tensor(one))
+    want = silu(x.astype(np.float64)) * x
+    np.testing.assert_allclose(bench.compute_packed(node, len(x)), want, rtol=1e-6, atol=1e-30)
+
+
+CACHES = {"f32": QT.F32, "f16": QT.F16, "bf16": QT.BF16, "q8_0": QT.Q8_0}
+# Relative to the largest value: what storing costs.
+ROUNDING = {"f32": 1e-6, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
+
+
+class Arena:
+    """[n_cells, K * d] with random values in the first n_past cells and bytes that spell NaN in the others."""
+
+    def __init__(self, bench, rng, kind, n_past, n_cells):
+        width = bench.config.n_embd_kv
+        self.kind, self.shape = kind, (n_cells, bench.config.n_head_kv, bench.config.head_dim)
+        block, size = GGML_QUANT_SIZES[kind]
+        past = quantize(rng.standard_normal((n_cells, width)).astype(np.float32), kind)
+        self.before = np.ascontiguousarray(past).view(np.uint8).reshape(n_cells, width // block * size)
+        self.before[n_past:] = 0xFF
+        self.tensor = bench.tensor(self.before, kind, (n_cells, width))
+
+    def values(self):
+        """What the arena holds now, float64 [n_cells, K, d]."""
+        raw = tensor_bytes(self.tensor)
+        if self.kind in (QT.F32, QT.F16):
+            raw = raw.view(np.float32 if self.kind == QT.F32 else np.float16)
+        return dequantize(raw, self.kind).reshape(self.shape).astype(np.float64)
+
+    def assert_written(self, first, want, rounding):
+        """Cells from `first` on hold `want` [T, K, d]; every other byte is what it was."""
+        after, end = tensor_bytes(self.tensor), first + len(want)
+        assert np.array_equal(after[:first], self.before[:first])
+        assert np.array_equal(after[end:], self.before[end:])
+        assert_close(self.values()[first:end], want, rounding)
+
+
+def attention(q, k, v, n_past):
+    """q [T, H, d] (scaled), k and v [n_past + T, K, d] -> [T, H, d]; token t sees the cells up to n_past + t."""
+    n_tokens, n_head, _ = q.shape
+    group = n_head // k.shape[1]
+    k, v = (np.repeat(x, group, 1) for x in (k, v))
+    scores = np.einsum("thd,chd->htc", q, k)
+    hidden = np.arange(len(k))[None, :] > n_past + np.arange(n_tokens)[:, None]
+    scores[:, hidden] = -np.inf
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("htc,chd->thd", p / p.sum(-1, keepdims=True), v)
+
+
+@given(n_head_kv=st.integers(1, 3), group=st.integers(1, 5), head_dim=st.sampled_from([16, 32, 64, 80, 96, 128]),
+       partly=st.booleans(), n_past=st.one_of(st.just(0), st.integers(1, 200)), sharp=st.sampled_from([1.0, 8.0]),
+       caches=st.tuples(*[st.sampled_from(sorted(CACHES))] * 2), **common)  # fmt: skip
+@settings(max_examples=80)
+def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, sharp, caches, n_tokens, n_threads,
+                                   seed):  # fmt: skip
+    """`partly`: only half of each head is rotated; `sharp`: large queries make softmax one-sided."""
+    rng = np.random.default_rng(seed)
+    n_head = n_head_kv * group
+    rope_dim = head_dim // 2 if partly else head_dim
+    bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, rope_dim=rope_dim), n_threads)
+    if head_dim % 32:
+        caches = tuple(name if name != "q8_0" else "f16" for name in caches)
+    k_arena, v_arena = (Arena(bench, rng, CACHES[name], n_past, n_past + n_tokens + 3) for name in caches)
+    qkv = tokens(rng, n_tokens, (n_head + 2 * n_head_kv) * head_dim)
+    qkv[:, : n_head * head_dim] *= np.float32(sharp)
+    angle = rng.uniform(0, 6, (n_tokens, rope_dim // 2))
+    bench.ops.rope = bench.tensor(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
+    cells = bench.tensor(np.array([n_past, n_tokens], np.int32), g.GGML_TYPE_I32)
+
+    arenas = k_arena.tensor, v_arena.tensor
+    q_node = bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells)
+    node = bench.ops.attend_chunk(bench.graph, q_node, *arenas, cells)
+    got = bench.compute_packed(node, n_tokens).reshape(n_tokens, n_head, head_dim)
+
+    heads = qkv.reshape(n_tokens, -1, head_dim).astype(np.float64)
+    cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    q, k, v = np.split(heads, list(accumulate((n_head, n_head_kv))), axis=1)
+    k_arena.assert_written(n_past, rotated(k, cos, sin), ROUNDING[caches[0]])
+    v_arena.assert_written(n_past, v, ROUNDING[caches[1]])
+    # Attention reads what was stored, so the cache's rounding is no excuse for it.
+    n_seen = n_past + n_tokens
+    want = attention(rotated(q, cos, sin) / np.sqrt(head_dim), k_arena.values()[:n_seen], v_arena.values()[:n_seen],
+                     n_past)  # fmt: skip
+    assert_close(got, want, 2e-5 * sharp)
+
+
+def test_store_kv_returns_rotated_scaled_queries():
+    rng = np.random.default_rng(5)
+    bench = Bench(config(n_head=6, n_head_kv=2, head_dim=48), 2)
+    qkv, angle = tokens(rng, 41, 10 * 48), rng.uniform(0, 6, (41, 24))
+    bench.ops.rope = bench.tensor(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
+    arenas = [Arena(bench, rng, QT.F16, 7, 64).tensor for _ in "kv"]
+    cells = bench.tensor(np.array([7, 41], np.int32), g.GGML_TYPE_I32)
+    got = bench.compute_packed(bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells), 41)
+    q = qkv.astype(np.float64).reshape(41, 10, 48)[:, :6]
+    want = rotated(q, np.cos(angle)[:, None], np.sin(angle)[:, None]) / np.sqrt(48)
+    assert_close(got, want.reshape(41, -1), PRECISION)
+
+
+def attend_chunk(qkv):
+    """qkv [T, 8 * 32] of 4 query and 2 key/value heads, unrotated, from cell 0 -> [T, 4 * 32]."""
+    bench = Bench(config(), 2)
+    n_tokens = len(qkv)
+    bench.ops.rope = bench.tensor(packed(np.repeat(np.float32([[1, 0]]), 16, 1).repeat(n_tokens, 0)))
+    arenas = [Arena(bench, np.random.default_rng(0), QT.F32, 0, 80).tensor for _ in "kv"]
+    cells = bench.tensor(np.array([0, n_tokens], np.int32), g.GGML_TYPE_I32)
+    q = bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells)
+    return bench.compute_packed(bench.ops.attend_chunk(bench.graph, q, *arenas, cells), n_tokens)
+
+
+def test_what_is_hidden_weighs_exactly_nothing():
+    """Not merely e^-87: the second token's values are so large that even this would show."""
+    qkv = tokens(np.random.default_rng(7), 2, 8 * 32)
+    qkv[1, 6 * 32 :] = 1e38
+    first = qkv[0, 6 * 32 :].reshape(2, 32)
+    assert np.array_equal(attend_chunk(qkv)[0], first.repeat(2, 0).ravel())
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_poisoned_token_spoils_no_panel_before_its_own(poison):
+    """Token 40 of 70 is bad. Its panel may suffer (0 times NaN is NaN), the first 32 tokens and the process not."""
+    qkv = tokens(np.random.default_rng(6), 70, 8 * 32)
+    good = attend_chunk(qkv)
+    qkv[40] = poison
+    bad = attend_chunk(qkv)
+    assert np.array_equal(bad[:32], good[:32])
+    assert not np.isfinite(bad[40]).any()
