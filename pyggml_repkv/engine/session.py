@@ -31,6 +31,7 @@ class Session:
         self.policy = policy
         self._graph, self._config, self._tokenizer = graph, graph.config, tokenizer
         self._plans = PlanCache(graph, policy, backend)
+        self._lock = backend.lock
         self._closed = False
 
     @property
@@ -120,9 +121,12 @@ class Session:
         return ids.astype(np.int32)
 
     def close(self) -> None:
-        self._closed = True
-        self._plans.close()
-        self.policy.close()
+        """Frees graphs and memory, once the step that runs in another thread is over."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._plans.close()
+                self.policy.close()
 
     def __enter__(self) -> Session:
         return self

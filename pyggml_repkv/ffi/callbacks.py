@@ -40,6 +40,7 @@ class PythonOps:
                 self._error = error
                 native.repkv_request_abort()
 
+        context.reserve()
         callback = g.ggml_custom_op_t(run)
         context.keep_alive(callback)
         args = (ctypes.POINTER(g.ggml_tensor) * len(sources))(*sources)

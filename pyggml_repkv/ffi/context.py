@@ -40,13 +40,14 @@ class TensorContext(Handle):
         super().__init__(pointer, g.ggml_free)
         self._capacity = mem_size
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
+        """Room for one more tensor. Raises ComputeError where there is none."""
         # A full context makes ggml abort, so the last places are never used.
         if g.ggml_used_mem(self.pointer) + 4 * g.ggml_tensor_overhead() > self._capacity:
             raise ComputeError(f"a ggml context of {self._capacity} bytes is full")
 
     def new(self, type_: int, shape: Sequence[int], name: str = "") -> Tensor:
-        self._reserve()
+        self.reserve()
         ne = (ctypes.c_int64 * len(shape))(*reversed(shape))
         tensor = g.ggml_new_tensor(self.pointer, type_, len(shape), ne)
         if name:
@@ -94,7 +95,7 @@ class GraphContext(TensorContext):
 
     def view(self, a: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
         """`strides` in bytes for all dimensions but the innermost, which is contiguous."""
-        self._reserve()
+        self.reserve()
         ne, nb = list(reversed(shape)), list(reversed(strides))
         if len(ne) == 2:
             return g.ggml_view_2d(self.pointer, a, *ne, *nb, offset)
@@ -103,55 +104,55 @@ class GraphContext(TensorContext):
         raise ComputeError(f"views have 2 or 3 dimensions, not {len(ne)}")
 
     def reshape(self, a: Tensor, shape: Sequence[int]) -> Tensor:
-        self._reserve()
+        self.reserve()
         if len(shape) == 2:
             return g.ggml_reshape_2d(self.pointer, a, *reversed(shape))
         return g.ggml_reshape_3d(self.pointer, a, *reversed(shape))
 
     def swap_rows_and_heads(self, a: Tensor) -> Tensor:
         """[a, b, d] -> [b, a, d], without moving data."""
-        self._reserve()
+        self.reserve()
         return g.ggml_permute(self.pointer, a, 0, 2, 1, 3)
 
     def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
-        self._reserve()
+        self.reserve()
         return g.ggml_get_rows(self.pointer, a, rows)
 
     def set_rows(self, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
         """Writes b's rows into a at `rows` (I64), converting to a's type; the result is a view of a."""
-        self._reserve()
+        self.reserve()
         return g.ggml_set_rows(self.pointer, a, b, rows)
 
     def linear(self, weight: Tensor, x: Tensor) -> Tensor:
         """x [T, n_in] @ weight [n_out, n_in].T -> [T, n_out] F32."""
-        self._reserve()
+        self.reserve()
         return g.ggml_mul_mat(self.pointer, weight, x)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
-        self._reserve()
+        self.reserve()
         return g.ggml_add(self.pointer, a, b)
 
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
-        self._reserve()
+        self.reserve()
         return g.ggml_mul(self.pointer, a, b)
 
     def rms_norm(self, x: Tensor, eps: float) -> Tensor:
-        self._reserve()
+        self.reserve()
         return g.ggml_rms_norm(self.pointer, x, eps)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up."""
-        self._reserve()
+        self.reserve()
         return g.ggml_swiglu_split(self.pointer, gate, up)
 
     def swiglu_halves(self, gate_up: Tensor) -> Tensor:
         """[T, 2 n] -> silu(first half) * second half [T, n]."""
-        self._reserve()
+        self.reserve()
         return g.ggml_swiglu(self.pointer, gate_up)
 
     def rope_neox(self, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
         """x [T, n_head, head_dim], positions I32 [T]."""
-        self._reserve()
+        self.reserve()
         return g.ggml_rope_ext(
             self.pointer, x, positions, None, rope.n_dims, g.GGML_ROPE_TYPE_NEOX, rope.n_ctx_orig, rope.freq_base,
             rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow,
@@ -159,26 +160,26 @@ class GraphContext(TensorContext):
 
     def flash_attn(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
         """q [H, T, d], k and v [H_kv, n_kv, d], mask F16 [T, n_kv] -> [T, H, d]."""
-        self._reserve()
+        self.reserve()
         out = g.ggml_flash_attn_ext(self.pointer, q, k, v, mask, scale, 0.0, 0.0)
         g.ggml_flash_attn_ext_set_prec(out, g.GGML_PREC_F32)
         return out
 
     def softmax(self, scores: Tensor, mask: Tensor, scale: float) -> Tensor:
         """softmax(scores * scale + mask) over the innermost dimension; mask F32 or F16 [T, n_kv]."""
-        self._reserve()
+        self.reserve()
         return g.ggml_soft_max_ext(self.pointer, scores, mask, scale, 0.0)
 
     def contiguous(self, a: Tensor) -> Tensor:
         """A copy in row-major order, or a itself where it is one already."""
         if g.ggml_is_contiguous(a):
             return a
-        self._reserve()
+        self.reserve()
         return g.ggml_cont(self.pointer, a)
 
     def custom(self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any) -> Tensor:
         """An F32 tensor computed by a C op of the extension; `params` is a cffi struct and is kept alive."""
-        self._reserve()
+        self.reserve()
         if len(sources) >= g.GGML_MAX_SRC:
             raise ComputeError(f"a custom op takes fewer than {g.GGML_MAX_SRC} sources, not {len(sources)}")
         args = (ctypes.POINTER(g.ggml_tensor) * len(sources))(*sources)

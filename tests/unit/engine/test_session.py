@@ -218,7 +218,6 @@ def test_threads_take_turns(model, monkeypatch):
     assert set(peaks) == {1}
 
 
-@pytest.mark.xfail(strict=True, reason="the graph and its memory are freed under the running step")
 def test_closing_waits_for_the_step_that_runs(model, monkeypatch):
     session = model.session()
     closing = threading.Thread(target=session.close)

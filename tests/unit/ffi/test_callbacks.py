@@ -85,7 +85,6 @@ def test_compute_says_that_its_result_is_void():
         graph.backend.compute(graph.context.native_graph)
 
 
-@pytest.mark.xfail(strict=True, reason="ggml aborts: `add` does not ask whether there is room")
 def test_a_full_context_is_an_error():
     source = """
 from pyggml_repkv.errors import ComputeError
