@@ -2,7 +2,6 @@
 
 import threading
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,9 +10,9 @@ from gguf import GGMLQuantizationType as QT
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.policy import MemoryConfig
 from tests.oracle import qwen2_logits
+from tests.stopping import endless_requests
 from tests.tiny_models import TinySpec, write_tiny_model
 
 SPEC = TinySpec(n_layer=3, n_ctx=512, seed=7)
@@ -234,31 +233,13 @@ def test_closing_waits_for_the_step_that_runs(model, monkeypatch):
     closing.join()
 
 
-@contextmanager
-def endless_requests():
-    """A thread that asks to stop, again and again."""
-    end = threading.Event()
-
-    def ask():
-        while not end.wait(1e-4):
-            native.repkv_request_abort()
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-
-
 @pytest.mark.parametrize("n_tokens", [1, 5, 200])
 def test_a_step_that_was_stopped_did_not_happen(model, n_tokens):
     with model.session() as session, model.session() as other:
         for s in (session, other):
             s.prefill(TOKENS[:40])
         n_stopped = 0
-        with endless_requests():
+        with endless_requests(1e-4):
             for _ in range(200):
                 try:
                     session.prefill(TOKENS[100 : 100 + n_tokens])
