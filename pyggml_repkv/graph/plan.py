@@ -168,6 +168,8 @@ class PlanCache:
     def run(self, key: PlanKey, tokens: Sequence[int] | np.ndarray, n_past: int) -> np.ndarray | None:
         """One step -> a copy of the logits [n_outputs, n_vocab], or None where there are no outputs."""
         with self._backend.lock:
+            # Another thread may have closed the session while this one waited: this raises then.
+            _ = self._allocator.pointer
             plan = self.get(key)
             plan.fill(tokens, n_past)
             self._backend.compute(plan.context.native_graph)

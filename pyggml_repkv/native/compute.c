@@ -15,13 +15,14 @@ static atomic_bool abort_requested;
 static atomic_bool interrupted;
 
 static void on_sigint(int signal_number, siginfo_t *info, void *context) {
-    atomic_store(&interrupted, true);
-    atomic_store(&abort_requested, true);
+    /* The other handler first: compute may end as soon as the flag is set, and must then have been told of the signal. */
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal_number, info, context);
     } else {
         previous.sa_handler(signal_number);
     }
+    atomic_store(&interrupted, true);
+    atomic_store(&abort_requested, true);
 }
 
 bool repkv_abort_requested(void) {

@@ -76,6 +76,37 @@ def test_a_closed_model_makes_no_sessions(tiny_model):
         model.session()
 
 
+@pytest.mark.parametrize("what", ["session", "model"])
+def test_a_step_that_waits_while_another_thread_closes_is_an_error(tiny_model, what, monkeypatch):
+    """In a process of its own: it would read memory that is gone. The other thread is whoever had the lock before."""
+    monkeypatch.setenv("MALLOC_PERTURB_", "165")  # glibc overwrites what is freed
+    source = f"""
+import sys, threading
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import RepkvError
+
+class Lock:
+    def __init__(self):
+        self.lock, self.before = threading.Lock(), []
+    def __enter__(self):
+        while self.before:
+            self.before.pop()()
+        self.lock.acquire()
+    def __exit__(self, *_):
+        self.lock.release()
+
+model = Model.load(sys.argv[1], threads=1)
+model.backend.lock = Lock()
+session = model.session()
+session.prefill([1] * 40)
+model.backend.lock.before.append({what}.close)
+try:
+    session.prefill([1] * 50)
+except RepkvError as error:
+    print("closed" in str(error))"""
+    assert printed(source, str(tiny_model())) == ["True"]
+
+
 def test_a_session_that_nobody_holds_is_collected(tiny_model):
     with Model.load(tiny_model()) as model:
         session = model.session()
