@@ -1,0 +1,90 @@
+"""RepKV's memory around the graph: steps that fail, room in the window, errors, and what it reports."""
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.handles import Backend
+from pyggml_repkv.memory.config import MemoryConfig
+
+TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
+MEMORY = MemoryConfig(
+    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, block="fixed:16", top_blocks=3
+)
+
+
+@pytest.fixture
+def model(tiny_model):
+    with Model.load(tiny_model(n_layer=2, n_ctx=512), threads=2, repack=False) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_a_step_that_failed_counts_once(model, monkeypatch, n_tokens):
+    """Scores were already added when the step was stopped; reading the tokens again must not add them twice."""
+    whole_compute = Backend.compute
+
+    def compute_and_fail(backend, graph):
+        whole_compute(backend, graph)
+        raise KeyboardInterrupt
+
+    with model.session(MEMORY) as session, model.session(MEMORY) as fresh:
+        for s in (session, fresh):
+            s.prefill(TOKENS[:200])
+        with monkeypatch.context() as patch:
+            patch.setattr(Backend, "compute", compute_and_fail)
+            with pytest.raises(KeyboardInterrupt):
+                session.prefill_all(TOKENS[200 : 200 + n_tokens])
+        assert session.n_past == 200
+        for s in (session, fresh):
+            s.prefill_all(TOKENS[200 : 200 + n_tokens])
+        for layer in range(2):
+            for position in range(200 + n_tokens):
+                scores = [s.policy.get_scores(layer, position) for s in (session, fresh)]
+                assert np.array_equal(*scores)
+        assert np.array_equal(session.prefill(TOKENS[250:330]), fresh.prefill(TOKENS[250:330]))
+
+
+def test_the_window_moves_and_the_numbers_add_up(model):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS)
+        stats = session.stats()
+        assert session.policy.local_base > 0
+        # 400 tokens, of which 64 are local and 4 sinks: 20 blocks of 16 of the 332 between, and 12 that fill none yet.
+        assert (stats["blocks"], stats["selected"], stats["far_tokens"]) == (20, 3, 336)
+        assert stats["resident_bytes"] <= stats["ram_bytes"]
+        assert stats["index_bytes"] > 0
+
+
+def test_scores_can_be_set_and_decide_who_represents(model):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:60])
+        before = session.policy.get_scores(1, 10)
+        session.policy.set_scores(1, 10, before + 100)
+        assert np.array_equal(session.policy.get_scores(1, 10), before + 100)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exact_graph": True, "repack": False}, "--exact-graph is llama.cpp's graph, which has no --kv repkv"),
+        ({"repack": False}, None),
+    ],
+)
+def test_what_it_cannot_run_on_is_an_error(tiny_model, options, message):
+    with Model.load(tiny_model(), threads=1, **options) as model:
+        if message is None:
+            model.session(MEMORY).close()
+            return
+        with pytest.raises(InputError, match=message):
+            model.session(MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_sink", -1), ("n_local", 16), ("top_blocks", 5000), ("n_repr", 0), ("n_score", 65)]
+)
+def test_a_count_out_of_range_is_an_error(field, value):
+    flag = f"--{field.replace('_', '-')}"
+    with pytest.raises(InputError, match=f"{flag} is {value}; it must be between"):
+        MemoryConfig(**{"kv": "repkv", "n_local": 64, "n_score": 32, field: value})
