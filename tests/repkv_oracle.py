@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.config import MemoryConfig
 from tests.oracle import Array, feed_forward, rms_norm, rotate
 from tests.tiny_models import TinySpec
@@ -19,21 +20,30 @@ class Layer:
 
 
 class RepKVOracle:
-    def __init__(self, spec: TinySpec, weights: dict[str, Array], memory: MemoryConfig, far: bool) -> None:
-        self.spec, self.memory, self.far = spec, memory, far
+    """`bounds`: where the blocks lie, for schemes that depend on the text; n_ctx_train: beyond it `auto` goes far."""
+
+    def __init__(
+        self, spec: TinySpec, weights: dict[str, Array], memory: MemoryConfig, bounds: list[int] | None = None
+    ) -> None:
+        self.spec, self.memory, self.far = spec, memory, memory.positions == "far"
         self.w = {name: value.astype(np.float64) for name, value in weights.items()}
         self.layers = [Layer() for _ in range(spec.n_layer)]
-        self.size = int(memory.block.split(":")[1])
+        if bounds is None:
+            bounds = [*range(memory.n_sink, memory.n_ctx, int(memory.block.split(":")[1]))]
+        self.bounds = bounds
+        # A block is cut when all places where it may end have left the window.
+        self.max_size = parse_block(memory.block).max_size
         self.blocks: list[range] = []
         self.n_past = 0
-        self.selected: list[list[int]] = []
+        self.selected: list[list[list[int]]] = []
 
     def step(self, tokens: list[int]) -> Array:
         """Logits [T, V] of one chunk."""
         first, m = self.n_past, self.memory
         start = max(0, first - m.n_local)
-        while (begin := m.n_sink + len(self.blocks) * self.size) + self.size <= start:
-            self.blocks.append(range(begin, begin + self.size))
+        self.far |= m.positions == "auto" and first + len(tokens) > self.spec.n_ctx
+        while self.bounds[len(self.blocks)] + self.max_size <= start:
+            self.blocks.append(range(*self.bounds[len(self.blocks) : len(self.blocks) + 2]))
             for layer in self.layers:
                 layer.representatives.append([self.best(layer, kv) for kv in range(self.spec.n_head_kv)])
         self.selected = []
@@ -63,24 +73,24 @@ class RepKVOracle:
         q_near, k_near = rotate(spec, q, positions), rotate(spec, k, positions)
         q_far = rotate(spec, q, np.full(n, m.n_local)) if self.far else q_near
         for t in range(n):
-            layer.keys.append(k[:, t])
+            # At position 0, which for YaRN is not the key itself: it puts a factor on both sides of a product.
+            layer.keys.append(rotate(spec, k[:, t : t + 1], np.zeros(1, int))[:, 0])
             layer.rotated.append(k_near[:, t])
             layer.values.append(v[:, t])
             layer.scores.append(np.zeros(spec.n_head_kv))
         for j in range(n):
-            for t in range(max(0, first + j - m.n_score), first + j):
-                for kv in range(spec.n_head_kv):
-                    q_sum = q_near[kv * group : (kv + 1) * group, j].sum(0)
-                    layer.scores[t][kv] += q_sum @ layer.rotated[t][kv] / m.n_score
+            for kv in range(spec.n_head_kv):
+                self.score(layer, q_near[kv * group : (kv + 1) * group, j], first + j, start, kv)
 
         far_keys = layer.keys if self.far else layer.rotated
-        chosen = self.select(layer, far_keys, q_far.mean(1))
+        chosen = self.select(layer, far_keys, q_far.mean(1), m.top_blocks if n == 1 else m.chunk_blocks)
         self.selected.append(chosen)
-        sealed_end = m.n_sink + len(self.blocks) * self.size
-        far = [*range(min(m.n_sink, start)), *(t for b in chosen for t in self.blocks[b]), *range(sealed_end, start)]
+        sealed_end = self.bounds[len(self.blocks)]
         out = np.empty((n, spec.n_head, spec.head_dim))
         for h in range(spec.n_head):
             kv = h // group
+            blocks = [t for b in chosen[kv if m.per_head else 0] for t in self.blocks[b]]
+            far = [*range(min(m.n_sink, start)), *blocks, *range(sealed_end, start)]
             for j in range(n):
                 local = range(start, first + j + 1)
                 s = [q_far[h, j] @ far_keys[t][kv] for t in far] + [q_near[h, j] @ layer.rotated[t][kv] for t in local]
@@ -88,16 +98,33 @@ class RepKVOracle:
                 out[j, h] = p / p.sum() @ np.array([layer.values[t][kv] for t in [*far, *local]])
         return out.reshape(n, -1)
 
-    def select(self, layer: Layer, keys: list[Array], q: Array) -> list[int]:
-        """The blocks with the highest sum over heads of softmax over blocks of logsumexp over representatives."""
-        if len(self.blocks) <= self.memory.top_blocks:
-            return list(range(len(self.blocks)))
-        group = self.spec.n_head // self.spec.n_head_kv
-        x = np.empty((len(self.blocks), self.spec.n_head))
-        for b in range(len(self.blocks)):
+    def score(self, layer: Layer, q: Array, position: int, start: int, kv: int) -> None:
+        """What the queries [G, d] of one token add to the scores of the keys before it."""
+        m = self.memory
+        if m.score == "dot":
+            for t in range(max(0, position - m.n_score), position):
+                layer.scores[t][kv] += q.sum(0) @ layer.rotated[t][kv] / m.n_score
+            return
+        window = range(start, position + 1)
+        s = q @ np.array([layer.rotated[t][kv] for t in window]).T / np.sqrt(self.spec.head_dim)
+        p = np.exp(s - s.max(1, keepdims=True))
+        for t, share in zip(window, (p / p.sum(1, keepdims=True)).sum(0), strict=True):
+            layer.scores[t][kv] += share
+
+    def select(self, layer: Layer, keys: list[Array], q: Array, n_top: int) -> list[list[int]]:
+        """Per key head, or once for all: the blocks with the highest sum over heads of their relevance."""
+        n_blocks, n_head_kv = len(self.blocks), self.spec.n_head_kv
+        if n_blocks <= n_top:
+            return [list(range(n_blocks))] * n_head_kv
+        group = self.spec.n_head // n_head_kv
+        x = np.empty((n_blocks, self.spec.n_head))
+        for b in range(n_blocks):
             for h in range(self.spec.n_head):
-                s = [q[h] @ keys[t][h // group] for t in layer.representatives[b][h // group]]
-                x[b, h] = np.log(np.exp(np.array(s) / np.sqrt(self.spec.head_dim)).sum())
-        p = np.exp(x - x.max(0))
-        weights = (p / p.sum(0)).sum(1)
-        return sorted(np.argsort(-weights, kind="stable")[: self.memory.top_blocks].tolist())
+                s = np.array([q[h] @ keys[t][h // group] for t in layer.representatives[b][h // group]])
+                s /= np.sqrt(self.spec.head_dim)
+                x[b, h] = {"lse": np.log(np.exp(s).sum()), "mean": s.mean(), "max": s.max()}[self.memory.relevance]
+        if self.memory.relevance == "lse":
+            p = np.exp(x - x.max(0))
+            x = p / p.sum(0)
+        rows = x.reshape(n_blocks, n_head_kv, group).sum(2) if self.memory.per_head else x.sum(1)[:, None]
+        return [sorted(np.argsort(-row, kind="stable")[:n_top].tolist()) for row in rows.T]

@@ -6,9 +6,9 @@ import argparse
 
 from pyggml_repkv.cli.parser import integer, number
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
-from pyggml_repkv.memory.config import CACHE_TYPES, POSITIONS, MemoryConfig
+from pyggml_repkv.memory.config import CACHE_TYPES, POSITIONS, PRESETS, RELEVANCES, SCORES, MemoryConfig
 
-KV_POLICIES = ("full", "repkv")
+KV_POLICIES = ("full", "window", "repkv")
 MAX_INT = 2**31 - 1
 MAX_SEED = 2**32 - 1
 
@@ -57,9 +57,9 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv",
         metavar="POLICY",
-        choices=KV_POLICIES,
+        type=_policy,
         default="full",
-        help=f"KV memory policy: {', '.join(KV_POLICIES)} (default: %(default)s)",
+        help=f"KV memory policy: {', '.join(KV_POLICIES)}, or NAME.py, a file with your own (default: %(default)s)",
     )
     group.add_argument(
         "-fa",
@@ -80,31 +80,48 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """What `--kv repkv` keeps and fetches."""
+    """What `--kv window` and `--kv repkv` keep and fetch; what is not given comes from --preset."""
     defaults = MemoryConfig()
-    group = parser.add_argument_group("representative-token memory (--kv repkv)")
+    group = parser.add_argument_group("bounded memory (--kv repkv; --kv window uses the first two and --positions)")
     counts = (
         ("--n-sink", "n_sink", 0, 2**20, "first tokens, always attended"),
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
-        ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends at each step"),
+        ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends when it reads one token"),
+        ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when it reads a chunk of the prompt"),
         ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),
         ("--n-score", "n_score", 1, 2**20, "later queries that score a token; at most --n-local"),
     )
     for flag, name, low, high, what in counts:
-        default = getattr(defaults, name)
         group.add_argument(
-            flag, metavar="N", type=integer(low, high), default=default, help=f"{what} (default: {default})"
+            flag, dest=name, metavar="N", type=integer(low, high), help=f"{what} (default: {getattr(defaults, name)})"
         )
     group.add_argument(
-        "--block", metavar="SCHEME", default=defaults.block, help="how older tokens are cut (default: %(default)s)"
+        "--block",
+        metavar="SCHEME",
+        help="how older tokens are cut: fixed:N, or semantic:N-M, which ends blocks where the text has an end "
+        f"(default: {defaults.block})",
     )
+    choices_of = (
+        ("--score", SCORES, "what makes a token representative: products with later queries, or attention"),
+        ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
+        ("--positions", POSITIONS, "where older tokens are seen; auto: exact within the trained context, then far"),
+    )
+    for flag, choices, what in choices_of:
+        default = getattr(defaults, flag[2:])
+        group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
+    group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
     group.add_argument(
-        "--positions",
-        choices=POSITIONS,
-        default=defaults.positions,
-        help="where older tokens are seen: at their exact place, all at one far distance, or far as soon as the "
-        "context may outgrow the trained one (default: %(default)s)",
+        "--preset",
+        choices=tuple(PRESETS),
+        default="balanced",
+        help="a set of the above, which they override (default: %(default)s)",
     )
+
+
+def _policy(name: str) -> str:
+    if name in KV_POLICIES or name.endswith(".py"):
+        return name
+    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KV_POLICIES)} and no file NAME.py")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

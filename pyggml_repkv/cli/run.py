@@ -22,7 +22,7 @@ from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError
-from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
@@ -149,6 +149,7 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
 
 def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
     """What `add_context_options` and `add_memory_options` say."""
+    given = {field: getattr(args, field) for field in MEMORY_FIELDS if getattr(args, field) is not None}
     return MemoryConfig(
         kv=args.kv,
         n_ctx=n_ctx,
@@ -156,13 +157,7 @@ def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
         type_k=args.cache_type_k,
         type_v=args.cache_type_v,
         flash_attn=args.flash_attn == "on",
-        n_sink=args.n_sink,
-        n_local=args.n_local,
-        block=args.block,
-        top_blocks=args.top_blocks,
-        n_repr=args.n_repr,
-        n_score=args.n_score,
-        positions=args.positions,
+        **{**PRESETS[args.preset], **given},
     )
 
 

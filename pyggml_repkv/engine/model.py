@@ -15,9 +15,11 @@ from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.boundaries import BoundaryScores
+from pyggml_repkv.memory.policy import MemoryConfig, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
@@ -89,10 +91,13 @@ class Model:
         if self.backend.closed:
             raise InputError("the model is closed")
         memory = memory or MemoryConfig()
-        policy = make_policy(self.config, memory, self.graph)
+        policy = make_policy(PolicyInputs(self.graph, memory, self._boundaries))
         session = Session(self.graph, self.backend, self.tokenizer, policy, memory)
         self._sessions.add(session)
         return session
+
+    def _boundaries(self) -> BoundaryScores:
+        return BoundaryScores(self.tokenizer.token_bytes, FirstLayerKeys(self.weights, self.config))
 
     def close(self) -> None:
         for session in list(self._sessions):

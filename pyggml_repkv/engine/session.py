@@ -10,7 +10,7 @@ import numpy as np
 from pyggml_repkv.engine.generate import Generation, GenerationConfig
 from pyggml_repkv.errors import ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
 from pyggml_repkv.memory.policy import MemoryConfig, Policy
 from pyggml_repkv.model.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class Session:
         self.n_past = 0
         self.n_batch = memory.n_batch
         self.policy = policy
-        self._graph, self._config, self._tokenizer = graph, graph.config, tokenizer
+        self._config, self._tokenizer = graph.config, tokenizer
         self._plans = PlanCache(graph, policy, backend)
         self._lock = backend.lock
         self._closed = False
@@ -92,9 +92,8 @@ class Session:
         # One token's logits are cheaper than a second plan without them.
         if len(chunk) == 1:
             outputs = "all"
-        shape = self.policy.step_shape(self.n_past, len(chunk), self._graph.form(len(chunk), outputs))
         try:
-            logits = self._plans.run(PlanKey(shape, outputs), chunk, self.n_past)
+            logits = self._plans.run(outputs, chunk, self.n_past)
         except BaseException:
             self.policy.undo_step()
             raise

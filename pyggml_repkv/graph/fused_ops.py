@@ -49,103 +49,57 @@ class FusedOps:
     ) -> Tensor:
         """x [n_in] -> rms_norm(x) @ each weight + bias, one after another [sum of rows]."""
         sources = [x, norm, *weights, *biases]
-        return self._node(g, native.REPKV_NORM_LINEAR, (_n_rows(weights),), sources, len(weights), len(biases))
+        return self.node(g, native.REPKV_NORM_LINEAR, (_n_rows(weights),), sources, len(weights), len(biases))
 
     def attend(self, g: GraphContext, qkv: Tensor, k_arena: Tensor, v_arena: Tensor, cells: Tensor) -> Tensor:
         """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value."""
         shape = (self.n_threads, self.config.n_head, 2 + self.config.head_dim)
-        return self._node(g, native.REPKV_ATTEND, shape, [qkv, k_arena, v_arena, self.rope, cells])
+        return self.node(g, native.REPKV_ATTEND, shape, [qkv, k_arena, v_arena, self.rope, cells])
 
     def attn_out(self, g: GraphContext, partials: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         """Partial sums of `attend` -> weight @ heads + residual [E]."""
-        return self._node(g, native.REPKV_ATTN_OUT, (self.config.n_embd,), [partials, weight, residual])
+        return self.node(g, native.REPKV_ATTN_OUT, (self.config.n_embd,), [partials, weight, residual])
 
     def gate_up(self, g: GraphContext, x: Tensor, norm: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """x [E] -> silu(gate @ rms_norm(x)) * (up @ rms_norm(x)) [F]."""
-        return self._node(g, native.REPKV_GATE_UP, (self.config.n_ff,), [x, norm, gate, up])
+        return self.node(g, native.REPKV_GATE_UP, (self.config.n_ff,), [x, norm, gate, up])
 
     def linear_add(self, g: GraphContext, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         """x [n_in] -> weight @ x + residual [E]."""
-        return self._node(g, native.REPKV_LINEAR_ADD, (self.config.n_embd,), [x, weight, residual])
+        return self.node(g, native.REPKV_LINEAR_ADD, (self.config.n_embd,), [x, weight, residual])
 
     def pack(self, g: GraphContext, x: Tensor) -> Tensor:
         """x [T, n] -> packed."""
         n, n_tokens = x.contents.ne[0], x.contents.ne[1]
-        return self._node(g, native.REPKV_PACK, (n_panels(n_tokens), n, PANEL), [x])
+        return self.node(g, native.REPKV_PACK, (n_panels(n_tokens), n, PANEL), [x])
 
     def norm_packed(self, g: GraphContext, x: Tensor, norm: Tensor) -> Tensor:
-        return self._node(g, native.REPKV_NORM_PACKED, _packed_like(x, x.contents.ne[1]), [x, norm])
+        return self.node(g, native.REPKV_NORM_PACKED, packed_like(x, x.contents.ne[1]), [x, norm])
 
     def matmul(self, g: GraphContext, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
         """Packed x -> its products with each weight, plus bias, one after another, packed."""
-        shape = _packed_like(x, _n_rows(weights))
-        return self._node(g, native.REPKV_MATMUL, shape, [x, *weights, *biases], len(weights), len(biases))
+        shape = packed_like(x, _n_rows(weights))
+        return self.node(g, native.REPKV_MATMUL, shape, [x, *weights, *biases], len(weights), len(biases))
 
     def matmul_add(self, g: GraphContext, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
-        shape = _packed_like(x, _n_rows([weight]))
-        return self._node(g, native.REPKV_MATMUL_ADD, shape, [x, weight, residual])
+        shape = packed_like(x, _n_rows([weight]))
+        return self.node(g, native.REPKV_MATMUL_ADD, shape, [x, weight, residual])
 
     def matmul_gate_up(self, g: GraphContext, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        shape = _packed_like(x, _n_rows([gate]))
-        return self._node(g, native.REPKV_MATMUL_GATE_UP, shape, [x, gate, up])
+        shape = packed_like(x, _n_rows([gate]))
+        return self.node(g, native.REPKV_MATMUL_GATE_UP, shape, [x, gate, up])
 
     def store_kv(self, g: GraphContext, qkv: Tensor, k_arena: Tensor, v_arena: Tensor, cells: Tensor) -> Tensor:
         """Packed qkv -> rotated, scaled queries, packed; writes rotated keys and values to the arenas."""
-        shape = _packed_like(qkv, self.config.n_embd_q)
-        return self._node(g, native.REPKV_STORE_KV, shape, [qkv, k_arena, v_arena, self.rope, cells])
+        shape = packed_like(qkv, self.config.n_embd_q)
+        return self.node(g, native.REPKV_STORE_KV, shape, [qkv, k_arena, v_arena, self.rope, cells])
 
     def attend_chunk(self, g: GraphContext, q: Tensor, k_arena: Tensor, v_arena: Tensor, cells: Tensor) -> Tensor:
         """Queries of `store_kv` -> heads, packed [n_panels, H * d, PANEL]."""
-        shape = _packed_like(q, self.config.n_embd_q)
-        return self._node(g, native.REPKV_ATTEND_CHUNK, shape, [q, k_arena, v_arena, cells])
+        shape = packed_like(q, self.config.n_embd_q)
+        return self.node(g, native.REPKV_ATTEND_CHUNK, shape, [q, k_arena, v_arena, cells])
 
-    def store_far(
-        self, g: GraphContext, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor
-    ) -> Tensor:
-        """Packed qkv -> queries rotated by the far distance, packed; stores keys before RoPE and values."""
-        shape = _packed_like(qkv, self.config.n_embd_q)
-        return self._node(g, native.REPKV_STORE_FAR, shape, [qkv, k_store, v_store, rope, regions])
-
-    def score_acc(
-        self, g: GraphContext, q: Tensor, k_local: Tensor, score: Tensor, regions: Tensor, n_score: int
-    ) -> Tensor:
-        """Adds what this chunk's queries say to `score` [n_positions, K] -> a marker [1]."""
-        return self._node(g, native.REPKV_SCORE_ACC, (1,), [q, k_local, score, regions], n_score=n_score)
-
-    def score_acc_one(
-        self, g: GraphContext, qkv: Tensor, k_local: Tensor, score: Tensor, rope: Tensor, regions: Tensor, n_score: int
-    ) -> Tensor:
-        sources = [qkv, k_local, score, rope, regions]
-        return self._node(g, native.REPKV_SCORE_ACC_ONE, (1,), sources, n_score=n_score)
-
-    def relevance(
-        self, g: GraphContext, q_far: Tensor, index: Tensor, regions: Tensor, marker: Tensor, n_repr: int
-    ) -> Tensor:
-        """-> relevance of every block for every query head [n_blocks_max, H]."""
-        shape = (index.contents.ne[1], self.config.n_head)
-        return self._node(g, native.REPKV_RELEVANCE, shape, [q_far, index, regions, marker], n_repr=n_repr)
-
-    def relevance_one(
-        self, g: GraphContext, qkv: Tensor, index: Tensor, rope: Tensor, regions: Tensor, marker: Tensor, n_repr: int
-    ) -> Tensor:
-        shape = (index.contents.ne[1], self.config.n_head)
-        return self._node(g, native.REPKV_RELEVANCE_ONE, shape, [qkv, index, rope, regions, marker], n_repr=n_repr)
-
-    def block_topk(self, g: GraphContext, relevance: Tensor, regions: Tensor, n_top: int) -> Tensor:
-        """-> I32 [1 + n_top], how many blocks and which; its memory is typed F32."""
-        return self._node(g, native.REPKV_BLOCK_TOPK, (1 + n_top,), [relevance, regions], n_top=n_top)
-
-    def attend_memory(self, g: GraphContext, sources: list[Tensor]) -> Tensor:
-        """Sources as in native/memory_ops.h -> heads, packed."""
-        shape = _packed_like(sources[0], self.config.n_embd_q)
-        return self._node(g, native.REPKV_ATTEND_MEMORY, shape, sources)
-
-    def attend_memory_one(self, g: GraphContext, sources: list[Tensor]) -> Tensor:
-        """Sources as in native/memory_ops.h -> partial softmax sums."""
-        shape = (self.n_threads, self.config.n_head, 2 + self.config.head_dim)
-        return self._node(g, native.REPKV_ATTEND_MEMORY_ONE, shape, sources)
-
-    def _node(
+    def node(
         self,
         g: GraphContext,
         op: int,
@@ -155,6 +109,7 @@ class FusedOps:
         n_biases: int = 0,
         **counts: int,
     ) -> Tensor:
+        """One op of `enum repkv_op`; `counts` are fields of struct repkv_op_params."""
         c = self.config
         params = native_ffi.new("struct repkv_op_params *")
         params.eps, params.scale = c.norm_eps, c.head_dim**-0.5
@@ -179,5 +134,6 @@ def _n_rows(weights: Sequence[Tensor]) -> int:
     return sum(w.contents.ne[1] for w in weights)
 
 
-def _packed_like(x: Tensor, n_features: int) -> tuple[int, int, int]:
+def packed_like(x: Tensor, n_features: int) -> tuple[int, int, int]:
+    """The shape of a packed tensor with the tokens of another."""
     return x.contents.ne[2], n_features, PANEL

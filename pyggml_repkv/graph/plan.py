@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
@@ -165,12 +166,14 @@ class PlanCache:
             if moved:
                 self._drop_all()
 
-    def run(self, key: PlanKey, tokens: Sequence[int] | np.ndarray, n_past: int) -> np.ndarray | None:
+    def run(self, outputs: Outputs, tokens: NDArray[np.int32], n_past: int) -> np.ndarray | None:
         """One step -> a copy of the logits [n_outputs, n_vocab], or None where there are no outputs."""
         with self._backend.lock:
             # Another thread may have closed the session while this one waited: this raises then.
             _ = self._allocator.pointer
-            plan = self.get(key)
+            self._policy.begin_step(tokens, n_past)
+            form = self._model.form(len(tokens), outputs)
+            plan = self.get(PlanKey(self._policy.step_shape(n_past, len(tokens), form), outputs))
             plan.fill(tokens, n_past)
             self._backend.compute(plan.context.native_graph)
             return plan.read().copy() if plan.logits is not None else None

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.policy import MemoryConfig
@@ -13,6 +18,13 @@ GGML_CACHE_TYPES = {
     "f32": g.GGML_TYPE_F32,
     "q8_0": g.GGML_TYPE_Q8_0,
 }
+
+
+def to_float32(rows: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
+    """Rows of an arena, uint8 [n, bytes of a row] -> float32 [n, values of a row]."""
+    if type_name == "f16":
+        return rows.view(np.float16).astype(np.float32)
+    return np.ascontiguousarray(dequantize(rows, GGMLQuantizationType[type_name.upper()]), np.float32)
 
 
 def check_cache_types(config: ModelConfig, memory: MemoryConfig) -> None:

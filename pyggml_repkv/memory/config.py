@@ -7,7 +7,19 @@ from dataclasses import dataclass
 from pyggml_repkv.errors import InputError
 
 POSITIONS = ("auto", "exact", "far")
+SCORES = ("dot", "attention")
+RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
+
+
+# What bounded memories are set by, apart from what every memory has.
+MEMORY_FIELDS = (
+    "n_sink", "n_local", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance", "per_head",
+    "positions",
+)  # fmt: skip
+
+# Measured on the demo model: docs/repkv.md.
+PRESETS: dict[str, dict[str, int | str]] = {"fast": {}, "balanced": {}, "accurate": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,10 +29,11 @@ class MemoryConfig:
     n_ctx: tokens, 0 = as trained; n_batch: tokens per prefill step; type_k, type_v: storage of keys and values;
     flash_attn: never store the attention scores (the fused forms need it).
 
-    For `repkv`: n_sink first tokens and n_local recent ones are always attended; block: how older tokens are cut;
-    top_blocks: how many blocks a layer attends in a step; n_repr: representative tokens of a block and key head;
-    n_score: how many later queries score a token; positions: exact, far, or auto (far as soon as the context may
-    outgrow the trained one).
+    For `window` and `repkv`: n_sink first tokens and n_local recent ones are always attended. For `repkv`: block: how
+    older tokens are cut; top_blocks: how many blocks a layer attends in a one-token step, chunk_blocks: in a chunk;
+    n_repr: representative tokens of a block and key head; score: what makes a token one, the dot products with the
+    n_score queries after it or the attention it gets; relevance: how blocks are compared; per_head: every key head
+    selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained context).
     """
 
     kv: str = "full"
@@ -33,8 +46,12 @@ class MemoryConfig:
     n_local: int = 1024
     block: str = "fixed:128"
     top_blocks: int = 16
+    chunk_blocks: int = 16
     n_repr: int = 4
+    score: str = "dot"
     n_score: int = 256
+    relevance: str = "lse"
+    per_head: bool = False
     positions: str = "auto"
 
     def __post_init__(self) -> None:
@@ -49,11 +66,18 @@ class MemoryConfig:
             ("--n-sink", self.n_sink, 0, 2**20),
             ("--n-local", self.n_local, 32, 2**20),
             ("--top-blocks", self.top_blocks, 0, 4096),
+            ("--chunk-blocks", self.chunk_blocks, 0, 4096),
             ("--n-repr", self.n_repr, 1, 64),
             ("--n-score", self.n_score, 1, self.n_local),
         )
         for flag, number, low, high in limits:
             if not low <= number <= high:
                 raise InputError(f"{flag} is {number}; it must be between {low} and {high}")
-        if self.positions not in POSITIONS:
-            raise InputError(f"--positions is {self.positions!r}; it must be one of {', '.join(POSITIONS)}")
+        choices = (
+            ("--positions", self.positions, POSITIONS),
+            ("--score", self.score, SCORES),
+            ("--relevance", self.relevance, RELEVANCES),
+        )
+        for flag, choice, known in choices:
+            if choice not in known:
+                raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(known)}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
-from pyggml_repkv.memory.policy import Form, MemoryConfig, StepAttention, StepShape, context_length, even_split
-from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, context_length, even_split
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
 # sums come out bit for bit the same.
@@ -28,12 +29,13 @@ class FullMemory:
     name = "full"
     precise_rope = False
 
-    def __init__(self, config: ModelConfig, memory: MemoryConfig, fused_ops: FusedOps) -> None:
+    def __init__(self, inputs: PolicyInputs) -> None:
+        memory, config = inputs.memory, inputs.graph.config
         self.config = config
         self.n_ctx = context_length(memory, config)
         # Rows beyond n_ctx are never written; they pad the attended length.
         self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
-        self._fused_ops = fused_ops
+        self._fused_ops = inputs.graph.fused_ops
         self._flash = memory.flash_attn
         check_cache_types(config, memory)
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
@@ -58,6 +60,9 @@ class FullMemory:
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
         return even_split(n_tokens, n_batch)
 
+    def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
+        """Nothing to do: the rows are there."""
+
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         if self._flash and preferred != "ggml":
             # The fused ops read exactly the rows there are, so one graph serves every length.
@@ -74,6 +79,9 @@ class FullMemory:
 
     def undo_step(self) -> None:
         """Nothing to do: rows beyond n_past are written again before they are read."""
+
+    def bytes_at(self, n_tokens: int) -> dict[str, int]:
+        return {"keys and values": self._bytes_per_token * min(n_tokens, self.n_ctx)}
 
     def stats(self, n_past: int) -> dict[str, object]:
         prefetch = {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0}

@@ -6,17 +6,42 @@ policy needs no change to a model, and a new model none to a policy.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.memory.boundaries import BoundaryScores
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 
-__all__ = ["Form", "MemoryConfig", "Policy", "StepAttention", "StepShape", "context_length", "even_split"]
+if TYPE_CHECKING:
+    from pyggml_repkv.graph.plan import GraphModel
+
+__all__ = [
+    "Form",
+    "MemoryConfig",
+    "Policy",
+    "PolicyInputs",
+    "StepAttention",
+    "StepShape",
+    "context_length",
+    "even_split",
+]
 
 Form = Literal["ggml", "one", "packed"]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInputs:
+    """What a policy is made from. boundaries: where a text may be cut, for policies that cut it."""
+
+    graph: GraphModel
+    memory: MemoryConfig
+    boundaries: Callable[[], BoundaryScores]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +89,9 @@ class Policy(Protocol):
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
         """The sizes of the steps in which a prompt is read."""
 
+    def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
+        """Called once before a step reads tokens, the first of which has position n_past, and before `step_shape`."""
+
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         """`preferred` is the fastest form the model has for this step; the policy may know fewer."""
 
@@ -71,6 +99,9 @@ class Policy(Protocol):
         """Called when a step failed midway: takes back what must not count twice."""
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention: ...
+
+    def bytes_at(self, n_tokens: int) -> dict[str, int]:
+        """What n_tokens tokens will take of RAM, part by part."""
 
     def stats(self, n_past: int) -> dict[str, object]:
         """The `kv` object of `run --json`."""

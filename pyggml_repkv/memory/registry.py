@@ -1,23 +1,43 @@
-"""`--kv NAME` -> a policy. A new policy is one file and one line here."""
+"""`--kv NAME` -> a policy. A new policy is one file, named here or given as `--kv FILE.py`."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.graph.plan import GraphModel
 from pyggml_repkv.memory.full import FullMemory
-from pyggml_repkv.memory.policy import MemoryConfig, Policy
+from pyggml_repkv.memory.policy import Policy, PolicyInputs
 from pyggml_repkv.memory.repkv import RepKVMemory
-from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.memory.window import WindowMemory
 
-POLICIES: dict[str, Callable[[ModelConfig, MemoryConfig, GraphModel], Policy]] = {
-    "full": lambda config, memory, graph: FullMemory(config, memory, graph.fused_ops),
-    "repkv": lambda config, memory, graph: RepKVMemory(graph, memory),
+POLICIES: dict[str, Callable[[PolicyInputs], Policy]] = {
+    "full": FullMemory,
+    "window": WindowMemory,
+    "repkv": RepKVMemory,
 }
 
 
-def make_policy(config: ModelConfig, memory: MemoryConfig, graph: GraphModel) -> Policy:
-    if memory.kv not in POLICIES:
-        raise InputError(f"--kv is {memory.kv!r}; it must be one of {', '.join(sorted(POLICIES))}")
-    return POLICIES[memory.kv](config, memory, graph)
+def make_policy(inputs: PolicyInputs) -> Policy:
+    """Raises InputError for an unknown name and for a file without `make_policy(inputs)`."""
+    name = inputs.memory.kv
+    if name.endswith(".py"):
+        return _from_file(Path(name), inputs)
+    if name not in POLICIES:
+        raise InputError(f"--kv is {name!r}; it must be one of {', '.join(POLICIES)}, or a file NAME.py")
+    return POLICIES[name](inputs)
+
+
+def _from_file(path: Path, inputs: PolicyInputs) -> Policy:
+    """The file is the user's own program: it is run as such."""
+    if not path.is_file():
+        raise InputError(f"--kv {path}: there is no such file")
+    try:
+        made = runpy.run_path(str(path)).get("make_policy")
+    except (SyntaxError, ImportError, NameError, AttributeError) as error:
+        raise InputError(f"--kv {path}: {error}") from None
+    if not callable(made):
+        raise InputError(f"--kv {path}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
+    policy: Policy = made(inputs)
+    return policy

@@ -1,98 +1,125 @@
 """`--kv repkv`: older tokens in blocks, found again by representative tokens, the most relevant attended at each step.
 
-Two arenas per layer. `local` holds the rotated keys of the window and what the steps since it was last moved added.
-`store` holds every token; with far positions its keys are as before RoPE, and the queries that meet them are rotated
-by one distance, n_local, so no stored key is ever rotated again however long the sequence grows. A block that is
-selected is attended where it lies.
+A block that is selected is attended where it lies.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pyggml_repkv.errors import InputError
-from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
-from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
+from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.graph.plan import GraphModel
-from pyggml_repkv.memory.blocks import FixedBlocks, parse_block
-from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
-from pyggml_repkv.memory.policy import Form, MemoryConfig, StepAttention, StepShape, even_split
-from pyggml_repkv.memory.repkv_attention import RepKVChunk, RepKVOne
-from pyggml_repkv.model.config import ModelConfig
-
-DEFAULT_CONTEXT = 2**20
-
-# The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
-# short question at its end asks.
-N_SINGLE = 16
+from pyggml_repkv.graph.memory_ops import LANES
+from pyggml_repkv.memory.arenas import as_array, as_rows
+from pyggml_repkv.memory.blocks import Blocks, FixedBlocks, SemanticBlocks, parse_block
+from pyggml_repkv.memory.bounded import BoundedMemory
+from pyggml_repkv.memory.cache_types import to_float32
+from pyggml_repkv.memory.policy import PolicyInputs
 
 
-class RepKVMemory:
-    """`local_base` is the position of local row 0; positions before `local_start` are far."""
+class RepKVMemory(BoundedMemory):
+    """The index holds the keys of each block's representatives, one tensor per layer (layout: native/select_ops.h).
+
+    To try another summary of a block, override `representatives` or `block_keys`.
+    """
 
     name = "repkv"
-    precise_rope = True
 
-    def __init__(self, graph: GraphModel, memory: MemoryConfig) -> None:
-        config = graph.config
-        self.config, self.memory, self.graph = config, memory, graph
-        self.n_ctx = memory.n_ctx or DEFAULT_CONTEXT
-        self.far = _far_positions(config, memory, self.n_ctx)
-        if graph.exact:
-            raise InputError("--exact-graph is llama.cpp's graph, which has no --kv repkv: leave one of them out")
-        if graph.weights.repacked:
-            raise InputError("--kv repkv needs the weights as in the file: load the model with --no-repack")
-        check_cache_types(config, memory)
-        self.blocks = FixedBlocks(memory.n_sink, parse_block(memory.block))
-        n_blocks = max(1, self.n_ctx // self.blocks.size)
-        types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
-        width = config.n_embd_kv
-        self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
-        self._context = TensorContext(6 * config.n_layer + 16)
-        self._buffers: list[Buffer] = []
+    def __init__(self, inputs: PolicyInputs) -> None:
+        memory, config = inputs.memory, inputs.graph.config
+        super().__init__(inputs, n_stored=None, n_tensors=2 * config.n_layer + 2)
+        self.blocks = _make_blocks(inputs)
+        n_groups = -(-self.n_ctx // (parse_block(memory.block).min_size * LANES))
+        self._block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
+        # Halves the reads of the search; a key that was kept in F32 is compared in F32.
+        type_ = g.GGML_TYPE_F32 if memory.type_k == "f32" else g.GGML_TYPE_F16
+        n_values = config.n_embd_kv * memory.n_repr * LANES
         layers = range(config.n_layer)
-        self.k_local = [self._arena(types[0], (self.n_local_rows, width), f"k_local-{i}") for i in layers]
-        self.v_local = [self._arena(types[1], (self.n_local_rows, width), f"v_local-{i}") for i in layers]
-        self.k_store = [self._arena(types[0], (self.n_ctx, width), f"k_store-{i}") for i in layers]
-        self.v_store = [self._arena(types[1], (self.n_ctx, width), f"v_store-{i}") for i in layers]
-        self.index = [self._arena(types[0], (n_blocks, width * memory.n_repr), f"index-{i}") for i in layers]
+        self.index = [self.arenas.new(type_, (n_groups, n_values), f"index-{i}") for i in layers]
+        dtype = np.float32 if memory.type_k == "f32" else np.float16
+        self._index = [as_array(t, dtype).reshape(n_groups, *self._block_shape, LANES) for t in self.index]
         self.score_tensors = [
-            self._arena(g.GGML_TYPE_F32, (self.n_ctx, config.n_head_kv), f"score-{i}") for i in layers
+            self.arenas.new(g.GGML_TYPE_F32, (self.n_ctx, config.n_head_kv), f"score_l-{i}") for i in layers
         ]
-        self.scores = [_numpy(t, np.float32).reshape(self.n_ctx, config.n_head_kv) for t in self.score_tensors]
-        self.bounds_tensor = self._arena(g.GGML_TYPE_I32, (n_blocks + 1,), "block_bounds")
-        self._bounds = _numpy(self.bounds_tensor, np.int32)
+        self.scores = [as_array(t, np.float32).reshape(self.n_ctx, config.n_head_kv) for t in self.score_tensors]
+        self.bounds_tensor = self.arenas.new(g.GGML_TYPE_I32, (n_groups * LANES + 1,), "block_bounds")
+        self._bounds = as_array(self.bounds_tensor, np.int32)
         self._bounds[0] = memory.n_sink
-        self.local_base = 0
-        self._undo: tuple[int, list[np.ndarray]] | None = None
+        # Which tokens stand for each block, [block][layer]: int32 [K, n_repr].
+        self._chosen: list[list[NDArray[np.int32]]] = []
+        self._undo: tuple[int, list[NDArray[np.float32]]] | None = None
 
-    def split(self, n_tokens: int, n_batch: int) -> list[int]:
-        n_single = min(N_SINGLE, n_tokens)
-        return even_split(n_tokens - n_single, n_batch) + [1] * n_single
-
-    def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
-        return StepShape(n_tokens, "one" if n_tokens == 1 else "packed", None)
-
-    def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
-        return RepKVOne(self, context) if shape.form == "one" else RepKVChunk(self, context, shape.n_tokens)
-
-    def local_start(self, n_past: int) -> int:
-        return max(0, n_past - self.memory.n_local)
-
-    def begin_step(self, n_past: int, n_tokens: int) -> np.ndarray:
-        """Seals what has left the window, makes room in `local` -> regions int32 [8] (native/memory_ops.h)."""
-        start = self.local_start(n_past)
-        for begin, end in self.blocks.seal(start):
-            self._seal(begin, end)
-        self._make_room(n_past, n_tokens, start)
-        self._remember_scores(n_past, n_tokens)
-        sink_end = min(self.memory.n_sink, start)
-        remainder = min(self.blocks.sealed_end, start)
-        n_blocks = self.blocks.n_blocks
-        return np.array(
-            [n_past, n_tokens, sink_end, remainder, start, self.local_base, n_blocks, self.far], dtype=np.int32
+    def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
+        m, score = self.memory, self.score_tensors[layer]
+        if m.score == "dot":
+            marker = self.ops.score_dot(context, q, self.k_local[layer], score, regions, m.n_score)
+        else:
+            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions)
+        set_name(marker, "score_acc", layer)
+        relevance = self.ops.relevance(
+            context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
+        return self._top(context, relevance, regions, m.chunk_blocks, layer)
+
+    def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+        m, score = self.memory, self.score_tensors[layer]
+        if m.score == "dot":
+            marker = self.ops.score_dot_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_score)
+        else:
+            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions)
+        set_name(marker, "score_acc", layer)
+        relevance = self.ops.relevance_one(
+            context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
+        )
+        return self._top(context, relevance, regions, m.top_blocks, layer)
+
+    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, n_top: int, layer: int) -> Tensor:
+        set_name(relevance, "block_relevance", layer)
+        m = self.memory
+        selected = self.ops.block_topk(context, relevance, regions, n_top, kind=m.relevance, per_head=m.per_head)
+        set_name(selected, "block_topk", layer)
+        return selected
+
+    def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
+        self.blocks.append(tokens.tolist(), n_past)
+        for begin, end in self.blocks.seal(start):
+            block = len(self._chosen)
+            self._bounds[block + 1] = end
+            self._chosen.append([self.representatives(i, begin, end) for i in range(self.config.n_layer)])
+            self._index_block(block)
+        self._remember_scores(n_past, len(tokens))
+        return self.blocks.sealed_end, self.blocks.n_blocks
+
+    def representatives(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
+        """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""
+        n_head_kv, n_repr = self.config.n_head_kv, self.memory.n_repr
+        chosen = np.empty((n_head_kv, n_repr), np.int32)
+        score = native_ffi.cast("float *", self.scores[layer].ctypes.data)
+        native.repkv_repr_topk(native_ffi.cast("int32_t *", chosen.ctypes.data), score, begin, end, n_head_kv, n_repr)
+        return chosen
+
+    def block_keys(self, layer: int, begin: int, end: int, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Float32 [K, n_repr, d]: what the index holds for a block; here the keys of the representatives."""
+        keys = self.stored_keys(layer, np.unique(chosen))  # [n, K, d]
+        at = np.searchsorted(np.unique(chosen), chosen)
+        return keys[at, np.arange(len(chosen))[:, None]]
+
+    def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Float32 [n, K, d]: before RoPE with far positions, else rotated."""
+        rows = as_rows(self.k_store[layer])[positions]
+        keys = to_float32(rows, self.memory.type_k)
+        return keys.reshape(len(positions), self.config.n_head_kv, self.config.head_dim)
+
+    def _index_block(self, block: int) -> None:
+        begin, end = self.blocks.bounds[block : block + 2]
+        for layer, chosen in enumerate(self._chosen[block]):
+            keys = self.block_keys(layer, begin, end, chosen)
+            self._index[layer][block // LANES, ..., block % LANES] = keys
+
+    def went_far(self) -> None:
+        for block in range(len(self._chosen)):
+            self._index_block(block)
 
     def undo_step(self) -> None:
         if self._undo is not None:
@@ -101,81 +128,61 @@ class RepKVMemory:
                 scores[first : first + len(values)] = values
             self._undo = None
 
-    def get_scores(self, layer: int, position: int) -> np.ndarray:
-        """Representative score of a token in a layer, float32 [H_kv]."""
+    def _remember_scores(self, n_past: int, n_tokens: int) -> None:
+        n_back = self.memory.n_score if self.memory.score == "dot" else self.memory.n_local
+        first = max(0, n_past - n_back)
+        self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
+
+    def get_scores(self, layer: int, position: int) -> NDArray[np.float32]:
+        """Representative score of a token in a layer, float32 [K]."""
         return self.scores[layer][position].copy()
 
-    def set_scores(self, layer: int, position: int, values: np.ndarray) -> None:
+    def set_scores(self, layer: int, position: int, values: NDArray[np.float32]) -> None:
         """Changes it; what was already chosen for a sealed block stays."""
         self.scores[layer][position] = values
 
+    def get_representatives(self, layer: int, block: int) -> NDArray[np.int32]:
+        """Positions of the tokens that stand for a sealed block, int32 [K, n_repr]."""
+        return self._chosen[block][layer].copy()
+
+    def bytes_at(self, n_tokens: int) -> dict[str, int]:
+        config, n_stored = self.config, min(n_tokens, self.n_ctx)
+        n_groups = -(-self._n_blocks_at(n_stored) // LANES)
+        return {
+            "window": self.row_bytes * min(self.n_local_rows, n_stored),
+            "tokens": self.row_bytes * n_stored,
+            "index": n_groups * self.index[0].contents.nb[1] * config.n_layer,
+            "scores": 4 * config.n_head_kv * config.n_layer * n_stored,
+        }
+
+    def _n_blocks_at(self, n_tokens: int) -> int:
+        n_far = n_tokens - self.memory.n_local - self.memory.n_sink
+        return max(0, n_far // parse_block(self.memory.block).min_size)
+
     def stats(self, n_past: int) -> dict[str, object]:
-        row = sum(t.contents.nb[1] for t in (self.k_store[0], self.v_store[0])) * self.config.n_layer
-        start = self.local_start(n_past)
+        parts = self.bytes_at(n_past)
         return {
             "policy": self.name,
             "blocks": self.blocks.n_blocks,
             "selected": min(self.memory.top_blocks, self.blocks.n_blocks),
-            "resident_bytes": row * min(self.n_local_rows, n_past),
-            "ram_bytes": row * n_past,
-            "index_bytes": self.blocks.n_blocks * self.index[0].contents.nb[1] * self.config.n_layer,
-            "far_tokens": start,
+            "resident_bytes": parts["window"],
+            "ram_bytes": parts["tokens"],
+            "index_bytes": self.blocks.n_blocks * self.index[0].contents.nb[1] * self.config.n_layer // LANES,
+            "score_bytes": parts["scores"],
+            "far_tokens": self.local_start(n_past),
+            "far_positions": self.far,
             "disk_bytes": 0,
             "disk_written_bytes": 0,
             "prefetch": {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0},
         }
 
     def close(self) -> None:
-        self.scores = []
-        self._context.close()
-        for buffer in self._buffers:
-            buffer.close()
-
-    def _arena(self, type_: int, shape: tuple[int, ...], name: str) -> Tensor:
-        tensor = self._context.new(type_, shape, name)
-        buffer = Buffer.over(lazy_zeros(g.ggml_nbytes(tensor)))
-        buffer.place(tensor, 0)
-        self._buffers.append(buffer)
-        return tensor
-
-    def _seal(self, begin: int, end: int) -> None:
-        block = (begin - self.memory.n_sink) // self.blocks.size
-        self._bounds[block + 1] = end
-        for layer in range(self.config.n_layer):
-            index, store = self.index[layer].contents, self.k_store[layer].contents
-            native.repkv_repr_topk(
-                native_ffi.cast("char *", index.data + block * index.nb[1]),
-                native_ffi.cast("char *", store.data),
-                store.nb[1],
-                native_ffi.cast("float *", self.scores[layer].ctypes.data),
-                begin,
-                end,
-                self.config.n_head_kv,
-                self.memory.n_repr,
-            )
-
-    def _make_room(self, n_past: int, n_tokens: int, start: int) -> None:
-        if n_past + n_tokens - self.local_base <= self.n_local_rows:
-            return
-        shift, n_kept = start - self.local_base, n_past - start
-        for tensor in (*self.k_local, *self.v_local):
-            rows = _numpy(tensor, np.uint8).reshape(self.n_local_rows, -1)
-            rows[:n_kept] = rows[shift : shift + n_kept].copy()
-        self.local_base = start
-
-    def _remember_scores(self, n_past: int, n_tokens: int) -> None:
-        first = max(0, n_past - self.memory.n_score)
-        self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
+        self.scores, self._index = [], []
+        super().close()
 
 
-def _far_positions(config: ModelConfig, memory: MemoryConfig, n_ctx: int) -> bool:
-    if memory.positions == "auto":
-        return n_ctx > config.n_ctx_train
-    return memory.positions == "far"
-
-
-def _numpy(tensor: Tensor, dtype: type[np.generic]) -> np.ndarray:
-    """All bytes of an arena as a flat array."""
-    t = tensor.contents
-    memory = native_ffi.buffer(native_ffi.cast("char *", t.data), g.ggml_nbytes(tensor))
-    return np.frombuffer(memory, dtype)
+def _make_blocks(inputs: PolicyInputs) -> Blocks:
+    scheme, n_sink = parse_block(inputs.memory.block), inputs.memory.n_sink
+    if scheme.kind == "fixed":
+        return FixedBlocks(n_sink, scheme.max_size)
+    return SemanticBlocks(n_sink, scheme.min_size, scheme.max_size, inputs.boundaries())

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 
 from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
@@ -84,6 +86,12 @@ class Weights:
         self.layers = [self._layer(i, join) for i in range(config.n_layer)]
         if self.repacked:
             file.release_pages()
+
+    def floats(self, name: str, row: int | None = None) -> np.ndarray:
+        """A tensor of the file, or one row of it, as float32."""
+        info = self._file.tensors[name]
+        data = self._file.tensor_bytes(name).reshape(*info.shape[:-1], -1)
+        return dequantize(data if row is None else data[row], GGMLQuantizationType(info.type))
 
     def _layer(self, layer: int, join: bool) -> LayerWeights:
         names = {part: f"blk.{layer}.{suffix}" for part, suffix in _PARTS.items()}

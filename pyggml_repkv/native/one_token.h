@@ -91,6 +91,25 @@ static inline void attend_range(const struct attention *a, const float *q, const
     }
 }
 
+/* Rows [begin, end) with the query heads of one key head only. */
+static inline void attend_range_of_head(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
+                                        const struct ggml_tensor *v_arena, int64_t begin, int64_t end, int kv) {
+    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
+    const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)kv;
+    const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)kv;
+    for (int64_t first = begin; first < end; first += TILE) {
+        const int n_cells = end - first < TILE ? (int)(end - first) : TILE;
+        for (int c = 0; c < n_cells; c++) {
+            to_f32(k_arena->type, row(k_arena, first + c) + k_offset, a->keys + c * d, d);
+            to_f32(v_arena->type, row(v_arena, first + c) + v_offset, a->values + c * d, d);
+        }
+        for (int h = kv * group; h < (kv + 1) * group; h++) {
+            fold(a->partials + (size_t)h * (size_t)(2 + d), a->scores, q + h * d, a->keys, a->values, n_cells, (size_t)d, d,
+                 a->p->scale);
+        }
+    }
+}
+
 /* The new token: written to its row first and read back, so that it is attended with the cache's precision. */
 static inline void attend_new(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
                               const struct ggml_tensor *v_arena, int64_t cell, const float *qkv, const float *cosine,

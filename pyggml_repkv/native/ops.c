@@ -5,6 +5,8 @@
 #include "decode_ops.h"
 #include "memory_ops.h"
 #include "prefill_ops.h"
+#include "score_ops.h"
+#include "select_ops.h"
 
 void *repkv_op_address(enum repkv_op op) {
     static const ggml_custom_op_t ops[REPKV_N_OPS] = {
@@ -23,6 +25,8 @@ void *repkv_op_address(enum repkv_op op) {
         [REPKV_STORE_FAR] = repkv_store_far,
         [REPKV_SCORE_ACC] = repkv_score_acc,
         [REPKV_SCORE_ACC_ONE] = repkv_score_acc_one,
+        [REPKV_SCORE_ATTENTION] = repkv_score_attention,
+        [REPKV_SCORE_ATTENTION_ONE] = repkv_score_attention_one,
         [REPKV_RELEVANCE] = repkv_relevance,
         [REPKV_RELEVANCE_ONE] = repkv_relevance_one,
         [REPKV_BLOCK_TOPK] = repkv_block_topk,

@@ -25,10 +25,10 @@ static inline void rope_panel(float *y, const float *x, const float *rope, float
     for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
 }
 
-/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena. */
+/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena, as far as it has rows. */
 static inline void scatter_panel(const struct ggml_tensor *arena, const float *x, int64_t first_cell, int n_tokens, int head,
                           size_t head_bytes, int d, float *buffer) {
-    for (int t = 0; t < n_tokens; t++) {
+    for (int t = 0; t < n_tokens && first_cell + t < arena->ne[1]; t++) {
         for (int i = 0; i < d; i++) buffer[i] = x[i * PANEL + t];
         from_f32(arena->type, buffer, row(arena, first_cell + t) + (size_t)head * head_bytes, d);
     }

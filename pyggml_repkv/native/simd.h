@@ -128,4 +128,17 @@ static inline f32x16 exp16(f32x16 x) {
     return p * power;
 }
 
+/* Natural logarithm of normal positive numbers: x = 2^e m, log m = 2 atanh((m - 1) / (m + 1)) as a series, |argument| < .172. */
+static inline f32x16 log16(f32x16 x) {
+    i32x16 bits;
+    memcpy(&bits, &x, sizeof bits);
+    const i32x16 e = (bits - 0x3f3504f3) >> 23; /* m from sqrt(1/2) to sqrt(2) */
+    bits -= e << 23;
+    f32x16 m;
+    memcpy(&m, &bits, sizeof m);
+    const f32x16 s = (m - 1.0f) / (m + 1.0f), z = s * s;
+    const f32x16 p = (((2.0f / 9.0f * z + 2.0f / 7.0f) * z + 2.0f / 5.0f) * z + 2.0f / 3.0f) * z * s + 2.0f * s;
+    return __builtin_convertvector(e, f32x16) * 0.69314718f + p;
+}
+
 #endif

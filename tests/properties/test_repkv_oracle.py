@@ -12,6 +12,9 @@ from tests.tiny_models import TinySpec, write_tiny_model
 
 N_CTX = 512
 
+# Positions `auto` go far within the prompts below.
+N_TRAINED = 100
+
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
@@ -28,19 +31,24 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "type_v": "f32",
         "n_local": n_local,
         "n_sink": draw(st.sampled_from([0, 4, 17])),
-        "block": f"fixed:{draw(st.sampled_from([16, 20, 32]))}",
+        "block": draw(st.sampled_from(["fixed:16", "fixed:20", "fixed:32", "semantic:16-24"])),
         "top_blocks": draw(st.integers(0, 4)),
+        "chunk_blocks": draw(st.integers(0, 4)),
         "n_repr": draw(st.integers(1, 5)),
+        "score": draw(st.sampled_from(["dot", "dot", "attention"])),
         "n_score": draw(st.integers(1, n_local)),
-        "positions": draw(st.sampled_from(["exact", "far"])),
+        "relevance": draw(st.sampled_from(["lse", "lse", "mean", "max"])),
+        "per_head": draw(st.booleans()),
+        "positions": draw(st.sampled_from(["exact", "far", "auto"])),
     }
     return MemoryConfig(**{**values, **fixed})
 
 
 def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str) -> TinySpec:
     return TinySpec(
-        n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=N_CTX, weight_type=QT.F32,
-        scaling_kind=scaling, scaling_factor=2.0 if scaling != "none" else 1.0, seed=draw_seed,
+        n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=N_TRAINED,
+        weight_type=QT.F32, scaling_kind=scaling, scaling_factor=2.0 if scaling != "none" else 1.0,
+        seed=draw_seed,
     )  # fmt: skip
 
 
@@ -59,19 +67,23 @@ def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, gr
     spec = spec_of(seed, n_head_kv, group, scaling)
     weights = write_tiny_model(tmp_path / "model.gguf", spec)
     tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
-    oracle = RepKVOracle(spec, weights, memory, far=memory.positions == "far")
     with Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model, model.session(memory) as s:
         got = [s.prefill(tokens[:n_prompt]).copy()]
         sizes = s.policy.split(n_prompt, memory.n_batch)
         got += [s.decode(token).copy() for token in tokens[n_prompt:]]
         scores = [s.policy.get_scores(1, t) for t in range(len(tokens))]
+        # Where the text is cut is its own test's matter.
+        bounds = [*s.policy.blocks.bounds, N_CTX] if memory.block.startswith("semantic") else None
+        representatives = [s.policy.get_representatives(1, b).tolist() for b in range(s.policy.blocks.n_blocks)]
+    oracle = RepKVOracle(spec, weights, memory, bounds)
     steps = sizes + [1] * n_decode
     want = [oracle.step(tokens[oracle.n_past : oracle.n_past + size])[-1] for size in steps]
     assert relative_error(np.array(got), np.array(want[len(sizes) - 1 :])) < 1e-4
     assert relative_error(np.array(scores), np.array(oracle.layers[1].scores)) < 1e-4
+    assert representatives == oracle.layers[1].representatives
 
 
-@given(memory=memories(top_blocks=64, positions="exact"), n_prompt=st.integers(40, 200), **models)
+@given(memory=memories(top_blocks=64, chunk_blocks=64, positions="exact"), n_prompt=st.integers(40, 200), **models)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_room_for_every_block_is_full_attention(memory, n_prompt, seed, n_head_kv, group, scaling, n_threads, tmp_path):
     spec = spec_of(seed, n_head_kv, group, scaling)

@@ -35,7 +35,7 @@ def test_a_context_past_the_training_is_warned_about(run):
         (["--seed", "4294967296"], "-s/--seed: must be"),
         (["--seed", "1_000"], "-s/--seed: must be"),
         (["--stop", ""], "must not be empty"),
-        (["--kv", "none"], "argument --kv: invalid choice: 'none'"),
+        (["--kv", "none"], "argument --kv: 'none' is none of full, window, repkv"),
         (["-ctk", "q4_0"], "argument -ctk/--cache-type-k: invalid choice"),
         (["--temperature", "1"], "unknown arguments: --temperature"),
         (["--te", "1"], "unknown arguments: --te"),

@@ -9,7 +9,7 @@ from pyggml_repkv.ffi.handles import GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph import plan as plan_module
 from pyggml_repkv.graph.plan import _MAX_PLANS, PlanCache, PlanKey
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.policy import MemoryConfig, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
 
 FORMS = {"fused": {}, "exact": {"exact_graph": True}, "softmax": {"flash_attn": False}}
@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, model, memory):
         self.model = model
-        self.policy = make_policy(model.config, memory, model.graph)
+        self.policy = make_policy(PolicyInputs(model.graph, memory, model._boundaries))
         self.tokens = np.random.default_rng(2).integers(0, model.config.n_vocab, 512)
 
     def cache(self, **options):
@@ -40,7 +40,7 @@ class Bench:
 
     def run(self, cache, n_past, n_tokens, outputs="all"):
         tokens = self.tokens[n_past : n_past + n_tokens]
-        return cache.run(self.key(n_past, n_tokens, outputs), tokens, n_past)
+        return cache.run(outputs, tokens, n_past)
 
 
 @pytest.mark.parametrize(("n_tokens", "outputs"), [(1, "all"), (5, "last"), (40, "all"), (40, "none")])

@@ -58,7 +58,7 @@ def test_a_prompt_is_read_in_even_steps(n_tokens, n_batch, sizes):
 def test_an_unknown_policy_lists_the_known_ones(model):
     with pytest.raises(InputError) as caught:
         model.session(MemoryConfig(kv="none"))
-    assert str(caught.value) == f"--kv is 'none'; it must be one of {', '.join(sorted(POLICIES))}"
+    assert str(caught.value) == f"--kv is 'none'; it must be one of {', '.join(POLICIES)}, or a file NAME.py"
     assert "full" in POLICIES
 
 
@@ -73,7 +73,7 @@ def test_a_new_policy_is_one_entry(model, monkeypatch):
             asked.append((n_past, n_tokens))
             return super().step_shape(n_past, n_tokens, preferred)
 
-    monkeypatch.setitem(POLICIES, "spy", lambda config, memory, graph: Spy(config, memory, graph.fused_ops))
+    monkeypatch.setitem(POLICIES, "spy", Spy)
     with model.session(MemoryConfig(kv="spy", n_batch=4)) as session:
         session.prefill(range(9))
         session.decode(1)

@@ -1,0 +1,157 @@
+"""What bounded memories share: two arenas per layer, the regions of a step, and where older tokens are seen.
+
+`local` holds the rotated keys of the window and what the steps since it was last moved added. `store` holds tokens by
+position; with far positions its keys are as before RoPE, and the queries that meet them are rotated by one distance,
+n_local, so no stored key is ever rotated again however long the sequence grows.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.graph.memory_ops import MemoryOps
+from pyggml_repkv.memory.arenas import Arenas, as_rows
+from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne
+from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
+from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, even_split
+
+DEFAULT_CONTEXT = 2**20
+
+# The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
+# short question at its end asks.
+N_SINGLE = 16
+
+log = logging.getLogger(__name__)
+
+
+class BoundedMemory(ABC):
+    """`local_base` is the position of local row 0. A policy says what is selected between sinks and window."""
+
+    name: str
+    precise_rope = True
+
+    bounds_tensor: Tensor
+    """I32 [n_blocks + 1]: block b is [bounds[b], bounds[b + 1])."""
+
+    def __init__(self, inputs: PolicyInputs, *, n_stored: int | None, n_tensors: int) -> None:
+        """n_stored: how many of the first tokens the store holds, None for all; n_tensors: arenas of the subclass."""
+        graph, memory, config = inputs.graph, inputs.memory, inputs.graph.config
+        self.config, self.memory, self.graph = config, memory, graph
+        if graph.exact:
+            raise InputError(f"--exact-graph is llama.cpp's graph, which has no --kv {self.name}: leave one out")
+        if graph.weights.repacked:
+            raise InputError(f"--kv {self.name} needs the weights as in the file: load the model with --no-repack")
+        check_cache_types(config, memory)
+        self.n_ctx = memory.n_ctx or DEFAULT_CONTEXT
+        self.far = memory.positions == "far"
+        self.ops = MemoryOps(graph.fused_ops)
+        self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
+        n_stored = self.n_ctx if n_stored is None else min(n_stored, self.n_ctx)
+        type_k, type_v = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
+        width = config.n_embd_kv
+        self.row_bytes: int = config.n_layer * (g.ggml_row_size(type_k, width) + g.ggml_row_size(type_v, width))
+        self.arenas = Arenas(4 * config.n_layer + n_tensors)
+        local, store, layers = (self.n_local_rows, width), (max(1, n_stored), width), range(config.n_layer)
+        self.k_local = [self.arenas.new(type_k, local, f"k_local-{i}") for i in layers]
+        self.v_local = [self.arenas.new(type_v, local, f"v_local-{i}") for i in layers]
+        self.k_store = [self.arenas.new(type_k, store, f"k_store-{i}") for i in layers]
+        self.v_store = [self.arenas.new(type_v, store, f"v_store-{i}") for i in layers]
+        self.local_base = 0
+        self.regions = np.zeros(8, np.int32)
+        self.observed = False
+
+    @abstractmethod
+    def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
+        """A chunk's queries, packed and scaled -> I32 [1 or K, 1 + n], how many blocks are attended and which."""
+
+    @abstractmethod
+    def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+        """The same for one token: qkv [(H + 2 K) * d] before RoPE, rope [2, rope_dim] near and far."""
+
+    @abstractmethod
+    def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
+        """Called before each step: what lies before `start` has left the window -> (end of blocks, n_blocks)."""
+
+    def split(self, n_tokens: int, n_batch: int) -> list[int]:
+        n_single = min(N_SINGLE, n_tokens)
+        return even_split(n_tokens - n_single, n_batch) + [1] * n_single
+
+    def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
+        return StepShape(n_tokens, "one" if n_tokens == 1 else "packed", self.far)
+
+    def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
+        return BoundedOne(self, context) if shape.form == "one" else BoundedChunk(self, context, shape.n_tokens)
+
+    def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
+        n_tokens = len(tokens)
+        if not self.far and self.memory.positions == "auto" and n_past + n_tokens > self.config.n_ctx_train:
+            self._go_far(n_past)
+        start = self.local_start(n_past)
+        remainder, n_blocks = self.seal(tokens, n_past, start)
+        self._make_room(n_past, n_tokens, start)
+        sink_end = min(self.memory.n_sink, start)
+        self.regions[:] = (
+            n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far
+        )  # fmt: skip
+
+    def undo_step(self) -> None:  # noqa: B027
+        """Rows beyond n_past are written again before they are read."""
+
+    def local_start(self, n_past: int) -> int:
+        return max(0, n_past - self.memory.n_local)
+
+    @cached_property
+    def far_table(self) -> NDArray[np.float32]:
+        """[rope_dim]: cosines and sines of the one distance at which everything beyond the window is seen."""
+        tables = self.graph.precise_rope_table(np.array([0, self.memory.n_local]))
+        # Stored keys lack the factor that YaRN puts on both sides of a rotated product; cos(0) has it.
+        return tables[:, 1] * tables[0, 0]
+
+    def near_table(self, position: int) -> NDArray[np.float32]:
+        return self.graph.precise_rope_table(np.array([position]))[:, 0]
+
+    def close(self) -> None:
+        self.arenas.close()
+
+    def _go_far(self, n_past: int) -> None:
+        """Takes the rotation out of what is stored."""
+        self.far = True
+        if n_past == 0:
+            return
+        n_ctx = self.config.n_ctx_train
+        log.info("past the %d tokens the model was trained on: older tokens are seen from one distance now", n_ctx)
+        half = self.config.rope_dim // 2
+        table = np.ascontiguousarray(self.graph.precise_rope_table(np.arange(n_past)).T)  # [n_past, rope_dim]
+        table[:, half:] *= -1
+        # cos(0) is YaRN's factor, 1 elsewhere: keys were multiplied by it and rotating back multiplies again.
+        table /= table[0, 0] ** 2
+        width = self.config.n_embd_kv
+        scratch = np.empty(2 * width, np.float32)
+        for tensor in self.k_store:
+            rows = as_rows(tensor)[:n_past]
+            native.repkv_rotate_rows(
+                native_ffi.cast("char *", rows.ctypes.data), int(tensor.contents.type), rows.strides[0], len(rows),
+                self.config.n_head_kv, self.config.head_dim, native_ffi.cast("float *", table.ctypes.data),
+                self.config.rope_dim, native_ffi.cast("float *", scratch.ctypes.data),
+            )  # fmt: skip
+        self.went_far()
+
+    def went_far(self) -> None:  # noqa: B027
+        """Called when stored keys have lost their rotation."""
+
+    def _make_room(self, n_past: int, n_tokens: int, start: int) -> None:
+        if n_past + n_tokens - self.local_base <= self.n_local_rows:
+            return
+        shift, n_kept = start - self.local_base, n_past - start
+        for tensor in (*self.k_local, *self.v_local):
+            rows = as_rows(tensor)
+            rows[:n_kept] = rows[shift : shift + n_kept].copy()
+        self.local_base = start

@@ -1,0 +1,115 @@
+"""A bounded memory's part of a static graph: store, select, attend. Every effect is a source of a later node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
+from pyggml_repkv.ffi.handles import tensor_array
+from pyggml_repkv.ffi.library import g
+
+if TYPE_CHECKING:
+    from pyggml_repkv.memory.bounded import BoundedMemory
+
+_FUSED = "graphs of bounded memories are planned for fused nodes only"
+_N_REGIONS = 8
+
+
+class _BoundedStep:
+    def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
+        self._memory, self._g, self._n_tokens = memory, context, n_tokens
+        self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
+        self._bounds = memory.bounds_tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        raise AssertionError(_FUSED)
+
+    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
+        raise AssertionError(_FUSED)
+
+    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
+        raise AssertionError(_FUSED)
+
+    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
+        raise AssertionError(_FUSED)
+
+    def store_packed(self, qkv: Tensor, layer: int) -> None:
+        raise AssertionError(_FUSED)
+
+    def fill(self, n_past: int) -> None:
+        assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
+        tensor_array(self._regions)[...] = self._memory.regions
+
+    def _observe(self, tensor: Tensor) -> Tensor:
+        """What stays readable after compute where someone looks on."""
+        return self._g.output(tensor) if self._memory.observed else tensor
+
+
+class BoundedChunk(_BoundedStep):
+    """A chunk, packed."""
+
+    def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
+        super().__init__(memory, context, n_tokens)
+        self._local_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
+        self._store_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
+        self._far_rope = context.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
+        self.queries: list[tuple[Tensor, Tensor]] = []
+        self.selected: list[Tensor] = []
+
+    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
+        m = self._memory
+        q, q_far, selected = self._store_and_select(qkv, layer)
+        local = [q, m.k_local[layer], m.v_local[layer]]
+        far = [q_far, m.k_store[layer], m.v_store[layer]]
+        return m.ops.attend(self._g, [*local, *far, selected, self._bounds, self._regions])
+
+    def store_packed(self, qkv: Tensor, layer: int) -> None:
+        _, q_far, selected = self._store_and_select(qkv, layer)
+        self._g.expand(q_far)
+        self._g.expand(selected)
+
+    def _store_and_select(self, qkv: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        m = self._memory
+        q = m.ops.store_near(self._g, qkv, m.k_local[layer], m.v_local[layer], self._local_cells)
+        set_name(q, "Qcur", layer)
+        store = m.k_store[layer], m.v_store[layer]
+        if m.far:
+            q_far = m.ops.store_far(self._g, qkv, *store, self._far_rope, self._regions)
+        else:
+            q_far = m.ops.store_near(self._g, qkv, *store, self._store_cells)
+        set_name(q_far, "Qfar", layer)
+        selected = m.select(self._g, q, q_far, self._regions, layer)
+        self.queries.append((self._observe(q), self._observe(q_far)))
+        self.selected.append(self._observe(selected))
+        return q, q_far, selected
+
+    def fill(self, n_past: int) -> None:
+        super().fill(n_past)
+        tensor_array(self._local_cells)[...] = (n_past - self._memory.local_base, self._n_tokens)
+        if self._memory.far:
+            tensor_array(self._far_rope)[...] = self._memory.far_table
+        else:
+            tensor_array(self._store_cells)[...] = (n_past, self._n_tokens)
+
+
+class BoundedOne(_BoundedStep):
+    """One token."""
+
+    def __init__(self, memory: BoundedMemory, context: GraphContext) -> None:
+        super().__init__(memory, context, 1)
+        self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "near_far_rope")
+        self.queries: list[Tensor] = []
+        self.selected: list[Tensor] = []
+
+    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
+        m = self._memory
+        selected = m.select_one(self._g, qkv, self._rope, self._regions, layer)
+        self.queries.append(self._observe(qkv))
+        self.selected.append(self._observe(selected))
+        arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
+        return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, self._bounds, self._regions])
+
+    def fill(self, n_past: int) -> None:
+        super().fill(n_past)
+        near = self._memory.near_table(n_past)
+        tensor_array(self._rope)[...] = (near, self._memory.far_table if self._memory.far else near)

@@ -1,0 +1,263 @@
+#include "select_ops.h"
+
+#include "one_token.h"
+#include "packed.h"
+#include "regions.h"
+
+enum {
+    LANES = 16,
+    MAX_HEADS_AT_ONCE = 4,
+};
+
+/* Below any relevance: what is not a number, and lanes beyond the last block. */
+#define LOWEST (-3.0e38f)
+
+static inline f32x16 load_index(enum ggml_type type, const void *index, int64_t i) {
+#if defined(__AVX512F__)
+    if (type == GGML_TYPE_F16) return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)index + i)));
+#else
+    if (type == GGML_TYPE_F16) {
+        float values[LANES];
+        to_f32(type, (const uint16_t *)index + i, values, LANES);
+        return load16(values);
+    }
+#endif
+    return load16((const float *)index + i);
+}
+
+/* scores[h][16 blocks] = q_h . one representative of each of 16 blocks, for n_heads query heads with stride d. */
+static inline __attribute__((always_inline)) void dot_lanes(const int n_heads, f32x16 *scores, const float *q, int d,
+                                                            enum ggml_type type, const void *index, int64_t first) {
+    f32x16 even[MAX_HEADS_AT_ONCE], odd[MAX_HEADS_AT_ONCE];
+#pragma GCC unroll 4
+    for (int h = 0; h < n_heads; h++) even[h] = odd[h] = splat16(0.0f);
+    int i = 0;
+    for (; i + 2 <= d; i += 2) {
+        const f32x16 a = load_index(type, index, first + i * LANES), b = load_index(type, index, first + (i + 1) * LANES);
+#pragma GCC unroll 4
+        for (int h = 0; h < n_heads; h++) {
+            even[h] += splat16(q[h * d + i]) * a;
+            odd[h] += splat16(q[h * d + i + 1]) * b;
+        }
+    }
+    for (; i < d; i++) {
+        const f32x16 a = load_index(type, index, first + i * LANES);
+#pragma GCC unroll 4
+        for (int h = 0; h < n_heads; h++) even[h] += splat16(q[h * d + i]) * a;
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < n_heads; h++) scores[h] = even[h] + odd[h];
+}
+
+/* Folds one more representative's scores into x (and for REPKV_LSE the sum of exp(score - x)). */
+static inline void fold_representative(int kind, f32x16 *x, f32x16 *sum, f32x16 score, int first) {
+    if (kind == REPKV_MEAN) {
+        *x = first ? score : *x + score;
+        return;
+    }
+    const f32x16 max = first ? score : max16(*x, score);
+    if (kind == REPKV_LSE) {
+        *sum = first ? splat16(1.0f) : *sum * exp16(*x - max) + exp16(score - max);
+    }
+    *x = max;
+}
+
+/* Of 16 blocks, for the n_heads query heads from the first on that share key head kv: x[h][16]. */
+static void relevance_of_group(const struct repkv_op_params *p, f32x16 *x, const float *q, int n_heads, enum ggml_type type,
+                               const void *index, int64_t first) {
+    f32x16 sum[MAX_HEADS_AT_ONCE], scores[MAX_HEADS_AT_ONCE];
+    const int d = p->head_dim;
+    for (int r = 0; r < p->n_repr; r++, first += d * LANES) {
+        switch (n_heads) {
+        case 1: dot_lanes(1, scores, q, d, type, index, first); break;
+        case 2: dot_lanes(2, scores, q, d, type, index, first); break;
+        case 3: dot_lanes(3, scores, q, d, type, index, first); break;
+        default: dot_lanes(4, scores, q, d, type, index, first); break;
+        }
+        for (int h = 0; h < n_heads; h++) fold_representative(p->relevance, x + h, sum + h, scores[h], r == 0);
+    }
+    for (int h = 0; h < n_heads; h++) {
+        if (p->relevance == REPKV_MEAN) x[h] /= (float)p->n_repr;
+        if (p->relevance == REPKV_LSE) x[h] += log16(sum[h]);
+    }
+}
+
+/* q [n_head, d] is scaled. Each thread does its share of the pairs (key head, 16 blocks). */
+static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, const struct ggml_tensor *index,
+                      const float *q, int n_blocks, int ith, int nth) {
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv, n_groups = (n_blocks + LANES - 1) / LANES;
+    const int64_t n_padded = index->ne[1] * LANES;
+    float *x = dst->data, *seen = x + p->n_head * n_padded + ith * p->n_head * 2;
+    for (int h = 0; h < p->n_head; h++) {
+        seen[2 * h] = LOWEST;
+        seen[2 * h + 1] = 0.0f;
+    }
+    int64_t begin, end;
+    share((int64_t)n_groups * p->n_head_kv, ith, nth, &begin, &end);
+    for (int64_t unit = begin; unit < end;) {
+        const int kv = (int)(unit / n_groups);
+        const int g0 = (int)(unit % n_groups), g1 = end - unit < n_groups - g0 ? g0 + (int)(end - unit) : n_groups;
+        for (int h0 = 0; h0 < group; h0 += MAX_HEADS_AT_ONCE) {
+            const int n = group - h0 < MAX_HEADS_AT_ONCE ? group - h0 : MAX_HEADS_AT_ONCE, head = kv * group + h0;
+            f32x16 max[MAX_HEADS_AT_ONCE], sum[MAX_HEADS_AT_ONCE];
+            for (int h = 0; h < n; h++) {
+                max[h] = splat16(LOWEST);
+                sum[h] = splat16(0.0f);
+            }
+            for (int g = g0; g < g1; g++) {
+                f32x16 v[MAX_HEADS_AT_ONCE];
+                relevance_of_group(p, v, q + head * d, n, index->type, row(index, g), (int64_t)kv * p->n_repr * d * LANES);
+                for (int h = 0; h < n; h++) {
+                    f32x16 y = select16(v[h] == v[h], v[h], splat16(LOWEST));
+                    y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST)));
+                    for (int b = n_blocks - g * LANES; b < LANES; b++) y[b] = LOWEST;
+                    store16(x + (head + h) * n_padded + g * LANES, y);
+                    if (p->relevance != REPKV_LSE) continue;
+                    const f32x16 most = max16(max[h], y);
+                    /* exp16 saturates above zero: what is lowest must weigh exactly nothing. */
+                    const f32x16 weight = select16(y <= LOWEST, splat16(0.0f), exp16(y - most));
+                    sum[h] = sum[h] * exp16(max[h] - most) + weight;
+                    max[h] = most;
+                }
+            }
+            for (int h = 0; h < n; h++) {
+                float most = LOWEST, total = 0.0f;
+                for (int b = 0; b < LANES; b++) most = max[h][b] > most ? max[h][b] : most;
+                const f32x16 shares = sum[h] * exp16(max[h] - most);
+                for (int b = 0; b < LANES; b++) total += sum[h][b] > 0.0f ? shares[b] : 0.0f;
+                seen[2 * (head + h)] = most;
+                seen[2 * (head + h) + 1] = total;
+            }
+        }
+        unit += g1 - g0;
+    }
+}
+
+void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const int32_t *regions = regions_of(dst->src[2]);
+    const int width = p->n_head * p->head_dim, n_tokens = regions[N_TOKENS];
+    /* The mean query of the chunk: padded lanes are left out. */
+    float *mean = (float *)repkv_thread_scratch(p, ith);
+    memset(mean, 0, (size_t)width * sizeof(float));
+    for (int panel = 0; panel * PANEL < n_tokens && regions[N_BLOCKS] > 0; panel++) {
+        const int lanes = n_tokens - panel * PANEL < PANEL ? n_tokens - panel * PANEL : PANEL;
+        const float *q = (const float *)dst->src[0]->data + (size_t)panel * (size_t)width * PANEL;
+        for (int i = 0; i < width; i++) {
+            if (lanes == PANEL) {
+                mean[i] += sum16(load16(q + i * PANEL) + load16(q + i * PANEL + 16));
+            } else {
+                for (int t = 0; t < lanes; t++) mean[i] += q[i * PANEL + t];
+            }
+        }
+    }
+    scale_f32(mean, 1.0f / (float)n_tokens, width);
+    relevance(dst, p, dst->src[1], mean, regions[N_BLOCKS], ith, nth);
+}
+
+void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const int d = p->head_dim;
+    const float *qkv = dst->src[0]->data, *cosine = (const float *)dst->src[2]->data + p->rope_dim;
+    const int32_t *regions = regions_of(dst->src[3]);
+    float *q = (float *)repkv_thread_scratch(p, ith);
+    for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
+    scale_f32(q, p->scale, p->n_head * d);
+    relevance(dst, p, dst->src[1], q, regions[N_BLOCKS], ith, nth);
+}
+
+/* Of each head: 0 for REPKV_MEAN and REPKV_MAX, else the maximum of x and 1 / sum of exp(x - maximum) over all blocks. */
+static void head_totals(const struct repkv_op_params *p, float *max, float *scale, const float *seen, int nth) {
+    for (int h = 0; h < p->n_head; h++) {
+        float sum = 0.0f;
+        max[h] = LOWEST;
+        for (int t = 0; t < nth; t++) {
+            if (seen[(t * p->n_head + h) * 2] > max[h]) max[h] = seen[(t * p->n_head + h) * 2];
+        }
+        for (int t = 0; t < nth; t++) {
+            const float *s = seen + (t * p->n_head + h) * 2;
+            if (s[1] > 0.0f) sum += s[1] * expf(s[0] - max[h]);
+        }
+        scale[h] = sum > 0.0f ? 1.0f / sum : 0.0f;
+    }
+}
+
+/* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending. */
+static void select_blocks(const struct repkv_op_params *p, int32_t *selected, const float *x, int64_t n_padded, int n_blocks,
+                          const float *max, const float *scale, int h0, int h1, float *best) {
+    int n = 0;
+    for (int first = 0; first < n_blocks; first += LANES) {
+        f32x16 weight = splat16(0.0f);
+        for (int h = h0; h < h1; h++) {
+            const f32x16 v = load16(x + h * n_padded + first);
+            weight += p->relevance == REPKV_LSE ? select16(v <= LOWEST, splat16(0.0f), exp16(v - max[h])) * scale[h] : v;
+        }
+        const int n_lanes = n_blocks - first < LANES ? n_blocks - first : LANES;
+        for (int b = 0; b < n_lanes; b++) {
+            /* A short sorted list, best first; an equal later block comes after. */
+            if (n == p->n_top && !(weight[b] > best[n - 1])) continue;
+            int at = n < p->n_top ? n++ : n - 1;
+            for (; at > 0 && weight[b] > best[at - 1]; at--) {
+                best[at] = best[at - 1];
+                selected[1 + at] = selected[at];
+            }
+            best[at] = weight[b];
+            selected[1 + at] = first + b;
+        }
+    }
+    selected[0] = n;
+    /* Ascending, so that memory is read in order and sums do not depend on the ranking. */
+    for (int i = 1; i < n; i++) {
+        const int32_t b = selected[1 + i];
+        int j = i;
+        for (; j > 0 && selected[j] > b; j--) selected[1 + j] = selected[j];
+        selected[1 + j] = b;
+    }
+}
+
+void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const float *x = dst->src[0]->data;
+    const int n_blocks = regions_of(dst->src[1])[N_BLOCKS];
+    const int n_rows = p->per_head ? p->n_head_kv : 1, heads = p->n_head / n_rows;
+    const int64_t n_padded = (dst->src[0]->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
+    float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
+    if (ith >= n_rows) return;
+    if (n_blocks > p->n_top && p->n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
+    for (int r = ith; r < n_rows; r += nth) {
+        int32_t *selected = (int32_t *)dst->data + r * (1 + p->n_top);
+        if (n_blocks > p->n_top && p->n_top > 0) {
+            select_blocks(p, selected, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
+        } else {
+            selected[0] = n_blocks < p->n_top ? n_blocks : p->n_top;
+            for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;
+        }
+    }
+}
+
+void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr) {
+    for (int kv = 0; kv < n_head_kv; kv++, out += n_repr) {
+        int n = 0;
+        for (int64_t m = begin; m < end; m++) {
+            const float s = score[m * n_head_kv + kv];
+            int at = n;
+            /* Strictly greater, or a number over NaN: of equals the earlier token stays ahead, and NaN never leads. */
+            while (at > 0) {
+                const float other = score[out[at - 1] * n_head_kv + kv];
+                if (!(s > other || (other != other && s == s))) break;
+                at--;
+            }
+            if (at >= n_repr) continue;
+            if (n < n_repr) n++;
+            for (int i = n - 1; i > at; i--) out[i] = out[i - 1];
+            out[at] = (int32_t)m;
+        }
+        for (int i = 1; i < n; i++) {
+            const int32_t m = out[i];
+            int j = i;
+            for (; j > 0 && out[j - 1] > m; j--) out[j] = out[j - 1];
+            out[j] = m;
+        }
+        for (int i = n; i < n_repr; i++) out[i] = out[n - 1];
+    }
+}

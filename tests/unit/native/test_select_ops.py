@@ -1,0 +1,176 @@
+"""Choosing representatives and blocks: ties, NaN, empty and full cases, against plain numpy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.graph.memory_ops import MemoryOps
+from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
+
+# Few distinct values, so that ties are common.
+few = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, float("nan"), float("-inf")])
+
+
+def repr_topk(scores: np.ndarray, begin: int, end: int, n_repr: int) -> np.ndarray:
+    """The chosen tokens, [K, n_repr]."""
+    out = np.empty((scores.shape[1], n_repr), np.int32)
+    native.repkv_repr_topk(
+        native_ffi.cast("int32_t *", out.ctypes.data),
+        native_ffi.cast("float *", np.ascontiguousarray(scores).ctypes.data),
+        begin,
+        end,
+        scores.shape[1],
+        n_repr,
+    )
+    return out
+
+
+@given(data=st.data(), n_head_kv=st.integers(1, 3), n_tokens=st.integers(1, 40), n_repr=st.integers(1, 8))
+@settings(max_examples=150)
+def test_representatives_are_the_highest_and_of_equals_the_first(data, n_head_kv, n_tokens, n_repr):
+    values = st.lists(few.filter(lambda x: x == x), min_size=n_tokens * n_head_kv, max_size=n_tokens * n_head_kv)
+    scores = np.array(data.draw(values), np.float32).reshape(n_tokens, n_head_kv)
+    begin = data.draw(st.integers(0, n_tokens - 1))
+    got = repr_topk(scores, begin, n_tokens, n_repr)
+    for kv in range(n_head_kv):
+        best = sorted(range(begin, n_tokens), key=lambda t: (-scores[t, kv], t))[:n_repr]
+        want = sorted(best)
+        assert got[kv].tolist() == want + [want[-1]] * (n_repr - len(want))
+
+
+def test_a_nan_score_never_leads():
+    scores = np.array([[np.nan], [1.0], [3.0], [np.nan], [2.0]], np.float32)
+    assert repr_topk(scores, 0, 5, 2).tolist() == [[2, 4]]
+    assert repr_topk(scores, 0, 5, 4).tolist() == [[0, 1, 2, 4]]
+
+
+LANES = 16
+LOWEST = np.float32(-3e38)
+KINDS = ("lse", "mean", "max")
+
+
+class Blocks:
+    """Random representatives in the index's layout."""
+
+    def __init__(
+        self, rng: np.random.Generator, n_blocks: int, n_head_kv: int, n_repr: int, d: int, dtype: type
+    ) -> None:
+        self.n_blocks = n_blocks
+        self.keys = rng.normal(size=(n_blocks, n_head_kv, n_repr, d)).astype(dtype)
+        n_groups = -(-n_blocks // LANES) + 1
+        self.index = np.zeros((n_groups, n_head_kv, n_repr, d, LANES), dtype)
+        for b in range(n_blocks):
+            self.index[b // LANES, ..., b % LANES] = self.keys[b]
+
+
+def relevance_by_numpy(q: np.ndarray, keys: np.ndarray, kind: str) -> np.ndarray:
+    """q [H, d], keys [B, K, R, d] -> [H, B]."""
+    group = len(q) // keys.shape[1]
+    s = np.einsum("hd,bhrd->hbr", q, np.repeat(keys.astype(np.float64), group, axis=1)) / np.sqrt(q.shape[1])
+    return {"lse": np.log(np.exp(s).sum(2)), "mean": s.mean(2), "max": s.max(2)}[kind]
+
+
+@given(
+    n_blocks=st.integers(0, 40), n_head_kv=st.integers(1, 3), group=st.integers(1, 6), n_repr=st.integers(1, 5),
+    d=st.sampled_from([32, 48, 64]), kind=st.sampled_from(KINDS), n_threads=st.integers(1, 4), half=st.booleans(),
+    n_tokens=st.integers(1, 70), seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_threads, half, n_tokens, seed):
+    rng = np.random.default_rng(seed)
+    blocks = Blocks(rng, n_blocks, n_head_kv, n_repr, d, np.float16 if half else np.float32)
+    n_head = n_head_kv * group
+    bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=d), n_threads)
+    ops = MemoryOps(bench.ops)
+    regions = np.zeros(8, np.int32)
+    regions[1], regions[6] = n_tokens, n_blocks
+    index = bench.tensor(
+        blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
+        (len(blocks.index), blocks.index[0].size),
+    )  # fmt: skip
+    regions_tensor, marker = bench.tensor(regions, g.GGML_TYPE_I32), bench.tensor(np.zeros(1, np.float32))
+    q = rng.normal(size=(n_tokens, n_head, d)).astype(np.float32)
+    if n_tokens == 1:
+        qkv = np.concatenate([q.ravel(), np.zeros(2 * n_head_kv * d, np.float32)])
+        # No rotation for the true position, a quarter turn for the far one.
+        tables = np.stack([np.r_[np.ones(d // 2), np.zeros(d // 2)], np.r_[np.zeros(d // 2), np.ones(d // 2)]])
+        rope = bench.tensor(tables.astype(np.float32))
+        node = ops.relevance_one(
+            bench.graph, bench.tensor(qkv), index, rope, regions_tensor, marker, n_repr=n_repr, kind=kind
+        )
+        mean = rotated(q[0].astype(np.float64), np.zeros(d // 2), np.ones(d // 2))
+    else:
+        q_tensor = bench.tensor(packed(q.reshape(n_tokens, -1) * np.float32(d**-0.5)))
+        node = ops.relevance(bench.graph, q_tensor, index, regions_tensor, marker, n_repr=n_repr, kind=kind)
+        mean = q.astype(np.float64).mean(0)
+    got = bench.compute(node).ravel()[: n_head * LANES * len(blocks.index)].reshape(n_head, -1)[:, :n_blocks]
+    if n_blocks:
+        assert_close(got, relevance_by_numpy(mean, blocks.keys, kind), 2e-5)
+
+
+def topk(
+    x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2
+) -> list[list[int]]:
+    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row."""
+    n_blocks, n_head = x.shape
+    bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
+    n_groups = -(-n_blocks // LANES) + 1
+    flat = np.full((n_head, n_groups * LANES), LOWEST)
+    flat[:, :n_blocks] = np.where(np.isnan(x), LOWEST, np.clip(x, LOWEST, -LOWEST)).T
+    seen = np.zeros((n_threads, n_head, 2), np.float32)
+    seen[..., 0] = LOWEST
+    for t, part in enumerate(np.array_split(flat[:, :n_blocks], n_threads, axis=1)):
+        if part.size:
+            seen[t, :, 0] = part.max(1)
+            seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
+    regions = np.zeros(8, np.int32)
+    regions[6] = n_blocks
+    relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
+    node = MemoryOps(bench.ops).block_topk(
+        bench.graph, relevance, bench.tensor(regions, g.GGML_TYPE_I32), n_top, kind=kind, per_head=per_head
+    )
+    rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top)
+    return [row[1 : 1 + row[0]].tolist() for row in rows]
+
+
+@given(
+    data=st.data(), n_blocks=st.integers(1, 40), n_head_kv=st.integers(1, 3), group=st.integers(1, 2),
+    n_top=st.integers(0, 20), kind=st.sampled_from(KINDS), per_head=st.booleans(), n_threads=st.integers(1, 4),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_blocks_are_those_with_the_most_weight(data, n_blocks, n_head_kv, group, n_top, kind, per_head, n_threads):
+    n_head = n_head_kv * group
+    values = st.lists(st.integers(-3, 3), min_size=n_blocks * n_head, max_size=n_blocks * n_head)
+    x = np.array(data.draw(values), np.float32).reshape(n_blocks, n_head)
+    p = x
+    if kind == "lse":
+        p = np.exp(x - x.max(0))
+        p = p / p.sum(0)
+    weights = p.reshape(n_blocks, n_head_kv, group).sum(2) if per_head else p.sum(1)[:, None]
+    rows = topk(x, n_top, kind, n_head_kv, per_head, n_threads)
+    assert len(rows) == weights.shape[1] or n_head_kv == 1
+    for got, weight in zip(rows, weights.T, strict=True):
+        assert got == sorted(set(got))
+        assert len(got) == min(n_top, n_blocks)
+        # Sums may differ in the last bit, so what was chosen must be as good as the best, not the same.
+        best = np.sort(weight)[::-1][: len(got)]
+        assert np.allclose(np.sort(weight[got])[::-1], best, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_equal_blocks_the_first_are_chosen(kind):
+    assert topk(np.zeros((9, 2)), 4, kind) == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_poisoned_relevance_still_selects(poison, kind):
+    x = np.zeros((9, 2))
+    x[4, 0] = poison
+    (chosen,) = topk(x, 4, kind)
+    assert len(chosen) == 4
+    assert chosen == sorted(set(chosen))
+    assert all(0 <= b < 9 for b in chosen)
+    assert (4 in chosen) == (poison == np.inf)
