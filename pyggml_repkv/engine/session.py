@@ -61,6 +61,12 @@ class Session:
         assert logits is not None
         return logits[0]
 
+    def read(self, tokens: Sequence[int]) -> None:
+        """Reads tokens in steps of n_batch and no smaller ones at the end, without logits. Raises as prefill does."""
+        ids = self._checked(tokens)
+        for start in range(0, len(ids), self.n_batch):
+            self._step(ids[start : start + self.n_batch], "none")
+
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)

@@ -19,7 +19,7 @@ from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import MemoryOps
 from pyggml_repkv.memory.arenas import Arenas, as_rows
-from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne
+from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne, BoundedStep
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, even_split
 
@@ -66,7 +66,9 @@ class BoundedMemory(ABC):
         self.v_store = [self.arenas.new(type_v, store, f"v_store-{i}") for i in layers]
         self.local_base = 0
         self.regions = np.zeros(8, np.int32)
+        # Set before the first step: queries and selections stay readable after each (`last_step`).
         self.observed = False
+        self.last_step: BoundedStep | None = None
 
     @abstractmethod
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:

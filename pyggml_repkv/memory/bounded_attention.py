@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.fused_ops import PANEL
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
@@ -15,11 +20,13 @@ _FUSED = "graphs of bounded memories are planned for fused nodes only"
 _N_REGIONS = 8
 
 
-class _BoundedStep:
+class BoundedStep(ABC):
     def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
         self._memory, self._g, self._n_tokens = memory, context, n_tokens
         self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
         self._bounds = memory.bounds_tensor
+        self._selected: list[Tensor] = []
+        self._relevance: list[Tensor] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         raise AssertionError(_FUSED)
@@ -39,13 +46,30 @@ class _BoundedStep:
     def fill(self, n_past: int) -> None:
         assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
         tensor_array(self._regions)[...] = self._memory.regions
+        self._memory.last_step = self
+
+    def observed_selection(self, layer: int) -> NDArray[np.int32]:
+        """What a layer selected in the last compute: [1 or K, 1 + n], how many and which."""
+        selected = tensor_array(self._selected[layer]).view(np.int32)
+        return selected.reshape(-1, selected.shape[-1])
+
+    def observed_relevance(self, layer: int) -> NDArray[np.float32]:
+        """What a layer compared blocks by in the last compute: [H, n_blocks]."""
+        n_head, n_blocks = self._memory.config.n_head, int(self._memory.regions[6])
+        seen = 2 * self._memory.graph.fused_ops.n_threads
+        flat = tensor_array(self._relevance[layer])
+        return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
+
+    @abstractmethod
+    def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """A layer's queries in the last compute, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
         return self._g.output(tensor) if self._memory.observed else tensor
 
 
-class BoundedChunk(_BoundedStep):
+class BoundedChunk(BoundedStep):
     """A chunk, packed."""
 
     def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
@@ -53,8 +77,7 @@ class BoundedChunk(_BoundedStep):
         self._local_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
         self._store_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
         self._far_rope = context.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
-        self.queries: list[tuple[Tensor, Tensor]] = []
-        self.selected: list[Tensor] = []
+        self._queries: list[tuple[Tensor, Tensor]] = []
 
     def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
         m = self._memory
@@ -79,8 +102,10 @@ class BoundedChunk(_BoundedStep):
             q_far = m.ops.store_near(self._g, qkv, *store, self._store_cells)
         set_name(q_far, "Qfar", layer)
         selected = m.select(self._g, q, q_far, self._regions, layer)
-        self.queries.append((self._observe(q), self._observe(q_far)))
-        self.selected.append(self._observe(selected))
+        self._queries.append((self._observe(q), self._observe(q_far)))
+        self._selected.append(self._observe(selected))
+        if self._memory.observed:
+            self._relevance.append(self._observe(selected.contents.src[0]))
         return q, q_far, selected
 
     def fill(self, n_past: int) -> None:
@@ -91,21 +116,31 @@ class BoundedChunk(_BoundedStep):
         else:
             tensor_array(self._store_cells)[...] = (n_past, self._n_tokens)
 
+    def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        near, far = (self._unpacked(q) for q in self._queries[layer])
+        return near, far
 
-class BoundedOne(_BoundedStep):
+    def _unpacked(self, q: Tensor) -> NDArray[np.float32]:
+        c = self._memory.config
+        packed = tensor_array(q).reshape(-1, c.n_head, c.head_dim, PANEL)
+        return packed.transpose(0, 3, 1, 2).reshape(-1, c.n_head, c.head_dim)[: self._n_tokens].copy()
+
+
+class BoundedOne(BoundedStep):
     """One token."""
 
     def __init__(self, memory: BoundedMemory, context: GraphContext) -> None:
         super().__init__(memory, context, 1)
         self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "near_far_rope")
-        self.queries: list[Tensor] = []
-        self.selected: list[Tensor] = []
+        self._queries: list[Tensor] = []
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
         m = self._memory
         selected = m.select_one(self._g, qkv, self._rope, self._regions, layer)
-        self.queries.append(self._observe(qkv))
-        self.selected.append(self._observe(selected))
+        self._queries.append(self._observe(qkv))
+        self._selected.append(self._observe(selected))
+        if self._memory.observed:
+            self._relevance.append(self._observe(selected.contents.src[0]))
         arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
         return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, self._bounds, self._regions])
 
@@ -113,3 +148,18 @@ class BoundedOne(_BoundedStep):
         super().fill(n_past)
         near = self._memory.near_table(n_past)
         tensor_array(self._rope)[...] = (near, self._memory.far_table if self._memory.far else near)
+
+    def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        c = self._memory.config
+        q = tensor_array(self._queries[layer])[: c.n_embd_q].reshape(1, c.n_head, c.head_dim) * c.head_dim**-0.5
+        near = self._memory.near_table(int(self._memory.regions[0]))
+        far = self._memory.far_table if self._memory.far else near
+        return _rotated(q, near), _rotated(q, far)
+
+
+def _rotated(q: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """q [..., d], table [rope_dim]: cosines, then sines, of pairs (i, i + rope_dim / 2)."""
+    half = len(table) // 2
+    a, b, rest = q[..., :half], q[..., half : 2 * half], q[..., 2 * half :]
+    cosine, sine = table[:half], table[half:]
+    return np.concatenate((a * cosine - b * sine, a * sine + b * cosine, rest), -1, dtype=np.float32)

@@ -107,9 +107,15 @@ class RepKVMemory(BoundedMemory):
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated."""
-        rows = as_rows(self.k_store[layer])[positions]
+        return self._keys(as_rows(self.k_store[layer])[positions])
+
+    def local_keys(self, layer: int, first: int, end: int) -> NDArray[np.float32]:
+        """Rotated keys of the window's positions [first, end), float32 [n, K, d]."""
+        return self._keys(as_rows(self.k_local[layer])[first - self.local_base : end - self.local_base])
+
+    def _keys(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
         keys = to_float32(rows, self.memory.type_k)
-        return keys.reshape(len(positions), self.config.n_head_kv, self.config.head_dim)
+        return keys.reshape(len(rows), self.config.n_head_kv, self.config.head_dim)
 
     def _index_block(self, block: int) -> None:
         begin, end = self.blocks.bounds[block : block + 2]
