@@ -2,16 +2,68 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
+from typing import TYPE_CHECKING
+
+from pyggml_repkv.cli import output
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def wanted() -> bool:
     """Whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+
+
+# Seconds between lines where no bar can be drawn.
+LINE_EVERY = 10.0
+
+_console: Console | None = None
+
+
+class _Notices(logging.Handler):
+    """What the library has to say: above the bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if _console is None:
+            output.say(record.getMessage())
+        else:
+            _console.print(f"pyggml_repkv: {record.getMessage()}", markup=False, highlight=False)
+
+
+@contextmanager
+def notices(*, quiet: bool) -> Iterator[None]:
+    """Shows what the package logs meanwhile."""
+    logger, handler = logging.getLogger("pyggml_repkv"), _Notices()
+    level = logger.level
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextmanager
+def prompt_lines() -> Iterator[Callable[[int, int], None]]:
+    """Yields what writes a line every LINE_EVERY seconds, for logs and pipes."""
+    begun = said = perf_counter()
+
+    def tell(n_done: int, n_total: int) -> None:
+        nonlocal said
+        now = perf_counter()
+        if now - said >= LINE_EVERY and n_done < n_total:
+            said = now
+            output.say(f"read {n_done} of {n_total} tokens, {n_done / (now - begun):.0f} tokens/s")
+
+    yield tell
 
 
 @contextmanager
@@ -32,7 +84,9 @@ def prompt_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
         redirect_stdout=False,
         redirect_stderr=False,
     )
+    global _console
     with bar:
+        _console = bar.console
         task = bar.add_task("", total=n_tokens, speed="")
         begun = perf_counter()
 
@@ -43,4 +97,7 @@ def prompt_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
             bar.update(task, completed=n_done, total=n_total, speed=left, refresh=True)
 
         move(0, n_tokens)
-        yield move
+        try:
+            yield move
+        finally:
+            _console = None

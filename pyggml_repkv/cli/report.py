@@ -21,6 +21,19 @@ def timings(result: GenerationResult, load_ms: float) -> str:
     )
 
 
+def memory(kv: dict[str, Any]) -> str:
+    """What the memory held at the end and what it cost, one line."""
+    from pyggml_repkv.engine.budget import size
+
+    parts = [f"{size(kv.get('ram_bytes') or kv.get('resident_bytes', 0))} of keys and values"]
+    if kv.get("blocks"):
+        parts += [
+            f"{kv['far_tokens']} tokens beyond the window in {kv['blocks']} blocks, {kv['selected']} attended",
+            f"index {size(kv['index_bytes'])}",
+        ]
+    return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"
+
+
 def _per_token(ms: float, n: int, noun: str) -> str:
     each = ms / n if n else 0.0
     rate = 1e3 * n / ms if ms else 0.0

@@ -105,7 +105,8 @@ def main(args: argparse.Namespace) -> int:
         tokens = tokenize(args, prompt, model.tokenizer)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
-        with _session(args, model, len(tokens)) as session:
+        with _session(args, model, len(tokens)) as session, progress.notices(quiet=args.quiet):
+            _say_budget(args, session, len(tokens))
             _generate(args, model, session, prompt, tokens)
     return 0
 
@@ -147,6 +148,17 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     return model.session(memory_config(args, n_ctx))
 
 
+def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> None:
+    """Before anything is computed: what this run will need. Raises ComputeError where that is more than there is."""
+    from pyggml_repkv.engine import budget
+
+    n_tokens = min(n_prompt + max(args.n_predict, 0), session.n_ctx)
+    parts = session.budget(n_tokens)
+    budget.check(parts, n_tokens)
+    needed, free = budget.size(sum(parts.values())), budget.size(budget.available_bytes())
+    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free} free")
+
+
 def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
     """What `add_context_options` and `add_memory_options` say."""
     given = {field: getattr(args, field) for field in MEMORY_FIELDS if getattr(args, field) is not None}
@@ -177,7 +189,7 @@ def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: 
         else:
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
-        _say_timings(args, generation, model)
+        _say_timings(args, generation, model, session)
         raise
     result = generation.result()
     if args.json:
@@ -185,7 +197,7 @@ def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: 
     if result.finish_reason == "context":
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c")
-    _say_timings(args, generation, model)
+    _say_timings(args, generation, model, session)
 
 
 def _stream(pieces: Iterable[str]) -> None:
@@ -208,7 +220,11 @@ def _end_line(last: str) -> None:
 
 def _bar(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
     # a prompt of one batch is read in one step: a bar would only flicker
-    return progress.prompt_bar(n_tokens) if n_tokens > args.batch_size and progress.wanted() else nullcontext()
+    if n_tokens <= args.batch_size:
+        return nullcontext()
+    if progress.wanted():
+        return progress.prompt_bar(n_tokens)
+    return nullcontext() if args.quiet else progress.prompt_lines()
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
@@ -238,13 +254,13 @@ def _list_tokens(tokens: list[int], model: Model) -> None:
     output.log(f"prompt: {len(tokens)} tokens\n{''.join(lines)}")
 
 
-def _say_timings(args: argparse.Namespace, generation: Generation, model: Model) -> None:
+def _say_timings(args: argparse.Namespace, generation: Generation, model: Model, session: Session) -> None:
     from pyggml_repkv.cli import report
 
     if not args.quiet:
         if sys.stdout.isatty() and sys.stderr.isatty():
             output.log("\n")
-        output.log(report.timings(generation.result(), model.load_ms))
+        output.log(report.timings(generation.result(), model.load_ms) + report.memory(session.stats()))
 
 
 def _note(args: argparse.Namespace, line: str) -> None:

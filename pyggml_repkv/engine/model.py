@@ -75,6 +75,11 @@ class Model:
         model.load_ms = (time.perf_counter() - start) * 1e3
         return model
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that stay in memory: the mapped file, or what was copied out of it."""
+        return self.weights.repacked_bytes or len(self.file.data)
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_metadata(self.file.metadata)
@@ -92,7 +97,7 @@ class Model:
             raise InputError("the model is closed")
         memory = memory or MemoryConfig()
         policy = make_policy(PolicyInputs(self.graph, memory, self._boundaries))
-        session = Session(self.graph, self.backend, self.tokenizer, policy, memory)
+        session = Session(self.graph, self.backend, self.tokenizer, policy, memory, self.weight_bytes)
         self._sessions.add(session)
         return session
 

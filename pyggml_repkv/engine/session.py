@@ -7,6 +7,7 @@ from types import TracebackType
 
 import numpy as np
 
+from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.generate import Generation, GenerationConfig
 from pyggml_repkv.errors import ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
@@ -16,6 +17,9 @@ from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
 
+# Tokens between two looks at how much memory is left: reading it takes some 50 microseconds.
+CHECK_EVERY = 2048
+
 
 class Session:
     """`n_past` tokens have been read; the next one has that position.
@@ -24,7 +28,13 @@ class Session:
     """
 
     def __init__(
-        self, graph: GraphModel, backend: Backend, tokenizer: Tokenizer, policy: Policy, memory: MemoryConfig
+        self,
+        graph: GraphModel,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        policy: Policy,
+        memory: MemoryConfig,
+        weight_bytes: int,
     ) -> None:
         self.n_past = 0
         self.n_batch = memory.n_batch
@@ -33,6 +43,8 @@ class Session:
         self._plans = PlanCache(graph, policy, backend)
         self._lock = backend.lock
         self._closed = False
+        self._checked_up_to = 0
+        self._weight_bytes = weight_bytes
 
     @property
     def n_ctx(self) -> int:
@@ -42,6 +54,13 @@ class Session:
     def compute_bytes(self) -> int:
         """Bytes of the compute buffer so far."""
         return 0 if self._closed else self._plans.compute_bytes
+
+    def budget(self, n_tokens: int) -> dict[str, int]:
+        """Bytes of RAM, part by part, once n_tokens have been read. Plans the first step, so that its buffer counts."""
+        size = self.policy.split(max(n_tokens, 1), self.n_batch)[0]
+        outputs: Outputs = "all" if size == 1 else "none"
+        self._plans.prepare(outputs, size)
+        return {"weights": self._weight_bytes, **self.policy.bytes_at(n_tokens), "compute": self.compute_bytes}
 
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
@@ -98,6 +117,7 @@ class Session:
         # One token's logits are cheaper than a second plan without them.
         if len(chunk) == 1:
             outputs = "all"
+        self._check_room(self.n_past + len(chunk))
         try:
             logits = self._plans.run(outputs, chunk, self.n_past)
         except BaseException:
@@ -105,6 +125,14 @@ class Session:
             raise
         self.n_past += len(chunk)
         return logits
+
+    def _check_room(self, n_tokens: int) -> None:
+        """Linux promises memory that it does not have and kills the process that uses it, so ask first."""
+        if n_tokens <= self._checked_up_to:
+            return
+        now, then = self.policy.bytes_at(self.n_past), self.policy.bytes_at(n_tokens + CHECK_EVERY)
+        budget.check({part: then[part] - now.get(part, 0) for part in then}, n_tokens + CHECK_EVERY - self.n_past)
+        self._checked_up_to = n_tokens + CHECK_EVERY
 
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         if self._closed:

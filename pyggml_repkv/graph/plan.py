@@ -152,6 +152,12 @@ class PlanCache:
         self._plans.move_to_end(key)
         return plan
 
+    def prepare(self, outputs: Outputs, n_tokens: int) -> None:
+        """Plans a first step of n_tokens, so that `compute_bytes` is known before anything is computed."""
+        with self._backend.lock:
+            form = self._model.form(n_tokens, outputs)
+            self.get(PlanKey(self._policy.step_shape(0, n_tokens, form), outputs))
+
     def _place(self, plan: Plan) -> None:
         """Where the buffer grew, hence moved, or could not grow and is gone, plans placed before point nowhere."""
         moved = True

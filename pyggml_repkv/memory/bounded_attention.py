@@ -62,7 +62,7 @@ class BoundedStep(ABC):
 
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A layer's queries in the last compute, scaled, as the window and as older tokens meet them: [T, H, d] each."""
+        """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""

@@ -27,11 +27,14 @@ static inline void rope(float *y, const float *x, const float *cosine, const flo
 static inline void fold(float *partial, float *scores, const float *q, const float *keys, const float *values, int n_cells,
                  size_t stride, int d, float scale) {
     float tile_max = -INFINITY;
+    int whole = 0;
+    for (; whole + 16 <= n_cells; whole += 16) dots16_f32(scores + whole, q, keys + (size_t)whole * stride, stride, d);
+    for (int c = whole; c < n_cells; c++) scores[c] = dot_f32(q, keys + (size_t)c * stride, d);
+    for (int c = n_cells; c < TILE; c++) scores[c] = -INFINITY;
+    scale_f32(scores, scale, TILE);
     for (int c = 0; c < n_cells; c++) {
-        scores[c] = dot_f32(q, keys + (size_t)c * stride, d) * scale;
         if (scores[c] > tile_max) tile_max = scores[c];
     }
-    for (int c = n_cells; c < TILE; c++) scores[c] = -INFINITY;
     if (tile_max > partial[0]) {
         const float shrink = expf(partial[0] - tile_max);
         partial[0] = tile_max;

@@ -6,6 +6,9 @@
 #include "microkernel.h"
 #include "ops.h"
 
+/* Where a running maximum begins: below any score, and finite, so that differences with a masked score are -inf, not NaN. */
+#define LEAST (-1e30f)
+
 enum {
     PANEL = 32,       /* tokens side by side */
     ATTEND_TILE = 64, /* cells attended at once */
@@ -52,13 +55,11 @@ static inline void attend_tile(float *out, float *max, float *sum, float *scores
         for (int c = 0; c < n_cells; c++) new_max = max16(new_max, load16(scores + c * PANEL + half));
         f32x16 tile_sum = splat16(0.0f);
         for (int c = 0; c < n_cells; c++) {
-            const f32x16 score = load16(scores + c * PANEL + half);
-            /* exp16 saturates above zero: what is masked must weigh exactly nothing. */
-            const f32x16 weight = select16(score == -INFINITY, splat16(0.0f), exp16(score - new_max));
+            const f32x16 weight = exp16(load16(scores + c * PANEL + half) - new_max);
             store16(scores + c * PANEL + half, weight);
             tile_sum += weight;
         }
-        const f32x16 shrink = select16(old_max == -INFINITY, splat16(0.0f), exp16(old_max - new_max));
+        const f32x16 shrink = exp16(old_max - new_max);
         store16(sum + half, load16(sum + half) * shrink + tile_sum);
         store16(max + half, new_max);
         for (int i = 0; i < d; i++) store16(out + i * PANEL + half, load16(out + i * PANEL + half) * shrink);
@@ -87,7 +88,7 @@ static inline struct panel_attention panel_attention_begin(const struct repkv_op
     a.sum = a.max + group * PANEL;
     memset(a.out, 0, (size_t)(group * d * PANEL) * sizeof(float));
     for (int i = 0; i < group * PANEL; i++) {
-        a.max[i] = -INFINITY;
+        a.max[i] = LEAST;
         a.sum[i] = 0.0f;
     }
     return a;

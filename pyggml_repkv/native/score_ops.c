@@ -99,15 +99,14 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
         const float *q = (const float *)queries->data + (size_t)((panel * p->n_head + h) * d) * PANEL;
         const int n_lanes = lanes_of(regions, panel);
         const int64_t lane_0 = row_0 + panel * PANEL, end = lane_0 + n_lanes;
-        f32x16 max[2] = {splat16(-INFINITY), splat16(-INFINITY)}, sum[2] = {splat16(0.0f), splat16(0.0f)};
+        f32x16 max[2] = {splat16(LEAST), splat16(LEAST)}, sum[2] = {splat16(0.0f), splat16(0.0f)};
         for (int64_t c0 = start; c0 < end; c0 += ATTEND_TILE) {
             const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
             masked_scores(scores, keys, q, k_local, head_offset, c0, n, lane_0, d);
             for (int i = 0; i < 2 * n; i++) {
                 const int half = i & 1;
                 const f32x16 s = load16(scores + i * 16), most = max16(max[half], s);
-                const f32x16 shrink = select16(max[half] == -INFINITY, splat16(0.0f), exp16(max[half] - most));
-                sum[half] = sum[half] * shrink + select16(s == -INFINITY, splat16(0.0f), exp16(s - most));
+                sum[half] = sum[half] * exp16(max[half] - most) + exp16(s - most);
                 max[half] = most;
             }
         }
@@ -116,8 +115,7 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
             masked_scores(scores, keys, q, k_local, head_offset, c0, n, lane_0, d);
             for (int i = 0; i < 2 * n; i++) {
                 const int half = i & 1;
-                const f32x16 s = load16(scores + i * 16);
-                const f32x16 share = select16(s == -INFINITY, splat16(0.0f), exp16(s - max[half]) / sum[half]);
+                const f32x16 share = exp16(load16(scores + i * 16) - max[half]) / sum[half];
                 for (int t = 0; t < 16 && 16 * half + t < n_lanes; t++) r[(c0 + i / 2) * p->n_head_kv] += share[t];
             }
         }

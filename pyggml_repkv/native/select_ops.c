@@ -114,7 +114,7 @@ static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, 
                     store16(x + (head + h) * n_padded + g * LANES, y);
                     if (p->relevance != REPKV_LSE) continue;
                     const f32x16 most = max16(max[h], y);
-                    /* exp16 saturates above zero: what is lowest must weigh exactly nothing. */
+                    /* Not 1 while there is nothing but the lowest. */
                     const f32x16 weight = select16(y <= LOWEST, splat16(0.0f), exp16(y - most));
                     sum[h] = sum[h] * exp16(max[h] - most) + weight;
                     max[h] = most;

@@ -50,6 +50,36 @@ static inline float dot_f32(const float *a, const float *b, int n) {
     return s;
 }
 
+/* out[c] = a . b[c * stride ...] for 16 rows: the partial sums are added across lanes for all rows together. */
+static inline void dots16_f32(float *out, const float *a, const float *b, size_t stride, int n) {
+#if defined(__AVX512F__)
+    if (n % 16 == 0) {
+        __m512 acc[16];
+#pragma GCC unroll 16
+        for (int c = 0; c < 16; c++) acc[c] = _mm512_setzero_ps();
+        for (int i = 0; i < n; i += 16) {
+            const __m512 v = _mm512_loadu_ps(a + i);
+#pragma GCC unroll 16
+            for (int c = 0; c < 16; c++) acc[c] = _mm512_fmadd_ps(v, _mm512_loadu_ps(b + (size_t)c * stride + i), acc[c]);
+        }
+        __m512 four[4]; /* each 128-bit lane: sums over that lane's positions for four rows */
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; k++) {
+            const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k], acc[4 * k + 1]), _mm512_unpackhi_ps(acc[4 * k], acc[4 * k + 1]));
+            const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k + 2], acc[4 * k + 3]), _mm512_unpackhi_ps(acc[4 * k + 2], acc[4 * k + 3]));
+            four[k] = _mm512_add_ps(
+                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
+                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+        }
+        const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+        const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+        return;
+    }
+#endif
+    for (int c = 0; c < 16; c++) out[c] = dot_f32(a, b + (size_t)c * stride, n);
+}
+
 /* y += s * x */
 static inline void axpy_f32(float *y, const float *x, float s, int n) {
     const f32x16 sv = splat16(s);
@@ -104,15 +134,26 @@ static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
 }
 
 static inline f32x16 max16(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
     return select16(a > b, a, b);
+#endif
 }
 
-/* e^x to about 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, Taylor series to r^7; saturates below -87.3 and above 88.3. */
+/* e^x to about 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, Taylor series to r^7. Exactly zero far below zero, -inf included;
+ * without AVX-512 from -87.3 on, where it also saturates above 88.3. */
 static inline f32x16 exp16(f32x16 x) {
-    x = select16(x < -87.3f, splat16(-87.3f), x);
+#if defined(__AVX512F__)
+    x = max16(x, splat16(-200.0f));
+    const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const i32x16 vanishes = x < -87.3f;
+    x = select16(vanishes, splat16(0.0f), x);
     x = select16(x > 88.3f, splat16(88.3f), x);
     const f32x16 magic = splat16(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
     const f32x16 n = (x * 1.44269504f + magic) - magic;
+#endif
     const f32x16 r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     f32x16 p = splat16(1.0f / 5040.0f);
     p = p * r + 1.0f / 720.0f;
@@ -122,10 +163,14 @@ static inline f32x16 exp16(f32x16 x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     const i32x16 bits = (__builtin_convertvector(n, i32x16) + 127) << 23;
     f32x16 power;
     memcpy(&power, &bits, sizeof power);
-    return p * power;
+    return select16(vanishes, splat16(0.0f), p * power);
+#endif
 }
 
 /* Natural logarithm of normal positive numbers: x = 2^e m, log m = 2 atanh((m - 1) / (m + 1)) as a series, |argument| < .172. */

@@ -77,6 +77,9 @@ class FakeSession:
         logits[reply[min(self.n_said, len(reply) - 1)]] = 50
         return logits
 
+    def budget(self, n_tokens):
+        return {"weights": 1_000_000, "keys and values": self.model.kv_bytes * n_tokens}
+
     def stats(self):
         return {"policy": self.memory.kv, "blocks": 0}
 
@@ -89,6 +92,7 @@ class FakeModel:
         self.tokenizer = FakeTokenizer()
         self.chat_template = SimpleNamespace(render=self.render)
         self.load_ms = 12.5
+        self.kv_bytes = 100
         self.reply = "Hello, world"
         self.failure = None
         self.prompt = None

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 
 from pyggml_repkv.cli import progress
@@ -42,3 +44,27 @@ def test_the_bar_draws_tokens_and_speed_and_leaves_the_cursor(capsys, monkeypatc
     assert "500/1000 tokens" in drawn
     assert "tokens/s" in drawn
     assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")
+
+
+def test_without_a_terminal_a_long_prompt_says_a_line_now_and_then(capsys, monkeypatch):
+    clock = iter([0.0, 5.0, 11.0, 12.0, 30.0])
+    monkeypatch.setattr(progress, "perf_counter", lambda: next(clock))
+    with progress.prompt_lines() as tell:
+        for n_done in (100, 200, 300, 400):
+            tell(n_done, 400)
+    assert capsys.readouterr().err == "pyggml_repkv: read 200 of 400 tokens, 18 tokens/s\n"
+
+
+@pytest.mark.parametrize(("quiet", "lines"), [(False, "pyggml_repkv: far now\n"), (True, "")])
+def test_what_the_library_says_is_shown_unless_quiet(capsys, quiet, lines):
+    with progress.notices(quiet=quiet):
+        logging.getLogger("pyggml_repkv.memory.bounded").info("far %s", "now")
+    logging.getLogger("pyggml_repkv.memory.bounded").info("unheard")
+    assert capsys.readouterr().err == lines
+
+
+def test_a_notice_stands_above_the_bar(capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    with progress.notices(quiet=False), progress.prompt_bar(10):
+        logging.getLogger("pyggml_repkv").info("[far]")
+    assert "pyggml_repkv: [far]\n" in capsys.readouterr().err

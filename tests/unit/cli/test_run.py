@@ -34,15 +34,17 @@ def test_the_text_goes_to_stdout_and_the_rest_to_stderr(run, model):
 
 
 def test_the_timings_have_llama_cpps_layout(run):
-    lines = run("--greedy", "-m", "x.gguf").err.splitlines()
+    budget, *lines = run("--greedy", "-m", "x.gguf").err.splitlines()
     each = r"\(\s*[\d.]+ ms per token,\s*[\d.]+ tokens per second\)"
     patterns = (
         r"perf:        load time =\s+12\.50 ms",
         rf"perf: prompt eval time =\s+[\d.]+ ms /\s+2 tokens {each}",
         rf"perf:        eval time =\s+[\d.]+ ms /\s+12 runs   {each}",
         r"perf:       total time =\s+[\d.]+ ms /\s+14 tokens",
+        r"perf:           memory = 0 kB of keys and values, peak RSS \d+ MB",
     )
-    assert len(lines) == 4
+    assert budget.startswith("pyggml_repkv: memory for 2 tokens: 1 MB (weights 1 MB, keys and values 0 kB); ")
+    assert len(lines) == 5
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
 
@@ -203,3 +205,11 @@ def test_an_interrupt_in_the_prompt_says_how_far_it_came(run, model):
     done = run("-b", "1")
     assert (done.code, done.out) == (130, "")
     assert re.search(r"prompt eval time = .* /\s+0 tokens", done.err)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_computed(run, model):
+    model.kv_bytes = 2**50
+    done = run("-m", "x.gguf", "-n", "10")
+    assert done.code == 1
+    assert re.search(r"error: 12 tokens need 13510798\.9 GB of memory \(weights 1 MB, .*\) and .* are free", done.err)
+    assert model.prompt is None
