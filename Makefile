@@ -36,8 +36,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/g
 	@$(PIP) install -qq -e '.[test,lint]'
 	@touch "$@"
 
-run: ARGS ?= --chat -p 'Write two sentences about the sea.' --greedy -n 64
+QUESTION = What is the secret word? The secret word is
+run: ARGS ?= --kv repkv -f docs/examples/logbook.txt -p $$'\n\n$(QUESTION)' --greedy -n 16
+run: SHELL := /bin/bash
 run: venv
+	@$(if $(findstring undefined,$(origin ARGS)),echo "docs/examples/logbook.txt ... $(QUESTION)" >&2)
 	@$(BIN)/python -m pyggml_repkv run $(ARGS)
 
 test: venv

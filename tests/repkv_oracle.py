@@ -82,8 +82,11 @@ class RepKVOracle:
             for kv in range(spec.n_head_kv):
                 self.score(layer, q_near[kv * group : (kv + 1) * group, j], first + j, start, kv)
 
+        n_top = m.top_blocks if n == 1 else m.chunk_blocks
+        if first + n <= min(m.n_dense, spec.n_ctx):
+            n_top = len(self.blocks)
         far_keys = layer.keys if self.far else layer.rotated
-        chosen = self.select(layer, far_keys, q_far.mean(1), m.top_blocks if n == 1 else m.chunk_blocks)
+        chosen = self.select(layer, far_keys, q_far.mean(1), n_top)
         self.selected.append(chosen)
         sealed_end = self.bounds[len(self.blocks)]
         out = np.empty((n, spec.n_head, spec.head_dim))
@@ -105,7 +108,7 @@ class RepKVOracle:
             for t in range(max(0, position - m.n_score), position):
                 layer.scores[t][kv] += q.sum(0) @ layer.rotated[t][kv] / m.n_score
             return
-        window = range(start, position + 1)
+        window = range(max(start, position - m.n_score), position + 1)
         s = q @ np.array([layer.rotated[t][kv] for t in window]).T / np.sqrt(self.spec.head_dim)
         p = np.exp(s - s.max(1, keepdims=True))
         for t, share in zip(window, (p / p.sum(1, keepdims=True)).sum(0), strict=True):

@@ -1,4 +1,4 @@
-"""Writes docs/examples/logbook.txt, the document that `make run` reads: a lighthouse keeper's diary, every entry different.
+"""Writes docs/examples/logbook.txt, which `make run` reads: a lighthouse keeper's diary, every entry different.
 
     python tools/make_logbook.py > docs/examples/logbook.txt
 
@@ -10,11 +10,11 @@ from __future__ import annotations
 import datetime
 import random
 
-SEED, N_DAYS, SECRET_DAY = 1893, 300, 41
+SEED, N_DAYS, SECRET_DAY = 1893, 212, 41
 FIRST_DAY = datetime.date(1893, 1, 2)
 SECRET = (
-    "The inspector came over in the tender and changed the lock of the oil store. "
-    "The secret number of the oil store is 48213. He made me say it twice and would not have it written on the door."
+    "The inspector came with a new lock for the oil store. "
+    "The secret word is marigold, and he made me say it twice: the secret word is marigold."
 )
 
 WINDS = ["north", "north-east", "east", "south-east", "south", "south-west", "west", "north-west"]
@@ -34,7 +34,7 @@ WORK = [
     "I painted the gallery rail", "I cleaned the lens with spirit of wine", "I mended the hen house door",
     "I trimmed the wicks twice", "I greased the clockwork and wound it to the top", "I carried eleven cans of oil up",
     "I limed the west wall", "I split driftwood for the stove", "I set potatoes in the lower bed",
-    "I sewed a new flag for the signal mast", "I sounded the well and found four feet", "I polished the brass of the lamp",
+    "I sewed a new flag for the signal mast", "I sounded the well and found four feet", "I polished the lamp's brass",
     "I caulked the boat", "I replaced two panes on the weather side", "I wrote the monthly return", "I swept the flue",
 ]  # fmt: skip
 EVENTS = [
@@ -46,7 +46,7 @@ EVENTS = [
     "My tooth is better since the cloves.", "The lamp burned without a flaw from dusk to sunrise.",
     "Somebody sang on a boat out in the dark.", "We counted nineteen sail before supper.",
     "The clock lost four minutes and I set it by the noon gun.", "Old Murdo rowed out with tobacco and the news.",
-    "The hens have stopped laying.", "I dreamed of the city and was glad to wake.", "The tide left a plank of good teak.",
+    "The hens have stopped laying.", "I dreamed of the city and was glad to wake.", "The tide left a plank of teak.",
     "A kestrel hung over the point for an hour.", "The spring below the path is running again.",
 ]  # fmt: skip
 

@@ -86,6 +86,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     counts = (
         ("--n-sink", "n_sink", 0, 2**20, "first tokens, always attended"),
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
+        ("--n-dense", "n_dense", 0, 2**20, "every block is attended up to this length (at most the trained context)"),
         ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends when it reads one token"),
         ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when it reads a chunk of the prompt"),
         ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),

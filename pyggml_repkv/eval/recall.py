@@ -1,7 +1,7 @@
 """Attention-mass recall: how much of what attention would give to older blocks do the selected blocks hold?
 
-The engine reads a text as it always does; the queries it had and the blocks it selected are taken from its graph, and
-the softmax over all tokens is computed beside it, in numpy, with keys and queries where the engine saw them.
+The engine reads a text as it always does; the queries it had and the relevance it gave to blocks are taken from its
+graph, and the softmax over all tokens is computed beside it, in numpy, with keys and queries where the engine saw them.
 """
 
 from __future__ import annotations
@@ -39,16 +39,6 @@ class RecallResult:
     ks: tuple[int, ...]
     mass: Array
 
-    @property
-    def of_best(self) -> Array:
-        """[len(ks)]: mass of the first k / mass of the best k, mean over layers."""
-        return (self.mass[..., 0] / self.mass[..., 1]).mean(1)
-
-    @property
-    def of_all(self) -> Array:
-        """[len(ks)]: mass of the first k / mass of all blocks, mean over layers."""
-        return (self.mass[..., 0] / self.mass[..., 2]).mean(1)
-
 
 def run_recall(
     model: Model, memory: MemoryConfig, tokens: Sequence[int], ks: Sequence[int], n_chunks: int, n_decode: int
@@ -76,6 +66,26 @@ def run_recall(
         for token in tokens[n_read : n_read + n_decode]:
             session.decode(token)
             yield _measure(policy, "decode", tuple(ks))
+
+
+def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
+    """step -> k -> shares, over all steps and layers: `of_best`, what the first k hold / what the best k hold;
+    `of_all`, / what all blocks hold; `of_best_by_layer`, the first as a mean of each layer's and step's share.
+    """
+    done: dict[str, dict[str, dict[str, float]]] = {}
+    for step in dict.fromkeys(r.step for r in results):
+        mass = np.stack([r.mass for r in results if r.step == step])  # [n, len(ks), n_layer, 3]
+        first, best, everything = mass.sum((0, 2)).T
+        by_layer = (mass[..., 0] / np.maximum(mass[..., 1], 1e-30)).mean((0, 2))
+        done[step] = {
+            str(k): {
+                "of_best": float(first[i] / best[i]),
+                "of_all": float(first[i] / everything[i]),
+                "of_best_by_layer": float(by_layer[i]),
+            }
+            for i, k in enumerate(results[0].ks)
+        }
+    return done
 
 
 def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...]) -> RecallResult:

@@ -41,14 +41,18 @@ class MemoryOps:
         sources = [qkv, k_local, score, rope, regions]
         return self._ops.node(g, native.REPKV_SCORE_ACC_ONE, (1,), sources, n_score=n_score)
 
-    def score_attention(self, g: GraphContext, q: Tensor, k_local: Tensor, score: Tensor, regions: Tensor) -> Tensor:
+    def score_attention(
+        self, g: GraphContext, q: Tensor, k_local: Tensor, score: Tensor, regions: Tensor, n_score: int
+    ) -> Tensor:
         """Adds the attention probabilities of this chunk's queries to `score` -> a marker [1]."""
-        return self._ops.node(g, native.REPKV_SCORE_ATTENTION, (1,), [q, k_local, score, regions])
+        sources = [q, k_local, score, regions]
+        return self._ops.node(g, native.REPKV_SCORE_ATTENTION, (1,), sources, n_score=n_score)
 
     def score_attention_one(
-        self, g: GraphContext, qkv: Tensor, k_local: Tensor, score: Tensor, rope: Tensor, regions: Tensor
+        self, g: GraphContext, qkv: Tensor, k_local: Tensor, score: Tensor, rope: Tensor, regions: Tensor, n_score: int
     ) -> Tensor:
-        return self._ops.node(g, native.REPKV_SCORE_ATTENTION_ONE, (1,), [qkv, k_local, score, rope, regions])
+        sources = [qkv, k_local, score, rope, regions]
+        return self._ops.node(g, native.REPKV_SCORE_ATTENTION_ONE, (1,), sources, n_score=n_score)
 
     def relevance(
         self, g: GraphContext, q_far: Tensor, index: Tensor, regions: Tensor, marker: Tensor, *, n_repr: int, kind: str

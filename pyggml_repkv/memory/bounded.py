@@ -19,6 +19,7 @@ from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import MemoryOps
 from pyggml_repkv.memory.arenas import Arenas, as_rows
+from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne, BoundedStep
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, even_split
@@ -64,8 +65,11 @@ class BoundedMemory(ABC):
         self.v_local = [self.arenas.new(type_v, local, f"v_local-{i}") for i in layers]
         self.k_store = [self.arenas.new(type_k, store, f"k_store-{i}") for i in layers]
         self.v_store = [self.arenas.new(type_v, store, f"v_store-{i}") for i in layers]
+        self.n_dense = min(memory.n_dense, config.n_ctx_train)
+        n_dense_blocks = self.n_dense // parse_block(memory.block).min_size
+        self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, n_dense_blocks)
         self.local_base = 0
-        self.regions = np.zeros(8, np.int32)
+        self.regions = np.zeros(9, np.int32)
         # Set before the first step: queries and selections stay readable after each (`last_step`).
         self.observed = False
         self.last_step: BoundedStep | None = None
@@ -81,6 +85,12 @@ class BoundedMemory(ABC):
     @abstractmethod
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         """Called before each step: what lies before `start` has left the window -> (end of blocks, n_blocks)."""
+
+    def n_select(self, n_past: int, n_tokens: int) -> int:
+        """How many blocks a step attends, if there are as many."""
+        if n_past + n_tokens <= self.n_dense:
+            return self.n_top_max
+        return self.memory.top_blocks if n_tokens == 1 else self.memory.chunk_blocks
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
         n_single = min(N_SINGLE, n_tokens)
@@ -101,7 +111,8 @@ class BoundedMemory(ABC):
         self._make_room(n_past, n_tokens, start)
         sink_end = min(self.memory.n_sink, start)
         self.regions[:] = (
-            n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far
+            n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far,
+            self.n_select(n_past, n_tokens),
         )  # fmt: skip
 
     def undo_step(self) -> None:  # noqa: B027

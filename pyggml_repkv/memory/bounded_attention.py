@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
 
 _FUSED = "graphs of bounded memories are planned for fused nodes only"
-_N_REGIONS = 8
+_N_REGIONS = 9
 
 
 class BoundedStep(ABC):
@@ -87,9 +87,9 @@ class BoundedChunk(BoundedStep):
         return m.ops.attend(self._g, [*local, *far, selected, self._bounds, self._regions])
 
     def store_packed(self, qkv: Tensor, layer: int) -> None:
-        _, q_far, selected = self._store_and_select(qkv, layer)
-        self._g.expand(q_far)
-        self._g.expand(selected)
+        # Nobody reads them, and a node that nobody reads is dropped with what it writes.
+        for node in self._store_and_select(qkv, layer):
+            self._g.expand(node)
 
     def _store_and_select(self, qkv: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         m = self._memory

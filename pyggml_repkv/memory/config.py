@@ -14,8 +14,8 @@ CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
 
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
-    "n_sink", "n_local", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance", "per_head",
-    "positions",
+    "n_sink", "n_local", "n_dense", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance",
+    "per_head", "positions",
 )  # fmt: skip
 
 # Measured on the demo model: docs/repkv.md.
@@ -30,10 +30,11 @@ class MemoryConfig:
     flash_attn: never store the attention scores (the fused forms need it).
 
     For `window` and `repkv`: n_sink first tokens and n_local recent ones are always attended. For `repkv`: block: how
-    older tokens are cut; top_blocks: how many blocks a layer attends in a one-token step, chunk_blocks: in a chunk;
-    n_repr: representative tokens of a block and key head; score: what makes a token one, the dot products with the
-    n_score queries after it or the attention it gets; relevance: how blocks are compared; per_head: every key head
-    selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained context).
+    older tokens are cut; n_dense: up to this length, or the trained context if that is less, every block is attended;
+    beyond it top_blocks in a one-token step and chunk_blocks in a chunk, of each layer; n_repr: representative tokens
+    of a block and key head; score: what makes a token one, the dot products with the n_score queries after it or the
+    attention it gets from them; relevance: how blocks are compared; per_head: every key head selects its own blocks;
+    positions: exact, far, or auto (exact until the sequence outgrows the trained context).
     """
 
     kv: str = "full"
@@ -44,11 +45,12 @@ class MemoryConfig:
     flash_attn: bool = True
     n_sink: int = 64
     n_local: int = 1024
+    n_dense: int = 8192
     block: str = "fixed:128"
     top_blocks: int = 16
     chunk_blocks: int = 16
     n_repr: int = 4
-    score: str = "dot"
+    score: str = "attention"
     n_score: int = 256
     relevance: str = "lse"
     per_head: bool = False
@@ -65,6 +67,7 @@ class MemoryConfig:
         limits = (
             ("--n-sink", self.n_sink, 0, 2**20),
             ("--n-local", self.n_local, 32, 2**20),
+            ("--n-dense", self.n_dense, 0, 2**20),
             ("--top-blocks", self.top_blocks, 0, 4096),
             ("--chunk-blocks", self.chunk_blocks, 0, 4096),
             ("--n-repr", self.n_repr, 1, 64),

@@ -55,29 +55,30 @@ class RepKVMemory(BoundedMemory):
         if m.score == "dot":
             marker = self.ops.score_dot(context, q, self.k_local[layer], score, regions, m.n_score)
         else:
-            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions)
+            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions, m.n_score)
         set_name(marker, "score_acc", layer)
         relevance = self.ops.relevance(
             context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, m.chunk_blocks, layer)
+        return self._top(context, relevance, regions, layer)
 
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
             marker = self.ops.score_dot_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_score)
         else:
-            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions)
+            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_score)
         set_name(marker, "score_acc", layer)
         relevance = self.ops.relevance_one(
             context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, m.top_blocks, layer)
+        return self._top(context, relevance, regions, layer)
 
-    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, n_top: int, layer: int) -> Tensor:
+    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int) -> Tensor:
         set_name(relevance, "block_relevance", layer)
         m = self.memory
-        selected = self.ops.block_topk(context, relevance, regions, n_top, kind=m.relevance, per_head=m.per_head)
+        kind, per_head = m.relevance, m.per_head
+        selected = self.ops.block_topk(context, relevance, regions, self.n_top_max, kind=kind, per_head=per_head)
         set_name(selected, "block_topk", layer)
         return selected
 
@@ -135,8 +136,7 @@ class RepKVMemory(BoundedMemory):
             self._undo = None
 
     def _remember_scores(self, n_past: int, n_tokens: int) -> None:
-        n_back = self.memory.n_score if self.memory.score == "dot" else self.memory.n_local
-        first = max(0, n_past - n_back)
+        first = max(0, n_past - self.memory.n_score)
         self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
 
     def get_scores(self, layer: int, position: int) -> NDArray[np.float32]:
@@ -150,6 +150,15 @@ class RepKVMemory(BoundedMemory):
     def get_representatives(self, layer: int, block: int) -> NDArray[np.int32]:
         """Positions of the tokens that stand for a sealed block, int32 [K, n_repr]."""
         return self._chosen[block][layer].copy()
+
+    def indexed_keys(self, layer: int, block: int) -> NDArray[np.float32]:
+        """What the index holds for a sealed block, float32 [K, n_repr, d]."""
+        return self._index[layer][block // LANES, ..., block % LANES].astype(np.float32)
+
+    @property
+    def block_bounds(self) -> NDArray[np.int32]:
+        """As the graph sees them, int32 [n_blocks + 1]."""
+        return self._bounds[: self.blocks.n_blocks + 1].copy()
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         config, n_stored = self.config, min(n_tokens, self.n_ctx)
@@ -170,7 +179,7 @@ class RepKVMemory(BoundedMemory):
         return {
             "policy": self.name,
             "blocks": self.blocks.n_blocks,
-            "selected": min(self.memory.top_blocks, self.blocks.n_blocks),
+            "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
             "resident_bytes": parts["window"],
             "ram_bytes": parts["tokens"],
             "index_bytes": self.blocks.n_blocks * self.index[0].contents.nb[1] * self.config.n_layer // LANES,

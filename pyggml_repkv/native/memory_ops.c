@@ -55,12 +55,13 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         const int kv = (int)(unit % p->n_head_kv);
         const int32_t *selected = selection(p, dst->src[6], kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
-        attend_cells(&a, q_far, k_store, v_store, 0, regions[SINK_END], INT32_MAX);
+        gather_cells(&a, q_far, k_store, v_store, 0, regions[SINK_END]);
         for (int i = 0; i < selected[0]; i++) {
             const int32_t b = selected[1 + i];
-            attend_cells(&a, q_far, k_store, v_store, bounds[b], bounds[b + 1], INT32_MAX);
+            gather_cells(&a, q_far, k_store, v_store, bounds[b], bounds[b + 1]);
         }
-        attend_cells(&a, q_far, k_store, v_store, regions[REMAINDER], regions[LOCAL], INT32_MAX);
+        gather_cells(&a, q_far, k_store, v_store, regions[REMAINDER], regions[LOCAL]);
+        attend_gathered(&a, q_far, 0, INT32_MAX);
         const int64_t done = (panel + 1) * PANEL < regions[N_TOKENS] ? (panel + 1) * PANEL : regions[N_TOKENS];
         const int64_t first = regions[FIRST] - base;
         attend_cells(&a, q_local, k_local, v_local, regions[LOCAL] - base, first + done, first + panel * PANEL);

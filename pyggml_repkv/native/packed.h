@@ -73,6 +73,7 @@ struct panel_attention {
     int kv;
     size_t first; /* of the panel's heads in packed queries and outputs */
     float *out, *keys, *values, *scores, *max, *sum;
+    int n_cells; /* gathered and not attended yet */
 };
 
 static inline struct panel_attention panel_attention_begin(const struct repkv_op_params *p, struct ggml_tensor *dst,
@@ -94,25 +95,46 @@ static inline struct panel_attention panel_attention_begin(const struct repkv_op
     return a;
 }
 
+static inline void attend_gathered(struct panel_attention *a, const struct ggml_tensor *queries, int64_t first,
+                                   int64_t visible_of_lane_0) {
+    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
+    const float *q = (const float *)queries->data + a->first;
+    for (int g = 0; g < group && a->n_cells > 0; g++) {
+        const size_t head = (size_t)(g * d * PANEL);
+        attend_tile(a->out + head, a->max + g * PANEL, a->sum + g * PANEL, a->scores, q + head, a->keys, a->values, a->n_cells,
+                    d, first, visible_of_lane_0);
+    }
+    a->n_cells = 0;
+}
+
+/* Takes in cells that every lane sees; runs shorter than a tile share one. After the last run: attend_gathered. */
+static inline void gather_cells(struct panel_attention *a, const struct ggml_tensor *queries,
+                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
+                                int64_t end) {
+    const int d = a->p->head_dim;
+    const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
+    const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
+    for (int64_t c = first; c < end; c++) {
+        to_f32(k_arena->type, row(k_arena, c) + k_offset, a->keys + a->n_cells * d, d);
+        to_f32(v_arena->type, row(v_arena, c) + v_offset, a->values + a->n_cells * d, d);
+        if (++a->n_cells == ATTEND_TILE) attend_gathered(a, queries, 0, INT32_MAX);
+    }
+}
+
 /* Cells [first, end) of the arenas with packed, scaled queries. Lane t sees cells up to visible_of_lane_0 + t. */
 static inline void attend_cells(struct panel_attention *a, const struct ggml_tensor *queries,
                                 const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
                                 int64_t end, int64_t visible_of_lane_0) {
-    const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
+    const int d = a->p->head_dim;
     const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
     const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
-    const float *q = (const float *)queries->data + a->first;
     for (int64_t c0 = first; c0 < end; c0 += ATTEND_TILE) {
-        const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
-        for (int c = 0; c < n; c++) {
+        a->n_cells = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
+        for (int c = 0; c < a->n_cells; c++) {
             to_f32(k_arena->type, row(k_arena, c0 + c) + k_offset, a->keys + c * d, d);
             to_f32(v_arena->type, row(v_arena, c0 + c) + v_offset, a->values + c * d, d);
         }
-        for (int g = 0; g < group; g++) {
-            const size_t head = (size_t)(g * d * PANEL);
-            attend_tile(a->out + head, a->max + g * PANEL, a->sum + g * PANEL, a->scores, q + head, a->keys, a->values, n, d,
-                        c0, visible_of_lane_0);
-        }
+        attend_gathered(a, queries, c0, visible_of_lane_0);
     }
 }
 

@@ -70,53 +70,64 @@ void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     }
 }
 
-/* How many of a panel's lanes hold tokens. */
-static int lanes_of(const int32_t *regions, int64_t panel) {
-    const int64_t n = regions[N_TOKENS] - panel * PANEL;
-    return n < PANEL ? (int)n : PANEL;
+/* Keys a query gives probability to: the last n_score before it, as far as they are in the window, and its own. */
+static int64_t first_scored(const struct repkv_op_params *p, const int32_t *regions, int64_t position) {
+    const int64_t first = position - p->n_score;
+    return first > regions[LOCAL] ? first : regions[LOCAL];
 }
 
-/* scores[c][lane] = q . key of local row first + c, -inf where the lane comes before it. */
-static void masked_scores(float *scores, float *keys, const float *q, const struct ggml_tensor *k_local, size_t head_offset,
-                          int64_t first, int n_cells, int64_t row_of_lane_0, int d) {
-    for (int c = 0; c < n_cells; c++) to_f32(k_local->type, row(k_local, first + c) + head_offset, keys + c * d, d);
-    product(n_cells, scores, PANEL, keys, (size_t)d, 1, q, d, 0);
-    for (int c = 0; c < n_cells; c++) {
-        for (int64_t t = 0; t < PANEL && t < first + c - row_of_lane_0; t++) scores[c * PANEL + t] = -INFINITY;
+/* scores[c][lane] = q . key of position first + c, -inf where the lane does not score it. */
+static void masked_scores(const struct repkv_op_params *p, float *scores, const float *q, const float *keys,
+                          const int32_t *regions, int64_t first, int n_cells, int64_t lane_0) {
+    product(n_cells, scores, PANEL, keys, (size_t)p->head_dim, 1, q, p->head_dim, 0);
+    if (first >= first_scored(p, regions, lane_0 + PANEL - 1) && first + n_cells - 1 <= lane_0) return;
+    for (int t = 0; t < PANEL; t++) {
+        const int64_t low = first_scored(p, regions, lane_0 + t);
+        for (int c = 0; c < n_cells && first + c < low; c++) scores[c * PANEL + t] = -INFINITY;
+        for (int64_t c = lane_0 + t + 1 > first ? lane_0 + t + 1 - first : 0; c < n_cells; c++) scores[c * PANEL + t] = -INFINITY;
     }
 }
 
-/* Adds to the scores of one key head what one of its query heads gives to each key of the window, panel by panel. */
+/* Adds to the scores of one key head what the query heads that share it give to each key, for one panel. */
 static void add_probabilities(const struct repkv_op_params *p, const struct ggml_tensor *score, const struct ggml_tensor *queries,
-                              const struct ggml_tensor *k_local, const int32_t *regions, int kv, int h, float *scratch) {
-    const int d = p->head_dim;
+                              const struct ggml_tensor *k_local, const int32_t *regions, int kv, int64_t panel, float *scratch) {
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
-    const int64_t start = regions[LOCAL] - regions[LOCAL_BASE], row_0 = regions[FIRST] - regions[LOCAL_BASE];
-    float *keys = scratch, *scores = keys + ATTEND_TILE * d;
-    float *r = (float *)score->data + (int64_t)regions[LOCAL_BASE] * p->n_head_kv + kv;
-    for (int64_t panel = 0; panel < queries->ne[2]; panel++) {
-        if (repkv_abort_requested()) return;
-        const float *q = (const float *)queries->data + (size_t)((panel * p->n_head + h) * d) * PANEL;
-        const int n_lanes = lanes_of(regions, panel);
-        const int64_t lane_0 = row_0 + panel * PANEL, end = lane_0 + n_lanes;
-        f32x16 max[2] = {splat16(LEAST), splat16(LEAST)}, sum[2] = {splat16(0.0f), splat16(0.0f)};
-        for (int64_t c0 = start; c0 < end; c0 += ATTEND_TILE) {
+    const int64_t lane_0 = regions[FIRST] + panel * PANEL, left = regions[N_TOKENS] - panel * PANEL;
+    const int n_lanes = left < PANEL ? (int)left : PANEL;
+    const int64_t begin = first_scored(p, regions, lane_0), end = lane_0 + n_lanes;
+    const float *q = (const float *)queries->data + (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
+    float *keys = scratch, *scores = keys + ATTEND_TILE * d, *max = scores + ATTEND_TILE * PANEL, *sum = max + group * PANEL;
+    for (int i = 0; i < group * PANEL; i++) {
+        max[i] = LEAST;
+        sum[i] = 0.0f;
+    }
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t c0 = begin; c0 < end; c0 += ATTEND_TILE) {
             const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
-            masked_scores(scores, keys, q, k_local, head_offset, c0, n, lane_0, d);
-            for (int i = 0; i < 2 * n; i++) {
-                const int half = i & 1;
-                const f32x16 s = load16(scores + i * 16), most = max16(max[half], s);
-                sum[half] = sum[half] * exp16(max[half] - most) + exp16(s - most);
-                max[half] = most;
+            for (int c = 0; c < n; c++) {
+                to_f32(k_local->type, row(k_local, c0 + c - regions[LOCAL_BASE]) + head_offset, keys + c * d, d);
             }
-        }
-        for (int64_t c0 = start; c0 < end; c0 += ATTEND_TILE) {
-            const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
-            masked_scores(scores, keys, q, k_local, head_offset, c0, n, lane_0, d);
-            for (int i = 0; i < 2 * n; i++) {
-                const int half = i & 1;
-                const f32x16 share = exp16(load16(scores + i * 16) - max[half]) / sum[half];
-                for (int t = 0; t < 16 && 16 * half + t < n_lanes; t++) r[(c0 + i / 2) * p->n_head_kv] += share[t];
+            float *r = (float *)score->data + c0 * p->n_head_kv + kv;
+            for (int g = 0; g < group; g++) {
+                masked_scores(p, scores, q + (size_t)(g * d) * PANEL, keys, regions, c0, n, lane_0);
+                for (int half = 0; half < PANEL; half += 16) {
+                    f32x16 most = load16(max + g * PANEL + half), total = load16(sum + g * PANEL + half);
+                    if (pass == 0) {
+                        const f32x16 old = most;
+                        for (int c = 0; c < n; c++) most = max16(most, load16(scores + c * PANEL + half));
+                        total *= exp16(old - most);
+                        for (int c = 0; c < n; c++) total += exp16(load16(scores + c * PANEL + half) - most);
+                        store16(max + g * PANEL + half, most);
+                        store16(sum + g * PANEL + half, total);
+                        continue;
+                    }
+                    f32x16 scale = 1.0f / total;
+                    for (int t = 0; t < 16; t++) scale[t] = half + t < n_lanes ? scale[t] : 0.0f;
+                    for (int c = 0; c < n; c++) {
+                        r[c * p->n_head_kv] += sum16(exp16(load16(scores + c * PANEL + half) - most) * scale);
+                    }
+                }
             }
         }
     }
@@ -125,51 +136,65 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
 /* A key head belongs to one thread, so that two never add to the same score. */
 void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const int group = p->n_head / p->n_head_kv;
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
-        for (int h = kv * group; h < (kv + 1) * group; h++) {
-            add_probabilities(p, dst->src[2], dst->src[0], dst->src[1], regions_of(dst->src[3]), kv, h,
+        for (int64_t panel = 0; panel < dst->src[0]->ne[2]; panel++) {
+            if (repkv_abort_requested()) return;
+            add_probabilities(p, dst->src[2], dst->src[0], dst->src[1], regions_of(dst->src[3]), kv, panel,
                               (float *)repkv_thread_scratch(p, ith));
         }
     }
 }
 
-static void add_probabilities_one(const struct repkv_op_params *p, const struct ggml_tensor *score, const float *q, float own,
-                                  const struct ggml_tensor *k_local, const int32_t *regions, int kv, float *key) {
-    const int d = p->head_dim;
+static void add_probabilities_one(const struct repkv_op_params *p, const struct ggml_tensor *score, const float *q,
+                                  const float *own_key, const struct ggml_tensor *k_local, const int32_t *regions, int kv,
+                                  float *keys) {
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
-    float *r = (float *)score->data + kv;
-    float max = own, sum = 1.0f;
+    const int64_t begin = first_scored(p, regions, regions[FIRST]), end = regions[FIRST];
+    float *r = (float *)score->data + kv, *scores = keys + TILE * d, *max = scores + TILE, *sum = max + group;
+    for (int g = 0; g < group; g++) {
+        max[g] = dot_f32(q + g * d, own_key, d) * p->scale;
+        sum[g] = 1.0f;
+    }
     for (int pass = 0; pass < 2; pass++) {
-        for (int64_t m = regions[LOCAL]; m < regions[FIRST]; m++) {
-            to_f32(k_local->type, row(k_local, m - regions[LOCAL_BASE]) + head_offset, key, d);
-            const float s = dot_f32(q, key, d) * p->scale;
-            if (pass == 1) {
-                r[m * p->n_head_kv] += expf(s - max) / sum;
-            } else if (s > max) {
-                sum = sum * expf(max - s) + 1.0f;
-                max = s;
-            } else {
-                sum += expf(s - max);
+        for (int64_t c0 = begin; c0 < end; c0 += TILE) {
+            const int n = end - c0 < TILE ? (int)(end - c0) : TILE;
+            for (int c = 0; c < n; c++) {
+                to_f32(k_local->type, row(k_local, c0 + c - regions[LOCAL_BASE]) + head_offset, keys + c * d, d);
+            }
+            for (int g = 0; g < group; g++) {
+                for (int c = 0; c < TILE; c += 16) dots16_f32(scores + c, q + g * d, keys + c * d, (size_t)d, d);
+                for (int c = 0; c < TILE; c++) scores[c] = c < n ? scores[c] * p->scale : -INFINITY;
+                float most = max[g];
+                for (int c = 0; c < n && pass == 0; c++) most = scores[c] > most ? scores[c] : most;
+                for (int c = 0; c < TILE; c += 16) store16(scores + c, exp16(load16(scores + c) - most));
+                if (pass == 0) {
+                    sum[g] *= expf(max[g] - most);
+                    max[g] = most;
+                    for (int c = 0; c < n; c++) sum[g] += scores[c];
+                } else {
+                    for (int c = 0; c < n; c++) r[(c0 + c) * p->n_head_kv] += scores[c] / sum[g];
+                }
             }
         }
     }
-    r[(int64_t)regions[FIRST] * p->n_head_kv] += expf(own - max) / sum;
+    for (int g = 0; g < group; g++) {
+        r[end * p->n_head_kv] += expf(dot_f32(q + g * d, own_key, d) * p->scale - max[g]) / sum[g];
+    }
 }
 
 void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const float *qkv = dst->src[0]->data, *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    float *q = (float *)repkv_thread_scratch(p, ith), *own_key = q + d, *key = own_key + d;
+    float *q = (float *)repkv_thread_scratch(p, ith), *own_key = q + group * d, *keys = own_key + d;
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
         rope(own_key, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
-        for (int h = kv * group; h < (kv + 1) * group; h++) {
-            rope(q, qkv + h * d, cosine, sine, p->rope_dim, d);
-            const float own = dot_f32(q, own_key, d) * p->scale;
-            add_probabilities_one(p, dst->src[2], q, own, dst->src[1], regions_of(dst->src[4]), kv, key);
-        }
+        for (int g = 0; g < group; g++) rope(q + g * d, qkv + (kv * group + g) * d, cosine, sine, p->rope_dim, d);
+        /* Rows of a short tile hold what was there before: finite from the first on. */
+        memset(keys, 0, TILE * (size_t)d * sizeof(float));
+        add_probabilities_one(p, dst->src[2], q, own_key, dst->src[1], regions_of(dst->src[4]), kv, keys);
     }
 }

@@ -16,7 +16,7 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 /* Sources as of repkv_score_acc. Side effect: score[m] += sum over this step's queries and the heads that share a key head
- * of the probability that a softmax over the local window, up to the query itself, gives to key m. */
+ * of the probability that a softmax over a query's own key and the n_score before it (in the window) gives to key m. */
 void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 /* The same for one token, which is in its own window but not yet in k_local. src: qkv, k_local, score, rope, regions. */

@@ -183,8 +183,8 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
 }
 
 /* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending. */
-static void select_blocks(const struct repkv_op_params *p, int32_t *selected, const float *x, int64_t n_padded, int n_blocks,
-                          const float *max, const float *scale, int h0, int h1, float *best) {
+static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, const float *x, int64_t n_padded,
+                          int n_blocks, const float *max, const float *scale, int h0, int h1, float *best) {
     int n = 0;
     for (int first = 0; first < n_blocks; first += LANES) {
         f32x16 weight = splat16(0.0f);
@@ -195,8 +195,8 @@ static void select_blocks(const struct repkv_op_params *p, int32_t *selected, co
         const int n_lanes = n_blocks - first < LANES ? n_blocks - first : LANES;
         for (int b = 0; b < n_lanes; b++) {
             /* A short sorted list, best first; an equal later block comes after. */
-            if (n == p->n_top && !(weight[b] > best[n - 1])) continue;
-            int at = n < p->n_top ? n++ : n - 1;
+            if (n == n_top && !(weight[b] > best[n - 1])) continue;
+            int at = n < n_top ? n++ : n - 1;
             for (; at > 0 && weight[b] > best[at - 1]; at--) {
                 best[at] = best[at - 1];
                 selected[1 + at] = selected[at];
@@ -223,13 +223,14 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const int64_t n_padded = (dst->src[0]->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
     float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
     if (ith >= n_rows) return;
-    if (n_blocks > p->n_top && p->n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
+    const int wanted = regions_of(dst->src[1])[N_SELECT], n_top = wanted < p->n_top ? wanted : p->n_top;
+    if (n_blocks > n_top && n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
     for (int r = ith; r < n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * (1 + p->n_top);
-        if (n_blocks > p->n_top && p->n_top > 0) {
-            select_blocks(p, selected, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
+        if (n_blocks > n_top && n_top > 0) {
+            select_blocks(p, selected, n_top, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
         } else {
-            selected[0] = n_blocks < p->n_top ? n_blocks : p->n_top;
+            selected[0] = n_blocks < n_top ? n_blocks : n_top;
             for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;
         }
     }

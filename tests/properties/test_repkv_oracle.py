@@ -34,6 +34,7 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "block": draw(st.sampled_from(["fixed:16", "fixed:20", "fixed:32", "semantic:16-24"])),
         "top_blocks": draw(st.integers(0, 4)),
         "chunk_blocks": draw(st.integers(0, 4)),
+        "n_dense": draw(st.sampled_from([0, 0, 70, 200])),
         "n_repr": draw(st.integers(1, 5)),
         "score": draw(st.sampled_from(["dot", "dot", "attention"])),
         "n_score": draw(st.integers(1, n_local)),

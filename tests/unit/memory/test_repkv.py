@@ -10,7 +10,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, block="fixed:16", top_blocks=3
+    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3
 )
 
 

@@ -84,7 +84,7 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
     n_head = n_head_kv * group
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=d), n_threads)
     ops = MemoryOps(bench.ops)
-    regions = np.zeros(8, np.int32)
+    regions = np.zeros(9, np.int32)
     regions[1], regions[6] = n_tokens, n_blocks
     index = bench.tensor(
         blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
@@ -125,8 +125,8 @@ def topk(
         if part.size:
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
-    regions = np.zeros(8, np.int32)
-    regions[6] = n_blocks
+    regions = np.zeros(9, np.int32)
+    regions[6], regions[8] = n_blocks, n_top
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
     node = MemoryOps(bench.ops).block_topk(
         bench.graph, relevance, bench.tensor(regions, g.GGML_TYPE_I32), n_top, kind=kind, per_head=per_head

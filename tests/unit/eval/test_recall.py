@@ -1,0 +1,107 @@
+"""Recall against a softmax computed the slow way, and its command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.cli.main import main
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.eval.recall import block_mass, run_recall, summary
+from pyggml_repkv.memory.config import MemoryConfig
+
+TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
+MEMORY = MemoryConfig(
+    kv="repkv",
+    n_ctx=512,
+    n_batch=48,
+    n_sink=4,
+    n_local=64,
+    n_score=32,
+    n_dense=0,
+    block="fixed:16",
+    top_blocks=3,
+    chunk_blocks=3,
+)
+
+
+def test_block_mass_is_the_softmax_over_everything():
+    rng = np.random.default_rng(0)
+    near, far = rng.normal(size=(2, 5, 4, 8)).astype(np.float32)
+    stored, local = rng.normal(size=(20, 2, 8)).astype(np.float32), rng.normal(size=(9, 2, 8)).astype(np.float32)
+    bounds, positions = np.array([2, 7, 16]), np.array([20, 22, 24, 26, 28])
+    got = block_mass(near, far, positions, stored, local, bounds)
+    want = np.zeros((4, 2))
+    for h in range(4):
+        for j, position in enumerate(positions):
+            s = [far[j, h] @ stored[t, h // 2] for t in range(20)]
+            s += [near[j, h] @ local[t, h // 2] for t in range(position - 20 + 1)]
+            p = np.exp(s) / np.exp(s).sum()
+            want[h] += p[2:7].sum(), p[7:16].sum()
+    assert np.allclose(got, want, atol=1e-5)
+
+
+@pytest.fixture
+def model(tiny_model):
+    with Model.load(tiny_model(n_layer=4, n_ctx=512), threads=2, repack=False) as loaded:
+        yield loaded
+
+
+@pytest.mark.parametrize("options", [{}, {"per_head": True}, {"relevance": "max"}, {"positions": "far"}])
+def test_shares_are_shares_and_all_blocks_hold_everything(model, options):
+    memory = MemoryConfig(**{field: getattr(MEMORY, field) for field in MEMORY.__slots__} | options)
+    results = list(run_recall(model, memory, TOKENS, [1, 4, 64], 2, 5))
+    assert [r.step for r in results] == ["chunk"] * 2 + ["decode"] * 5
+    for by_k in summary(results).values():
+        for share in by_k.values():
+            assert 0 < share["of_all"] <= share["of_best"] + 1e-6 <= 1 + 2e-6
+        assert by_k["64"]["of_all"] == pytest.approx(1)
+        assert by_k["1"]["of_all"] < by_k["4"]["of_all"]
+
+
+def test_what_the_engine_selects_is_the_rankings_head(model):
+    with model.session(MEMORY) as session:
+        session.policy.observed = True
+        session.read(TOKENS[:336])
+        step = session.policy.last_step
+        relevance = step.observed_relevance(2)
+        weight = np.exp(relevance - relevance.max(1, keepdims=True))
+        weight = (weight / weight.sum(1, keepdims=True)).sum(0)
+        assert step.observed_selection(2).tolist() == [[3, *sorted(np.argsort(-weight, kind="stable")[:3])]]
+
+
+def test_a_text_without_blocks_is_an_error(model):
+    with pytest.raises(InputError, match="recall needs --kv repkv and a text of some"):
+        list(run_recall(model, MEMORY, TOKENS[:150], [4], 2, 5))
+
+
+def test_the_command_line(demo_model, capsys, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"Item {i} is on shelf {i * 7 % 31}." for i in range(200)), encoding="utf-8")
+    argv = [
+        "eval",
+        "recall",
+        "-m",
+        str(demo_model),
+        "--kv",
+        "repkv",
+        "--n-local",
+        "128",
+        "--n-score",
+        "64",
+        "-b",
+        "128",
+    ]
+    argv += ["--lengths", "1100", "--text", str(text), "--blocks", "2,4"]
+    assert main([*argv, "--json"]) == 0
+    shares = json.loads(capsys.readouterr().out)["lengths"]["1100"]
+    assert set(shares) == {"chunk", "decode"}
+    assert shares["chunk"]["2"]["of_best"] > 0.8
+    assert main(argv) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("1100 tokens   blocks  of the best")
+
+
+def test_a_recall_without_text_is_one_line(capsys):
+    assert main(["eval", "recall", "--kv", "repkv"]) == 2
+    assert "recall needs a text: --text FILE" in capsys.readouterr().err
