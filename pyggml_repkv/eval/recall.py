@@ -91,7 +91,8 @@ def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, fl
 def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...]) -> RecallResult:
     step = policy.last_step
     assert step is not None
-    first, n_tokens, _, _, start, _, n_blocks, _ = policy.regions.tolist()
+    first, n_tokens = policy.regions[:2].tolist()
+    start, n_blocks = policy.local_start(first), policy.blocks.n_blocks
     bounds = np.array(policy.blocks.bounds)
     queries = np.unique(np.linspace(0, n_tokens - 1, min(N_QUERIES, n_tokens)).astype(int))
     layers = range(FIRST_LAYER, policy.config.n_layer)
