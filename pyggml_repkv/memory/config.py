@@ -19,7 +19,11 @@ MEMORY_FIELDS = (
 )  # fmt: skip
 
 # Measured on the demo model: docs/repkv.md.
-PRESETS: dict[str, dict[str, int | str]] = {"fast": {}, "balanced": {}, "accurate": {}}
+PRESETS: dict[str, dict[str, int | str]] = {
+    "fast": {"n_dense": 0, "top_blocks": 8, "chunk_blocks": 4},
+    "balanced": {},
+    "accurate": {"top_blocks": 32, "chunk_blocks": 16, "n_repr": 8},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ class MemoryConfig:
     n_dense: int = 8192
     block: str = "fixed:128"
     top_blocks: int = 16
-    chunk_blocks: int = 16
+    chunk_blocks: int = 8
     n_repr: int = 4
     score: str = "attention"
     n_score: int = 256
