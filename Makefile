@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help venv run test lint bench clean
 
 help:
-	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model)"
+	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model; without ARGS: from a long text)"
 	@echo "make test [ARGS='-k name']          run every test"
 	@echo "make lint                           ruff and mypy"
 	@echo "make bench [MODEL=FILE] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
@@ -36,11 +36,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/g
 	@$(PIP) install -qq -e '.[test,lint]'
 	@touch "$@"
 
-QUESTION = What is the secret word? The secret word is
-run: ARGS ?= --kv repkv -f docs/examples/logbook.txt -p $$'\n\n$(QUESTION)' --greedy -n 16
-run: SHELL := /bin/bash
+# A document longer than the demo model was trained for, and a question whose answer stands near its start.
+QUESTION := What is the secret word? The secret word is
+run: ARGS ?= --kv repkv -f docs/examples/logbook.txt -p "$$(printf '\n\n$(QUESTION)')" --greedy -n 16
 run: venv
-	@$(if $(findstring undefined,$(origin ARGS)),echo "docs/examples/logbook.txt ... $(QUESTION)" >&2)
+	@$(if $(filter file,$(origin ARGS)),echo "reading docs/examples/logbook.txt; $(QUESTION) ..." >&2)
 	@$(BIN)/python -m pyggml_repkv run $(ARGS)
 
 test: venv

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import MemoryOps
@@ -68,6 +68,7 @@ class BoundedMemory(ABC):
         self.n_dense = min(memory.n_dense, config.n_ctx_train)
         n_dense_blocks = self.n_dense // parse_block(memory.block).min_size
         self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, n_dense_blocks)
+        self._torn = False
         self.local_base = 0
         self.regions = np.zeros(9, np.int32)
         # Set before the first step: queries and selections stay readable after each (`last_step`).
@@ -103,6 +104,14 @@ class BoundedMemory(ABC):
         return BoundedOne(self, context) if shape.form == "one" else BoundedChunk(self, context, shape.n_tokens)
 
     def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
+        """Raises ComputeError once an earlier call was stopped halfway, as by Ctrl-C."""
+        if self._torn:
+            raise ComputeError("the memory was stopped while it was being rearranged: start a new session")
+        self._torn = True
+        self._rearrange(tokens, n_past)
+        self._torn = False
+
+    def _rearrange(self, tokens: NDArray[np.int32], n_past: int) -> None:
         n_tokens = len(tokens)
         if not self.far and self.memory.positions == "auto" and n_past + n_tokens > self.config.n_ctx_train:
             self._go_far(n_past)

@@ -82,6 +82,11 @@ class RepKVMemory(BoundedMemory):
         set_name(selected, "block_topk", layer)
         return selected
 
+    def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
+        # What the last step would have taken back is settled now, however far this one comes.
+        self._undo = None
+        super().begin_step(tokens, n_past)
+
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         self.blocks.append(tokens.tolist(), n_past)
         for begin, end in self.blocks.seal(start):

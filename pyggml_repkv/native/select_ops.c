@@ -82,54 +82,46 @@ static void relevance_of_group(const struct repkv_op_params *p, f32x16 *x, const
     }
 }
 
-/* q [n_head, d] is scaled. Each thread does its share of the pairs (key head, 16 blocks). */
+/* q [n_head, d] is scaled, scratch [n_head][2][16]. Each thread does its share of the groups of 16 blocks, in the order in
+ * which they lie: this op is bound by reading the index. */
 static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, const struct ggml_tensor *index,
-                      const float *q, int n_blocks, int ith, int nth) {
-    const int d = p->head_dim, group = p->n_head / p->n_head_kv, n_groups = (n_blocks + LANES - 1) / LANES;
+                      const float *q, float *scratch, int n_blocks, int ith, int nth) {
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const int64_t n_padded = index->ne[1] * LANES;
     float *x = dst->data, *seen = x + p->n_head * n_padded + ith * p->n_head * 2;
     for (int h = 0; h < p->n_head; h++) {
-        seen[2 * h] = LOWEST;
-        seen[2 * h + 1] = 0.0f;
+        store16(scratch + 2 * h * LANES, splat16(LOWEST));
+        store16(scratch + (2 * h + 1) * LANES, splat16(0.0f));
     }
     int64_t begin, end;
-    share((int64_t)n_groups * p->n_head_kv, ith, nth, &begin, &end);
-    for (int64_t unit = begin; unit < end;) {
-        const int kv = (int)(unit / n_groups);
-        const int g0 = (int)(unit % n_groups), g1 = end - unit < n_groups - g0 ? g0 + (int)(end - unit) : n_groups;
-        for (int h0 = 0; h0 < group; h0 += MAX_HEADS_AT_ONCE) {
-            const int n = group - h0 < MAX_HEADS_AT_ONCE ? group - h0 : MAX_HEADS_AT_ONCE, head = kv * group + h0;
-            f32x16 max[MAX_HEADS_AT_ONCE], sum[MAX_HEADS_AT_ONCE];
-            for (int h = 0; h < n; h++) {
-                max[h] = splat16(LOWEST);
-                sum[h] = splat16(0.0f);
-            }
-            for (int g = g0; g < g1; g++) {
-                f32x16 v[MAX_HEADS_AT_ONCE];
-                relevance_of_group(p, v, q + head * d, n, index->type, row(index, g), (int64_t)kv * p->n_repr * d * LANES);
-                for (int h = 0; h < n; h++) {
-                    f32x16 y = select16(v[h] == v[h], v[h], splat16(LOWEST));
-                    y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST)));
-                    for (int b = n_blocks - g * LANES; b < LANES; b++) y[b] = LOWEST;
-                    store16(x + (head + h) * n_padded + g * LANES, y);
-                    if (p->relevance != REPKV_LSE) continue;
-                    const f32x16 most = max16(max[h], y);
-                    /* Not 1 while there is nothing but the lowest. */
-                    const f32x16 weight = select16(y <= LOWEST, splat16(0.0f), exp16(y - most));
-                    sum[h] = sum[h] * exp16(max[h] - most) + weight;
-                    max[h] = most;
-                }
-            }
-            for (int h = 0; h < n; h++) {
-                float most = LOWEST, total = 0.0f;
-                for (int b = 0; b < LANES; b++) most = max[h][b] > most ? max[h][b] : most;
-                const f32x16 shares = sum[h] * exp16(max[h] - most);
-                for (int b = 0; b < LANES; b++) total += sum[h][b] > 0.0f ? shares[b] : 0.0f;
-                seen[2 * (head + h)] = most;
-                seen[2 * (head + h) + 1] = total;
+    share((n_blocks + LANES - 1) / LANES, ith, nth, &begin, &end);
+    for (int64_t g = begin; g < end; g++) {
+        for (int head = 0; head < p->n_head;) {
+            const int kv = head / group, left = (kv + 1) * group - head;
+            const int n = left < MAX_HEADS_AT_ONCE ? left : MAX_HEADS_AT_ONCE;
+            f32x16 v[MAX_HEADS_AT_ONCE];
+            relevance_of_group(p, v, q + head * d, n, index->type, row(index, g), (int64_t)kv * p->n_repr * d * LANES);
+            for (int h = 0; h < n; h++, head++) {
+                f32x16 y = select16(v[h] == v[h], v[h], splat16(LOWEST));
+                y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST)));
+                for (int64_t b = n_blocks - g * LANES; b < LANES; b++) y[b] = LOWEST;
+                store16(x + head * n_padded + g * LANES, y);
+                if (p->relevance != REPKV_LSE) continue;
+                float *max = scratch + 2 * head * LANES, *sum = max + LANES;
+                const f32x16 old = load16(max), most = max16(old, y);
+                /* Not 1 while there is nothing but the lowest. */
+                const f32x16 weight = select16(y <= LOWEST, splat16(0.0f), exp16(y - most));
+                store16(sum, load16(sum) * exp16(old - most) + weight);
+                store16(max, most);
             }
         }
-        unit += g1 - g0;
+    }
+    for (int h = 0; h < p->n_head; h++) {
+        const f32x16 max = load16(scratch + 2 * h * LANES), sum = load16(scratch + (2 * h + 1) * LANES);
+        float most = LOWEST;
+        for (int b = 0; b < LANES; b++) most = max[b] > most ? max[b] : most;
+        seen[2 * h] = most;
+        seen[2 * h + 1] = sum16(sum * exp16(max - most));
     }
 }
 
@@ -152,7 +144,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         }
     }
     scale_f32(mean, 1.0f / (float)n_tokens, width);
-    relevance(dst, p, dst->src[1], mean, regions[N_BLOCKS], ith, nth);
+    relevance(dst, p, dst->src[1], mean, mean + width, regions[N_BLOCKS], ith, nth);
 }
 
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -163,7 +155,7 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     float *q = (float *)repkv_thread_scratch(p, ith);
     for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
     scale_f32(q, p->scale, p->n_head * d);
-    relevance(dst, p, dst->src[1], q, regions[N_BLOCKS], ith, nth);
+    relevance(dst, p, dst->src[1], q, q + p->n_head * d, regions[N_BLOCKS], ith, nth);
 }
 
 /* Of each head: 0 for REPKV_MEAN and REPKV_MAX, else the maximum of x and 1 / sum of exp(x - maximum) over all blocks. */

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.memory.config import MemoryConfig
 
@@ -88,3 +88,49 @@ def test_a_count_out_of_range_is_an_error(field, value):
     flag = f"--{field.replace('_', '-')}"
     with pytest.raises(InputError, match=f"{flag} is {value}; it must be between"):
         MemoryConfig(**{"kv": "repkv", "n_local": 64, "n_score": 32, field: value})
+
+
+def test_a_memory_torn_apart_says_so(model, monkeypatch):
+    """Stopped between two arenas, the window is neither here nor there: no wrong text comes of it."""
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:150])
+        with monkeypatch.context() as patch:
+
+            def stop(*args):
+                raise KeyboardInterrupt
+
+            patch.setattr(session.policy, "_make_room", stop)
+            with pytest.raises(KeyboardInterrupt):
+                session.decode(1)
+        with pytest.raises(ComputeError, match="start a new session"):
+            session.decode(1)
+
+
+def test_a_step_that_never_began_takes_nothing_back(model, monkeypatch):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:150])
+        session.policy.set_scores(1, 140, np.full(2, 7, np.float32))
+        with monkeypatch.context() as patch:
+
+            def stop(*args):
+                raise KeyboardInterrupt
+
+            patch.setattr(session.policy, "seal", stop)
+            with pytest.raises(KeyboardInterrupt):
+                session.decode(1)
+        assert (session.policy.get_scores(1, 140) == 7).all()
+
+
+def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
+    with (
+        Model.load(tiny_model(n_layer=2, n_ctx=128), threads=2, repack=False) as loaded,
+        loaded.session(MEMORY) as session,
+    ):
+        with caplog.at_level("INFO", "pyggml_repkv"):
+            session.read(TOKENS[:120])
+            assert not session.policy.far
+            session.read(TOKENS[120:140])
+        assert session.policy.far
+        assert "past the 128 tokens the model was trained on" in caplog.text
+        session.prefill(TOKENS[140:300])
+        assert caplog.text.count("past the") == 1
