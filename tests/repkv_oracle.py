@@ -105,10 +105,10 @@ class RepKVOracle:
         """What the queries [G, d] of one token add to the scores of the keys before it."""
         m = self.memory
         if m.score == "dot":
-            for t in range(max(0, position - m.n_score), position):
-                layer.scores[t][kv] += q.sum(0) @ layer.rotated[t][kv] / m.n_score
+            for t in range(max(0, position - m.n_scoring), position):
+                layer.scores[t][kv] += q.sum(0) @ layer.rotated[t][kv] / m.n_scoring
             return
-        window = range(max(start, position - m.n_score), position + 1)
+        window = range(max(start, position - m.n_scoring), position + 1)
         s = q @ np.array([layer.rotated[t][kv] for t in window]).T / np.sqrt(self.spec.head_dim)
         p = np.exp(s - s.max(1, keepdims=True))
         for t, share in zip(window, (p / p.sum(1, keepdims=True)).sum(0), strict=True):

@@ -85,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
     text = read_text_file(args.text, "--text") if args.text else None
     if args.task == "recall" and text is None:
         raise InputError("recall needs a text: --text FILE")
+    if args.task == "recall" and args.kv != "repkv":
+        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {args.kv}")
     args.quiet = args.json
     with load_model(args) as model, progress.notices(quiet=True):
         done = _passkey(args, model, text) if args.task == "passkey" else _recall(args, model, text or "")

@@ -44,7 +44,7 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=integer(0, MAX_INT),
         default=0,
-        help="tokens of context; 0 is what the model was trained on, with repkv about a million (default: 0)",
+        help="tokens of context; 0 is what the model was trained on, or with window and repkv a million (default: 0)",
     )
     group.add_argument(
         "-b",
@@ -90,7 +90,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends when it reads one token"),
         ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when it reads a chunk of the prompt"),
         ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),
-        ("--n-score", "n_score", 1, 2**20, "later queries that score a token; at most --n-local"),
+        ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 is 256 of them"),
     )
     for flag, name, low, high, what in counts:
         group.add_argument(
@@ -105,7 +105,11 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     choices_of = (
         ("--score", SCORES, "what makes a token representative: products with later queries, or attention"),
         ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
-        ("--positions", POSITIONS, "where older tokens are seen; auto: exact within the trained context, then far"),
+        (
+            "--positions",
+            POSITIONS,
+            "where older tokens are seen; auto: exact within the trained context, then far (window: far)",
+        ),
     )
     for flag, choices, what in choices_of:
         default = getattr(defaults, flag[2:])

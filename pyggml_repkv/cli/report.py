@@ -28,8 +28,8 @@ def memory(kv: dict[str, Any]) -> str:
     parts = [f"{size(kv.get('ram_bytes') or kv.get('resident_bytes', 0))} of keys and values"]
     if kv.get("blocks"):
         parts += [
-            f"{kv['far_tokens']} tokens beyond the window in {kv['blocks']} blocks, {kv['selected']} attended",
-            f"index {size(kv['index_bytes'])}",
+            f"{kv['blocks']} blocks, {kv.get('selected', 0)} attended by the next token",
+            f"index {size(kv.get('index_bytes', 0))}",
         ]
     return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"
 

@@ -143,6 +143,8 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
             f"the prompt has {n_prompt} tokens and the context holds {n_ctx}: give -c {n_prompt} or more, "
             f"or a shorter prompt (the model was trained on {n_ctx_train})"
         )
+    if unbounded and args.positions == "exact" and n_prompt > n_ctx_train:
+        output.say(f"warning: --positions exact and {n_prompt} tokens: the model was trained on {n_ctx_train}")
     if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
     return model.session(memory_config(args, n_ctx))
@@ -152,9 +154,9 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     """Before anything is computed: what this run will need. Raises ComputeError where that is more than there is."""
     from pyggml_repkv.engine import budget
 
-    n_tokens = min(n_prompt + max(args.n_predict, 0), session.n_ctx)
-    parts = session.budget(n_tokens)
-    budget.check(parts, n_tokens)
+    n_more = max(args.n_predict, 0)
+    n_tokens = min(n_prompt + n_more, session.n_ctx)
+    parts = session.budget(n_prompt, n_more)
     needed, free = budget.size(sum(parts.values())), budget.size(budget.available_bytes())
     _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free} free")
 

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from pyggml_repkv.errors import ComputeError
 
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
+_V2_ROOT, _V1_ROOT = "/sys/fs/cgroup", "/sys/fs/cgroup/memory"
 
 
 def available_bytes() -> int:
-    """What this process could still take: of the machine, or of the control group it runs in, whichever is less."""
-    return min([_of_machine(), *filter(None, (_of_cgroup(*names) for names in _CGROUPS))])
+    """What this process could still take: of the machine, or of the control groups it runs in, whichever is least."""
+    limits = [_of_cgroup(folder, *names) for folder, *names in _cgroups()]
+    return min([_of_machine(), *(limit for limit in limits if limit is not None)])
 
 
 def _of_machine() -> int:
@@ -30,13 +24,29 @@ def _of_machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _of_cgroup(limit: str, usage: str, stat: str, reclaimable: str) -> int | None:
-    most, used = _read(limit).strip(), _read(usage).strip()
+def _cgroups() -> Iterator[tuple[str, str, str]]:
+    """(folder, file of the limit, file of the use) of every group around this process."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = _V2_ROOT, ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = _V1_ROOT, ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        # In a container the path may be the host's, which is not there: the root is the container's own group then.
+        for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
+            yield (f"{root}{folder}".rstrip("/"), *names)
+
+
+def _of_cgroup(folder: str, limit: str, usage: str) -> int | None:
+    most, used = _read(f"{folder}/{limit}").strip(), _read(f"{folder}/{usage}").strip()
     if not most.isdigit() or not used.isdigit():
         return None
-    # Cached file pages count as used until the kernel wants them back.
-    cached = [int(line.split()[1]) for line in _read(stat).splitlines() if line.startswith(f"{reclaimable} ")]
-    return max(0, int(most) - int(used) + sum(cached))
+    # Cached file pages, the mapped model's among them, count as used until the kernel wants them back.
+    cached = [line.split() for line in _read(f"{folder}/memory.stat").splitlines()]
+    free = sum(int(value) for name, value in cached if name in ("inactive_file", "active_file"))
+    return max(0, int(most) - int(used) + free)
 
 
 def _read(path: str) -> str:
@@ -47,7 +57,7 @@ def _read(path: str) -> str:
 
 
 def check(parts: dict[str, int], n_tokens: int) -> None:
-    """Raises ComputeError where the parts (bytes by name) are more than there is."""
+    """Raises ComputeError where the parts (bytes by name, none of them resident yet) are more than there is."""
     needed, available = sum(parts.values()), available_bytes()
     if needed > available:
         raise ComputeError(

@@ -25,6 +25,7 @@ class Session:
     """`n_past` tokens have been read; the next one has that position.
 
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
+    Only if it was stopped while the memory was being rearranged must a new session be started; the next step says so.
     """
 
     def __init__(
@@ -55,12 +56,18 @@ class Session:
         """Bytes of the compute buffer so far."""
         return 0 if self._closed else self._plans.compute_bytes
 
-    def budget(self, n_tokens: int) -> dict[str, int]:
-        """Bytes of RAM, part by part, once n_tokens have been read. Plans the first step, so that its buffer counts."""
-        size = self.policy.split(max(n_tokens, 1), self.n_batch)[0]
-        outputs: Outputs = "all" if size == 1 else "none"
-        self._plans.prepare(outputs, size)
-        return {"weights": self._weight_bytes, **self.policy.bytes_at(n_tokens), "compute": self.compute_bytes}
+    def budget(self, n_prompt: int, n_more: int = 0) -> dict[str, int]:
+        """Bytes of RAM, part by part, once a prompt and n_more tokens have been read.
+
+        Plans the first step, so that its buffer counts. Raises ComputeError where there is too little for the prompt.
+        """
+        sizes = self.policy.split(max(n_prompt, 1), self.n_batch)
+        outputs: Outputs = "all" if sizes[0] == 1 else "none" if len(sizes) > 1 else "last"
+        self._plans.prepare(outputs, sizes[0])
+        # Weights are there already, or file pages that the kernel takes back when it has to.
+        budget.check({**self.policy.bytes_at(n_prompt), "compute": self.compute_bytes}, n_prompt)
+        parts = self.policy.bytes_at(min(n_prompt + n_more, self.n_ctx))
+        return {"weights": self._weight_bytes, **parts, "compute": self.compute_bytes}
 
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
@@ -118,11 +125,7 @@ class Session:
         if len(chunk) == 1:
             outputs = "all"
         self._check_room(self.n_past + len(chunk))
-        try:
-            logits = self._plans.run(outputs, chunk, self.n_past)
-        except BaseException:
-            self.policy.undo_step()
-            raise
+        logits = self._plans.run(outputs, chunk, self.n_past)
         self.n_past += len(chunk)
         return logits
 

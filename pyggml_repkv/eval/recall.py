@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.repkv import RepKVMemory
 
@@ -46,15 +47,16 @@ def run_recall(
     """Reads tokens; yields recall in the last n_chunks whole chunks and in n_decode single tokens after them.
 
     ks: for how many blocks the ranking is judged; what is attended is the memory's matter.
-    Raises InputError where there are too few tokens for any block to be chosen from.
+    Raises InputError for another memory, and where there are too few tokens for any block to be chosen from.
     """
     n_read = (len(tokens) - n_decode) // memory.n_batch * memory.n_batch
     first_measured = n_read - n_chunks * memory.n_batch
-    if memory.kv != "repkv" or first_measured <= memory.n_sink + memory.n_local:
-        raise InputError(
-            f"recall needs --kv repkv and a text of some {2 * memory.n_local + n_chunks * memory.n_batch} tokens or "
-            f"more; this one has {len(tokens)}"
-        )
+    if memory.kv != "repkv":
+        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {memory.kv}")
+    n_needed = memory.n_sink + memory.n_local + 2 * parse_block(memory.block).max_size
+    if first_measured < n_needed:
+        n_needed += (n_chunks + 1) * memory.n_batch + n_decode
+        raise InputError(f"{len(tokens)} tokens are too few for recall with these blocks: it takes {n_needed}")
     with model.session(memory) as session:
         policy = session.policy
         assert isinstance(policy, RepKVMemory)

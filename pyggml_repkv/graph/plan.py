@@ -178,11 +178,15 @@ class PlanCache:
             # Another thread may have closed the session while this one waited: this raises then.
             _ = self._allocator.pointer
             self._policy.begin_step(tokens, n_past)
-            form = self._model.form(len(tokens), outputs)
-            plan = self.get(PlanKey(self._policy.step_shape(n_past, len(tokens), form), outputs))
-            plan.fill(tokens, n_past)
-            self._backend.compute(plan.context.native_graph)
-            return plan.read().copy() if plan.logits is not None else None
+            try:
+                form = self._model.form(len(tokens), outputs)
+                plan = self.get(PlanKey(self._policy.step_shape(n_past, len(tokens), form), outputs))
+                plan.fill(tokens, n_past)
+                self._backend.compute(plan.context.native_graph)
+                return plan.read().copy() if plan.logits is not None else None
+            except BaseException:
+                self._policy.undo_step()
+                raise
 
     def _drop_all(self) -> None:
         for plan in self._plans.values():

@@ -26,6 +26,10 @@ class Arenas:
         self._buffers.append(buffer)
         return tensor
 
+    @property
+    def closed(self) -> bool:
+        return self._context.closed
+
     def close(self) -> None:
         self._context.close()
         for buffer in self._buffers:

@@ -50,6 +50,8 @@ class BoundedMemory(ABC):
             raise InputError(f"--exact-graph is llama.cpp's graph, which has no --kv {self.name}: leave one out")
         if graph.weights.repacked:
             raise InputError(f"--kv {self.name} needs the weights as in the file: load the model with --no-repack")
+        if not memory.flash_attn:
+            raise InputError(f"-fa off stores attention scores, which --kv {self.name} never does: leave one out")
         check_cache_types(config, memory)
         self.n_ctx = memory.n_ctx or DEFAULT_CONTEXT
         self.far = memory.positions == "far"
@@ -150,21 +152,26 @@ class BoundedMemory(ABC):
             return
         n_ctx = self.config.n_ctx_train
         log.info("past the %d tokens the model was trained on: older tokens are seen from one distance now", n_ctx)
+        # Some thousand rows at a time: the table is made in float64.
+        for first in range(0, n_past, 4096):
+            self._unrotate(first, min(first + 4096, n_past))
+        self.went_far()
+
+    def _unrotate(self, first: int, end: int) -> None:
+        """Turns the stored keys of positions [first, end) back."""
         half = self.config.rope_dim // 2
-        table = np.ascontiguousarray(self.graph.precise_rope_table(np.arange(n_past)).T)  # [n_past, rope_dim]
+        table = np.ascontiguousarray(self.graph.precise_rope_table(np.arange(first, end)).T)  # [n, rope_dim]
         table[:, half:] *= -1
         # cos(0) is YaRN's factor, 1 elsewhere: keys were multiplied by it and rotating back multiplies again.
-        table /= table[0, 0] ** 2
-        width = self.config.n_embd_kv
-        scratch = np.empty(2 * width, np.float32)
+        table /= self.near_table(0)[0] ** 2
+        scratch = np.empty(2 * self.config.n_embd_kv, np.float32)
         for tensor in self.k_store:
-            rows = as_rows(tensor)[:n_past]
+            rows = as_rows(tensor)[first:end]
             native.repkv_rotate_rows(
                 native_ffi.cast("char *", rows.ctypes.data), int(tensor.contents.type), rows.strides[0], len(rows),
                 self.config.n_head_kv, self.config.head_dim, native_ffi.cast("float *", table.ctypes.data),
                 self.config.rope_dim, native_ffi.cast("float *", scratch.ctypes.data),
             )  # fmt: skip
-        self.went_far()
 
     def went_far(self) -> None:  # noqa: B027
         """Called when stored keys have lost their rotation."""

@@ -30,15 +30,16 @@ PRESETS: dict[str, dict[str, int | str]] = {
 class MemoryConfig:
     """What a session may remember, and how.
 
-    n_ctx: tokens, 0 = as trained; n_batch: tokens per prefill step; type_k, type_v: storage of keys and values;
-    flash_attn: never store the attention scores (the fused forms need it).
+    n_ctx: tokens, 0 = as trained, or about a million for `window` and `repkv`; n_batch: tokens per prefill step;
+    type_k, type_v: storage of keys and values; flash_attn: never store the attention scores (the fused forms need it).
 
     For `window` and `repkv`: n_sink first tokens and n_local recent ones are always attended. For `repkv`: block: how
     older tokens are cut; n_dense: up to this length, or the trained context if that is less, every block is attended;
     beyond it top_blocks in a one-token step and chunk_blocks in a chunk, of each layer; n_repr: representative tokens
-    of a block and key head; score: what makes a token one, the dot products with the n_score queries after it or the
-    attention it gets from them; relevance: how blocks are compared; per_head: every key head selects its own blocks;
-    positions: exact, far, or auto (exact until the sequence outgrows the trained context).
+    of a block and key head; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
+    or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
+    key head selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained
+    context).
     """
 
     kv: str = "full"
@@ -55,7 +56,7 @@ class MemoryConfig:
     chunk_blocks: int = 8
     n_repr: int = 4
     score: str = "attention"
-    n_score: int = 256
+    n_score: int = 0
     relevance: str = "lse"
     per_head: bool = False
     positions: str = "auto"
@@ -75,7 +76,7 @@ class MemoryConfig:
             ("--top-blocks", self.top_blocks, 0, 4096),
             ("--chunk-blocks", self.chunk_blocks, 0, 4096),
             ("--n-repr", self.n_repr, 1, 64),
-            ("--n-score", self.n_score, 1, self.n_local),
+            ("--n-score", self.n_score, 0, self.n_local),
         )
         for flag, number, low, high in limits:
             if not low <= number <= high:
@@ -88,3 +89,8 @@ class MemoryConfig:
         for flag, choice, known in choices:
             if choice not in known:
                 raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(known)}")
+
+    @property
+    def n_scoring(self) -> int:
+        """How many later queries score a token."""
+        return self.n_score or min(256, self.n_local)

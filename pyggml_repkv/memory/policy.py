@@ -90,13 +90,13 @@ class Policy(Protocol):
         """The sizes of the steps in which a prompt is read."""
 
     def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
-        """Called once before a step reads tokens, the first of which has position n_past, and before `step_shape`."""
+        """Called before a step that reads tokens, the first at position n_past. What it raises ends the step."""
 
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         """`preferred` is the fastest form the model has for this step; the policy may know fewer."""
 
     def undo_step(self) -> None:
-        """Called when a step failed midway: takes back what must not count twice."""
+        """Called when a step failed after `begin_step`: takes back what must not count twice."""
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention: ...
 

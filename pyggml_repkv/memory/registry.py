@@ -5,8 +5,9 @@ from __future__ import annotations
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.memory.full import FullMemory
 from pyggml_repkv.memory.policy import Policy, PolicyInputs
 from pyggml_repkv.memory.repkv import RepKVMemory
@@ -35,9 +36,11 @@ def _from_file(path: Path, inputs: PolicyInputs) -> Policy:
         raise InputError(f"--kv {path}: there is no such file")
     try:
         made = runpy.run_path(str(path)).get("make_policy")
-    except (SyntaxError, ImportError, NameError, AttributeError) as error:
-        raise InputError(f"--kv {path}: {error}") from None
-    if not callable(made):
+        policy = made(inputs) if callable(made) else None
+    except RepkvError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"--kv {path}: {type(error).__name__}: {error}") from error
+    if not hasattr(policy, "step_shape"):
         raise InputError(f"--kv {path}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
-    policy: Policy = made(inputs)
-    return policy
+    return cast("Policy", policy)

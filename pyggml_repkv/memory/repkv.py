@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import LANES
@@ -46,6 +47,7 @@ class RepKVMemory(BoundedMemory):
         self.bounds_tensor = self.arenas.new(g.GGML_TYPE_I32, (n_groups * LANES + 1,), "block_bounds")
         self._bounds = as_array(self.bounds_tensor, np.int32)
         self._bounds[0] = memory.n_sink
+        self._group_bytes: int = config.n_layer * self.index[0].contents.nb[1]  # of the index, 16 blocks
         # Which tokens stand for each block, [block][layer]: int32 [K, n_repr].
         self._chosen: list[list[NDArray[np.int32]]] = []
         self._undo: tuple[int, list[NDArray[np.float32]]] | None = None
@@ -53,9 +55,9 @@ class RepKVMemory(BoundedMemory):
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
-            marker = self.ops.score_dot(context, q, self.k_local[layer], score, regions, m.n_score)
+            marker = self.ops.score_dot(context, q, self.k_local[layer], score, regions, m.n_scoring)
         else:
-            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions, m.n_score)
+            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions, m.n_scoring)
         set_name(marker, "score_acc", layer)
         relevance = self.ops.relevance(
             context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
@@ -65,9 +67,9 @@ class RepKVMemory(BoundedMemory):
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
-            marker = self.ops.score_dot_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_score)
+            marker = self.ops.score_dot_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
         else:
-            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_score)
+            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
         set_name(marker, "score_acc", layer)
         relevance = self.ops.relevance_one(
             context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
@@ -107,20 +109,21 @@ class RepKVMemory(BoundedMemory):
 
     def block_keys(self, layer: int, begin: int, end: int, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
         """Float32 [K, n_repr, d]: what the index holds for a block; here the keys of the representatives."""
-        keys = self.stored_keys(layer, np.unique(chosen))  # [n, K, d]
-        at = np.searchsorted(np.unique(chosen), chosen)
-        return keys[at, np.arange(len(chosen))[:, None]]
+        positions, at = np.unique(chosen, return_inverse=True)
+        return self.stored_keys(layer, positions)[at.reshape(chosen.shape), np.arange(len(chosen))[:, None]]
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated."""
-        return self._keys(as_rows(self.k_store[layer])[positions])
+        return self._keys(self.k_store[layer], positions)
 
     def local_keys(self, layer: int, first: int, end: int) -> NDArray[np.float32]:
         """Rotated keys of the window's positions [first, end), float32 [n, K, d]."""
-        return self._keys(as_rows(self.k_local[layer])[first - self.local_base : end - self.local_base])
+        return self._keys(self.k_local[layer], np.arange(first - self.local_base, end - self.local_base))
 
-    def _keys(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        keys = to_float32(rows, self.memory.type_k)
+    def _keys(self, arena: Tensor, rows: NDArray[np.integer]) -> NDArray[np.float32]:
+        if self.arenas.closed:
+            raise InputError("the session is closed")
+        keys = to_float32(as_rows(arena)[rows], self.memory.type_k)
         return keys.reshape(len(rows), self.config.n_head_kv, self.config.head_dim)
 
     def _index_block(self, block: int) -> None:
@@ -141,7 +144,7 @@ class RepKVMemory(BoundedMemory):
             self._undo = None
 
     def _remember_scores(self, n_past: int, n_tokens: int) -> None:
-        first = max(0, n_past - self.memory.n_score)
+        first = max(0, n_past - self.memory.n_scoring)
         self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
 
     def get_scores(self, layer: int, position: int) -> NDArray[np.float32]:
@@ -171,7 +174,7 @@ class RepKVMemory(BoundedMemory):
         return {
             "window": self.row_bytes * min(self.n_local_rows, n_stored),
             "tokens": self.row_bytes * n_stored,
-            "index": n_groups * self.index[0].contents.nb[1] * config.n_layer,
+            "index": n_groups * self._group_bytes,
             "scores": 4 * config.n_head_kv * config.n_layer * n_stored,
         }
 
@@ -187,7 +190,7 @@ class RepKVMemory(BoundedMemory):
             "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
             "resident_bytes": parts["window"],
             "ram_bytes": parts["tokens"],
-            "index_bytes": self.blocks.n_blocks * self.index[0].contents.nb[1] * self.config.n_layer // LANES,
+            "index_bytes": self.blocks.n_blocks * self._group_bytes // LANES,
             "score_bytes": parts["scores"],
             "far_tokens": self.local_start(n_past),
             "far_positions": self.far,
@@ -197,7 +200,7 @@ class RepKVMemory(BoundedMemory):
         }
 
     def close(self) -> None:
-        self.scores, self._index = [], []
+        self.scores, self._index, self._bounds, self._undo = [], [], np.empty(0, np.int32), None
         super().close()
 
 

@@ -7,7 +7,14 @@
 enum {
     LANES = 16,
     MAX_HEADS_AT_ONCE = 4,
+    MAX_SELECTED = 4096, /* where blocks are chosen and not all taken */
 };
+
+size_t repkv_select_scratch(int n_head, int head_dim) {
+    const size_t heads = (size_t)n_head;
+    const size_t relevance = heads * (size_t)head_dim + 2 * heads * LANES, topk = 2 * heads + MAX_SELECTED;
+    return (relevance > topk ? relevance : topk) * sizeof(float);
+}
 
 /* Below any relevance: what is not a number, and lanes beyond the last block. */
 #define LOWEST (-3.0e38f)
@@ -51,6 +58,9 @@ static inline __attribute__((always_inline)) void dot_lanes(const int n_heads, f
 
 /* Folds one more representative's scores into x (and for REPKV_LSE the sum of exp(score - x)). */
 static inline void fold_representative(int kind, f32x16 *x, f32x16 *sum, f32x16 score, int first) {
+    /* Finite, so that no difference is NaN: what is not a number counts as lowest. */
+    score = select16(score == score, max16(score, splat16(LOWEST)), splat16(LOWEST));
+    score = select16(score > -LOWEST, splat16(-LOWEST), score);
     if (kind == REPKV_MEAN) {
         *x = first ? score : *x + score;
         return;
@@ -103,7 +113,7 @@ static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, 
             relevance_of_group(p, v, q + head * d, n, index->type, row(index, g), (int64_t)kv * p->n_repr * d * LANES);
             for (int h = 0; h < n; h++, head++) {
                 f32x16 y = select16(v[h] == v[h], v[h], splat16(LOWEST));
-                y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST)));
+                y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST))); /* a mean may overflow */
                 for (int64_t b = n_blocks - g * LANES; b < LANES; b++) y[b] = LOWEST;
                 store16(x + head * n_padded + g * LANES, y);
                 if (p->relevance != REPKV_LSE) continue;
@@ -215,7 +225,9 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const int64_t n_padded = (dst->src[0]->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
     float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
     if (ith >= n_rows) return;
-    const int wanted = regions_of(dst->src[1])[N_SELECT], n_top = wanted < p->n_top ? wanted : p->n_top;
+    const int wanted = regions_of(dst->src[1])[N_SELECT];
+    int n_top = wanted < p->n_top ? wanted : p->n_top;
+    if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
     if (n_blocks > n_top && n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
     for (int r = ith; r < n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * (1 + p->n_top);

@@ -20,14 +20,16 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 /* The same for one token. src: qkv, index, rope [2, rope_dim] of which the second is used, regions, marker. */
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/* src: relevance, regions -> I32 [1 or n_head_kv, 1 + n_top]: how many (at most n_top and regions[N_SELECT]), then the blocks
- * with the highest weight, ascending;
- * of equals the lowest. The weight is the sum over heads (with per_head over those that share a key head, a row for each
- * key head) of x, or for REPKV_LSE of the softmax of x over blocks. NaN counts as lowest. */
+/* src: relevance, regions -> I32 [1 or n_head_kv, 1 + n_top]: how many (at most n_top and regions[N_SELECT]), then the
+ * blocks with the highest weight, ascending; of equals the lowest. The weight is the sum over heads (with per_head over those
+ * that share a key head, a row for each key head) of x, or for REPKV_LSE of the softmax of x over blocks. NaN counts as lowest. */
 void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
 /* Not graph ops: blocks are sealed between steps. For each key head the n_repr tokens of [begin, end) with the highest
  * score (of equals the first), in order of position: out [n_head_kv, n_repr]. A block shorter than n_repr repeats the last. */
 void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr);
+
+/* Bytes of scratch per thread; the score ops need less than attention does. */
+size_t repkv_select_scratch(int n_head, int head_dim);
 
 #endif

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.cli.main import main
+from pyggml_repkv.engine import budget
 from pyggml_repkv.errors import ContextFullError
 from pyggml_repkv.model import demo
 
@@ -77,8 +78,9 @@ class FakeSession:
         logits[reply[min(self.n_said, len(reply) - 1)]] = 50
         return logits
 
-    def budget(self, n_tokens):
-        return {"weights": 1_000_000, "keys and values": self.model.kv_bytes * n_tokens}
+    def budget(self, n_prompt, n_more=0):
+        budget.check({"keys and values": self.model.kv_bytes * n_prompt}, n_prompt)
+        return {"weights": 1_000_000, "keys and values": self.model.kv_bytes * (n_prompt + n_more)}
 
     def stats(self):
         return {"policy": self.memory.kv, "blocks": 0}

@@ -211,5 +211,5 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_computed(run, model
     model.kv_bytes = 2**50
     done = run("-m", "x.gguf", "-n", "10")
     assert done.code == 1
-    assert re.search(r"error: 12 tokens need 13510798\.9 GB of memory \(weights 1 MB, .*\) and .* are free", done.err)
+    assert re.search(r"error: 2 tokens need 2251799\.8 GB of memory \(keys .*\) and .* are free", done.err)
     assert model.prompt is None

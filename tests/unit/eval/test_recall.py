@@ -72,7 +72,7 @@ def test_what_the_engine_selects_is_the_rankings_head(model):
 
 
 def test_a_text_without_blocks_is_an_error(model):
-    with pytest.raises(InputError, match="recall needs --kv repkv and a text of some"):
+    with pytest.raises(InputError, match="150 tokens are too few for recall"):
         list(run_recall(model, MEMORY, TOKENS[:150], [4], 2, 5))
 
 

@@ -181,7 +181,8 @@ def test_the_command_line_ends_at_once(slow_model, tmp_path, options):
     prompt.write_text("ab" * 8000)
     command = [sys.executable, "-m", "pyggml_repkv", "run", "-m", slow_model, "-f", prompt, *options.split()]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        # The last line before the prompt is read.
+        # The last lines before the prompt is read.
+        assert process.stderr.readline().startswith("pyggml_repkv: memory for")
         assert process.stderr.readline().startswith("pyggml_repkv: seed")
         time.sleep(0.4)
         assert process.poll() is None

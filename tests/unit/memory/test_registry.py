@@ -46,8 +46,12 @@ def test_the_example_in_the_documentation_is_a_policy(model):
     [
         (None, "there is no such file"),
         ("x = 1", r"it must define make_policy\(inputs\) -> Policy"),
-        ("import not_there", "No module named 'not_there'"),
-        ("def", "invalid syntax"),
+        ("import not_there", "ModuleNotFoundError: No module named 'not_there'"),
+        ("def", "SyntaxError: invalid syntax"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("def make_policy(): pass", "TypeError: .*positional argument"),
+        ("def make_policy(inputs): pass", r"it must define make_policy\(inputs\) -> Policy"),
     ],
 )
 def test_a_file_without_a_policy_is_one_line(model, tmp_path, source, message):

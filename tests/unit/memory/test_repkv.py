@@ -63,20 +63,21 @@ def test_scores_can_be_set_and_decide_who_represents(model):
         before = session.policy.get_scores(1, 10)
         session.policy.set_scores(1, 10, before + 100)
         assert np.array_equal(session.policy.get_scores(1, 10), before + 100)
+        session.prefill(TOKENS[60:200])
+        assert (session.policy.get_representatives(1, 0) == 10).any(1).all()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"exact_graph": True, "repack": False}, "--exact-graph is llama.cpp's graph, which has no --kv repkv"),
-        ({"repack": False}, None),
+        ({"repack": True}, "--kv repkv needs the weights as in the file: load the model with --no-repack"),
     ],
 )
-def test_what_it_cannot_run_on_is_an_error(tiny_model, options, message):
+def test_what_it_cannot_run_on_is_an_error(tiny_model, monkeypatch, options, message):
     with Model.load(tiny_model(), threads=1, **options) as model:
-        if message is None:
-            model.session(MEMORY).close()
-            return
+        # Whether anything is repacked depends on the CPU.
+        monkeypatch.setattr(model.weights, "repacked", options["repack"])
         with pytest.raises(InputError, match=message):
             model.session(MEMORY)
 
@@ -134,3 +135,24 @@ def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
         assert "past the 128 tokens the model was trained on" in caplog.text
         session.prefill(TOKENS[140:300])
         assert caplog.text.count("past the") == 1
+
+
+def test_a_closed_session_reads_no_freed_memory(model):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:200])
+        before = session.stats()
+    assert session.stats() == before
+    assert session.policy.block_bounds.size == 0
+    with pytest.raises(InputError, match="the session is closed"):
+        session.policy.stored_keys(1, np.arange(3))
+
+
+@pytest.mark.parametrize("kv", ["repkv", "window"])
+def test_scores_of_their_own_are_not_for_these(model, kv):
+    with pytest.raises(InputError, match=f"-fa off stores attention scores, which --kv {kv} never does"):
+        model.session(MemoryConfig(kv=kv, flash_attn=False))
+
+
+def test_a_small_window_needs_no_second_flag():
+    assert MemoryConfig(kv="repkv", n_local=64).n_scoring == 64
+    assert MemoryConfig(kv="repkv").n_scoring == 256

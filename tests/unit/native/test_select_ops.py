@@ -110,6 +110,31 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
         assert_close(got, relevance_by_numpy(mean, blocks.keys, kind), 2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
+    """Block 4's second representative: NaN counts as lowest, and every other block is as if nothing had happened."""
+    rng = np.random.default_rng(0)
+    blocks = Blocks(rng, 20, 1, 2, 32, np.float32)
+    clean = blocks.keys.copy()
+    blocks.index[0, 0, 1, :, 4] = poison
+    bench = Bench(config(n_head=1, n_head_kv=1, head_dim=32), 2)
+    regions = np.zeros(9, np.int32)
+    regions[1], regions[6] = 40, 20
+    q = np.abs(rng.normal(size=(40, 32))).astype(np.float32)
+    node = MemoryOps(bench.ops).relevance(
+        bench.graph, bench.tensor(packed(q * np.float32(32**-0.5))),
+        bench.tensor(blocks.index.reshape(len(blocks.index), -1)), bench.tensor(regions, g.GGML_TYPE_I32),
+        bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
+    )  # fmt: skip
+    got = bench.compute(node).ravel()[:20]
+    want = relevance_by_numpy(q.astype(np.float64).mean(0)[None], clean, kind)[0]
+    others = np.arange(20) != 4
+    assert_close(got[others], want[others], 2e-5)
+    assert np.isfinite(got).all()
+    assert (got[4] == got.max()) == (poison == np.inf)
+
+
 def topk(
     x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2
 ) -> list[list[int]]:
