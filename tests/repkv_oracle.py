@@ -26,10 +26,13 @@ class RepKVOracle:
         self, spec: TinySpec, weights: dict[str, Array], memory: MemoryConfig, bounds: list[int] | None = None
     ) -> None:
         self.spec, self.memory, self.far = spec, memory, memory.positions == "far"
+        self.n_dense = min(memory.n_dense, spec.n_ctx)
+        if memory.positions == "auto" and memory.n_ctx > spec.n_ctx:
+            self.far, self.n_dense = True, 0
         self.w = {name: value.astype(np.float64) for name, value in weights.items()}
         self.layers = [Layer() for _ in range(spec.n_layer)]
         if bounds is None:
-            bounds = [*range(memory.n_sink, memory.n_ctx, int(memory.block.split(":")[1]))]
+            bounds = [*range(memory.n_sink, 1024, int(memory.block.split(":")[1]))]
         self.bounds = bounds
         # A block is cut when all places where it may end have left the window.
         self.max_size = parse_block(memory.block).max_size
@@ -83,7 +86,7 @@ class RepKVOracle:
                 self.score(layer, q_near[kv * group : (kv + 1) * group, j], first + j, start, kv)
 
         n_top = m.top_blocks if n == 1 else m.chunk_blocks
-        if first + n <= min(m.n_dense, spec.n_ctx):
+        if first + n <= self.n_dense:
             n_top = len(self.blocks)
         far_keys = layer.keys if self.far else layer.rotated
         chosen = self.select(layer, far_keys, q_far.mean(1), n_top)

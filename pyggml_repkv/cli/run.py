@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
 
+# What a bounded memory may hold without -c, as in memory/bounded.py.
+LONG_CONTEXT = 2**20
+
 EXAMPLES = r"""
 examples:
   %(prog)s -p 'The capital of France is' -n 32 --greedy
@@ -147,6 +150,9 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: --positions exact and {n_prompt} tokens: the model was trained on {n_ctx_train}")
     if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
+    if unbounded and not n_ctx and n_prompt > n_ctx_train:
+        # Then the memory knows from the start that it will be a long one.
+        n_ctx = max(LONG_CONTEXT, n_prompt)
     return model.session(memory_config(args, n_ctx))
 
 

@@ -54,7 +54,9 @@ class BoundedMemory(ABC):
             raise InputError(f"-fa off stores attention scores, which --kv {self.name} never does: leave one out")
         check_cache_types(config, memory)
         self.n_ctx = memory.n_ctx or DEFAULT_CONTEXT
-        self.far = memory.positions == "far"
+        # Pass keys were found less often where the first part of a text was read in one way and the rest in the other.
+        long_from_the_start = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train
+        self.far = memory.positions == "far" or long_from_the_start
         self.ops = MemoryOps(graph.fused_ops)
         self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
         n_stored = self.n_ctx if n_stored is None else min(n_stored, self.n_ctx)
@@ -67,7 +69,7 @@ class BoundedMemory(ABC):
         self.v_local = [self.arenas.new(type_v, local, f"v_local-{i}") for i in layers]
         self.k_store = [self.arenas.new(type_k, store, f"k_store-{i}") for i in layers]
         self.v_store = [self.arenas.new(type_v, store, f"v_store-{i}") for i in layers]
-        self.n_dense = min(memory.n_dense, config.n_ctx_train)
+        self.n_dense = 0 if long_from_the_start else min(memory.n_dense, config.n_ctx_train)
         n_dense_blocks = self.n_dense // parse_block(memory.block).min_size
         self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, n_dense_blocks)
         self._torn = False

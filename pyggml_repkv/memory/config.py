@@ -39,7 +39,7 @@ class MemoryConfig:
     of a block and key head; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
     or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
     key head selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained
-    context).
+    context; far from the start, and nothing dense, if n_ctx says that it will).
     """
 
     kv: str = "full"

@@ -35,7 +35,8 @@ class RepKVMachine(RuleBasedStateMachine):
     )
     def start(self, block, score, positions, type_k, n_dense):
         memory = MemoryConfig(
-            kv="repkv", n_ctx=N_CTX, n_batch=40, type_k=type_k, n_sink=5, n_local=48, n_score=20, block=block,
+            kv="repkv", n_ctx=0 if positions == "auto" else N_CTX, n_batch=40,
+            type_k=type_k, n_sink=5, n_local=48, n_score=20, block=block,
             top_blocks=2, chunk_blocks=2, n_repr=3, score=score, positions=positions, n_dense=n_dense,
         )  # fmt: skip
         self.session = self.model.session(memory)

@@ -23,9 +23,11 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 @st.composite
 def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
     n_local = draw(st.sampled_from([32, 40, 64]))
+    positions = draw(st.sampled_from(["exact", "far", "auto"]))
     values = {
         "kv": "repkv",
-        "n_ctx": N_CTX,
+        # With a length that says so, `auto` would be far from the start.
+        "n_ctx": draw(st.sampled_from([0, 0, N_CTX])) if positions == "auto" else N_CTX,
         "n_batch": draw(st.integers(2, 70)),
         "type_k": "f32",
         "type_v": "f32",
@@ -40,7 +42,7 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "n_score": draw(st.integers(1, n_local)),
         "relevance": draw(st.sampled_from(["lse", "lse", "mean", "max"])),
         "per_head": draw(st.booleans()),
-        "positions": draw(st.sampled_from(["exact", "far", "auto"])),
+        "positions": positions,
     }
     return MemoryConfig(**{**values, **fixed})
 

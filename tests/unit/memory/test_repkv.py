@@ -1,5 +1,7 @@
 """RepKV's memory around the graph: steps that fail, room in the window, errors, and what it reports."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -123,9 +125,10 @@ def test_a_step_that_never_began_takes_nothing_back(model, monkeypatch):
 
 
 def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
+    memory = replace(MEMORY, n_ctx=0)
     with (
-        Model.load(tiny_model(n_layer=2, n_ctx=128), threads=2, repack=False) as loaded,
-        loaded.session(MEMORY) as session,
+        Model.load(tiny_model(n_layer=2, n_ctx=128), threads=2, repack=False) as model,
+        model.session(memory) as session,
     ):
         with caplog.at_level("INFO", "pyggml_repkv"):
             session.read(TOKENS[:120])
@@ -135,6 +138,17 @@ def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
         assert "past the 128 tokens the model was trained on" in caplog.text
         session.prefill(TOKENS[140:300])
         assert caplog.text.count("past the") == 1
+
+
+def test_it_is_far_from_the_start_where_the_length_says_so(tiny_model, caplog):
+    memory = replace(MEMORY, n_ctx=512, n_dense=100)
+    with (
+        Model.load(tiny_model(n_layer=2, n_ctx=128), threads=2, repack=False) as model,
+        model.session(memory) as session,
+    ):
+        session.read(TOKENS[:100])
+        assert session.policy.far
+        assert session.policy.regions[8] == MEMORY.chunk_blocks
 
 
 def test_a_closed_session_reads_no_freed_memory(model):
