@@ -22,15 +22,12 @@ from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError
-from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, MemoryConfig
+from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
-
-# What a bounded memory may hold without -c, as in memory/bounded.py.
-LONG_CONTEXT = 2**20
 
 EXAMPLES = r"""
 examples:
@@ -152,7 +149,7 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
     if unbounded and not n_ctx and n_prompt > n_ctx_train:
         # Then the memory knows from the start that it will be a long one.
-        n_ctx = max(LONG_CONTEXT, n_prompt)
+        n_ctx = max(UNBOUNDED_CONTEXT, n_prompt)
     return model.session(memory_config(args, n_ctx))
 
 

@@ -22,9 +22,8 @@ from pyggml_repkv.memory.arenas import Arenas, as_rows
 from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne, BoundedStep
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
+from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
 from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, even_split
-
-DEFAULT_CONTEXT = 2**20
 
 # The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
 # short question at its end asks.
@@ -53,7 +52,7 @@ class BoundedMemory(ABC):
         if not memory.flash_attn:
             raise InputError(f"-fa off stores attention scores, which --kv {self.name} never does: leave one out")
         check_cache_types(config, memory)
-        self.n_ctx = memory.n_ctx or DEFAULT_CONTEXT
+        self.n_ctx = memory.n_ctx or UNBOUNDED_CONTEXT
         # Pass keys were found less often where the first part of a text was read in one way and the rest in the other.
         long_from_the_start = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train
         self.far = memory.positions == "far" or long_from_the_start

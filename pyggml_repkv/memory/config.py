@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from pyggml_repkv.errors import InputError
 
+# Tokens a bounded memory may hold where nobody says how many.
+UNBOUNDED_CONTEXT = 2**20
+
 POSITIONS = ("auto", "exact", "far")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
