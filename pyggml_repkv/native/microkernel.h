@@ -4,33 +4,50 @@
 
 #include "simd.h"
 
+#if defined(__AVX512F__) || !defined(__AVX2__)
 enum { ROWS = 12 /* 24 accumulators, 2 operands and a broadcast fill the 32 vector registers of AVX-512 */ };
+typedef f32x16 tile;
+typedef f32x16 stored_tile __attribute__((may_alias));
+#else
+enum { ROWS = 6 /* 12 accumulators, 2 operands and a broadcast fill the 16 vector registers of AVX2 */ };
+typedef f32x8 tile;
+typedef f32x8 stored_tile __attribute__((may_alias));
+#endif
+enum { TILE_LANES = (int)(sizeof(tile) / sizeof(float)) };
 
 /* c[r][0..31] (+)= sum_k a[r * row_stride + k * k_stride] * b[k][0..31], for n_rows rows of c with stride c_stride. */
 static inline __attribute__((always_inline)) void product_rows(const int n_rows, float *c, size_t c_stride, const float *a,
                                                                size_t row_stride, size_t k_stride, const float *b, int n_k,
                                                                const int accumulate) {
-    f32x16 acc[ROWS][2];
-#pragma GCC unroll 12
-    for (int r = 0; r < n_rows; r++) {
-        acc[r][0] = accumulate ? load16(c + (size_t)r * c_stride) : splat16(0.0f);
-        acc[r][1] = accumulate ? load16(c + (size_t)r * c_stride + 16) : splat16(0.0f);
-    }
-    for (int k = 0; k < n_k; k++) {
-        const f32x16 b0 = load16(b), b1 = load16(b + 16);
+    for (int lane = 0; lane < 32; lane += 2 * TILE_LANES) {
+        const float *x = a, *y = b + lane;
+        tile acc[ROWS][2];
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) {
-            const f32x16 v = splat16(a[(size_t)r * row_stride]);
-            acc[r][0] += v * b0;
-            acc[r][1] += v * b1;
+            const stored_tile *from = (const stored_tile *)(c + (size_t)r * c_stride + lane);
+            acc[r][0] = acc[r][1] = (tile){0};
+            if (accumulate) {
+                acc[r][0] = from[0];
+                acc[r][1] = from[1];
+            }
         }
-        a += k_stride;
-        b += 32;
-    }
+        for (int k = 0; k < n_k; k++) {
+            const tile b0 = ((const stored_tile *)y)[0], b1 = ((const stored_tile *)y)[1];
 #pragma GCC unroll 12
-    for (int r = 0; r < n_rows; r++) {
-        store16(c + (size_t)r * c_stride, acc[r][0]);
-        store16(c + (size_t)r * c_stride + 16, acc[r][1]);
+            for (int r = 0; r < n_rows; r++) {
+                const float v = x[(size_t)r * row_stride];
+                acc[r][0] += v * b0;
+                acc[r][1] += v * b1;
+            }
+            x += k_stride;
+            y += 32;
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < n_rows; r++) {
+            stored_tile *to = (stored_tile *)(c + (size_t)r * c_stride + lane);
+            to[0] = acc[r][0];
+            to[1] = acc[r][1];
+        }
     }
 }
 
@@ -41,7 +58,7 @@ static inline void product(int n_rows, float *c, size_t c_stride, const float *a
     for (; r + ROWS <= n_rows; r += ROWS) {
         product_rows(ROWS, c + (size_t)r * c_stride, c_stride, a + (size_t)r * row_stride, row_stride, k_stride, b, n_k, accumulate);
     }
-    for (; r + 8 <= n_rows; r += 8) {
+    for (; ROWS > 8 && r + 8 <= n_rows; r += 8) {
         product_rows(8, c + (size_t)r * c_stride, c_stride, a + (size_t)r * row_stride, row_stride, k_stride, b, n_k, accumulate);
     }
     for (; r + 4 <= n_rows; r += 4) {

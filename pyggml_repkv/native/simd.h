@@ -5,30 +5,50 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__F16C__) || defined(__AVX512F__)
+#if defined(__F16C__) || defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
+typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 
+/* Through a type that may alias: memcpy of a vector wider than the CPU's goes in small pieces through the stack. */
+typedef f32x16 stored16 __attribute__((may_alias));
+
 static inline f32x16 load16(const float *p) {
-    f32x16 v;
-    memcpy(&v, p, sizeof v);
-    return v;
+    return *(const stored16 *)p;
 }
 
 static inline void store16(float *p, f32x16 v) {
-    memcpy(p, &v, sizeof v);
+    *(stored16 *)p = v;
 }
 
 static inline f32x16 splat16(float x) {
     return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 }
 
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+/* GCC takes comparisons, conversions and long-lived variables of vectors wider than the CPU's apart; these stay whole. */
+#define REPKV_HALVES 1
+union halves {
+    f32x16 whole;
+    __m256 half[2];
+};
+
+static inline float sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#endif
+
 static inline float sum16(f32x16 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)v);
+#elif defined(REPKV_HALVES)
+    const union halves u = {.whole = v};
+    return sum8(_mm256_add_ps(u.half[0], u.half[1]));
 #else
     float s[8], t[4];
     for (int i = 0; i < 8; i++) s[i] = v[i] + v[i + 8];
@@ -38,6 +58,18 @@ static inline float sum16(f32x16 v) {
 }
 
 static inline float dot_f32(const float *a, const float *b, int n) {
+#if defined(REPKV_HALVES)
+    __m256 acc[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    int k = 0;
+    for (; k + 32 <= n; k += 32) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[j] = _mm256_fmadd_ps(_mm256_loadu_ps(a + k + 8 * j), _mm256_loadu_ps(b + k + 8 * j), acc[j]);
+    }
+    for (; k + 8 <= n; k += 8) acc[0] = _mm256_fmadd_ps(_mm256_loadu_ps(a + k), _mm256_loadu_ps(b + k), acc[0]);
+    float total = sum8(_mm256_add_ps(_mm256_add_ps(acc[0], acc[2]), _mm256_add_ps(acc[1], acc[3])));
+    for (; k < n; k++) total += a[k] * b[k];
+    return total;
+#endif
     f32x16 acc0 = {0}, acc1 = {0};
     int i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -76,6 +108,25 @@ static inline void dots16_f32(float *out, const float *a, const float *b, size_t
         _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
         return;
     }
+#elif defined(REPKV_HALVES)
+    if (n % 8 == 0) {
+        for (int first = 0; first < 16; first += 8, b += 8 * stride) {
+            __m256 acc[8], two[4];
+#pragma GCC unroll 8
+            for (int c = 0; c < 8; c++) acc[c] = _mm256_setzero_ps();
+            for (int i = 0; i < n; i += 8) {
+                const __m256 v = _mm256_loadu_ps(a + i);
+#pragma GCC unroll 8
+                for (int c = 0; c < 8; c++) acc[c] = _mm256_fmadd_ps(v, _mm256_loadu_ps(b + (size_t)c * stride + i), acc[c]);
+            }
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps(acc[2 * k], acc[2 * k + 1]);
+            /* each 128-bit lane: sums over that half's positions for four rows */
+            const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
+            _mm256_storeu_ps(out + first, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+        }
+        return;
+    }
 #endif
     for (int c = 0; c < 16; c++) out[c] = dot_f32(a, b + (size_t)c * stride, n);
 }
@@ -91,6 +142,21 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
 /* y [n] += sum over rows of weights[row] * x[row * stride ...] */
 static inline void weighted_rows_f32(float *y, const float *weights, const float *x, int n_rows, size_t stride, int n) {
     int i = 0;
+#if defined(REPKV_HALVES)
+    for (; i + 64 <= n; i += 64) {
+        __m256 acc[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) acc[j] = _mm256_loadu_ps(y + i + 8 * j);
+        for (int r = 0; r < n_rows; r++) {
+            const __m256 w = _mm256_set1_ps(weights[r]);
+            const float *row = x + (size_t)r * stride + i;
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 8 * j), acc[j]);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) _mm256_storeu_ps(y + i + 8 * j, acc[j]);
+    }
+#endif
     for (; i + 64 <= n; i += 64) {
         f32x16 acc[4];
         for (int j = 0; j < 4; j++) acc[j] = load16(y + i + 16 * j);
@@ -133,9 +199,29 @@ static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
     return a;
 }
 
+/* All ones where a > b; nothing is above what is not a number. */
+static inline i32x16 above16(f32x16 a, f32x16 b) {
+#if defined(REPKV_HALVES)
+    const union halves x = {.whole = a}, y = {.whole = b};
+    union {
+        i32x16 whole;
+        __m256 half[2];
+    } mask;
+    for (int i = 0; i < 2; i++) mask.half[i] = _mm256_cmp_ps(x.half[i], y.half[i], _CMP_GT_OQ);
+    return mask.whole;
+#else
+    return a > b;
+#endif
+}
+
 static inline f32x16 max16(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(REPKV_HALVES)
+    union halves x = {.whole = a};
+    const union halves y = {.whole = b};
+    for (int i = 0; i < 2; i++) x.half[i] = _mm256_max_ps(x.half[i], y.half[i]);
+    return x.whole;
 #else
     return select16(a > b, a, b);
 #endif
@@ -143,7 +229,28 @@ static inline f32x16 max16(f32x16 a, f32x16 b) {
 
 /* e^x to about 2 ulp: x = n ln2 + r, |r| <= ln2 / 2, Taylor series to r^7. Exactly zero far below zero, -inf included;
  * without AVX-512 from -87.3 on, where it also saturates above 88.3. */
+#if defined(REPKV_HALVES)
+static inline __m256 exp8(__m256 x) {
+    const __m256 vanishes = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_LT_OQ);
+    x = _mm256_min_ps(_mm256_set1_ps(88.3f), _mm256_blendv_ps(x, _mm256_setzero_ps(), vanishes));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+    r = _mm256_fmadd_ps(n, _mm256_set1_ps(2.12194440e-4f), r);
+    __m256 p = _mm256_set1_ps(1.0f / 5040.0f);
+    const float coefficients[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
+#pragma GCC unroll 7
+    for (int i = 0; i < 7; i++) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(coefficients[i]));
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_andnot_ps(vanishes, _mm256_mul_ps(p, _mm256_castsi256_ps(bits)));
+}
+#endif
+
 static inline f32x16 exp16(f32x16 x) {
+#if defined(REPKV_HALVES)
+    union halves u = {.whole = x};
+    for (int i = 0; i < 2; i++) u.half[i] = exp8(u.half[i]);
+    return u.whole;
+#else
 #if defined(__AVX512F__)
     x = max16(x, splat16(-200.0f));
     const f32x16 n = (f32x16)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -170,6 +277,7 @@ static inline f32x16 exp16(f32x16 x) {
     f32x16 power;
     memcpy(&power, &bits, sizeof power);
     return select16(vanishes, splat16(0.0f), p * power);
+#endif
 #endif
 }
 
