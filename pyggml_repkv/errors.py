@@ -23,3 +23,14 @@ class ContextFullError(RepkvError):
 
 class ComputeError(RepkvError):
     """ggml could not allocate or compute a graph."""
+
+
+class StoreError(RepkvError):
+    """Evicted blocks could not be written, or what was read of them is not what was written.
+
+    lost: whether what is stored is no longer right, so that only reading the tokens again helps.
+    """
+
+    def __init__(self, message: str, *, lost: bool = True) -> None:
+        super().__init__(message)
+        self.lost = lost

@@ -64,6 +64,8 @@ class GraphContext(TensorContext):
         size = max_nodes * g.GGML_MAX_SRC
         overhead = g.ggml_graph_overhead_custom(size, False)
         super().__init__(max_nodes, extra_bytes=overhead + 4096)
+        # Nodes and inputs are tensors of this context; weights and arenas that they read are fewer than it can hold.
+        self.max_tensors = 2 * max_nodes
         self.graph = g.ggml_new_graph_custom(self.pointer, size, False)
         graph_address = ctypes.cast(self.graph, ctypes.c_void_p).value
         self.native_graph = native_ffi.cast("void *", graph_address)

@@ -74,7 +74,17 @@ class Backend(Handle):
 
         Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
         """
-        status = native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address)
+        self._check(native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address))
+
+    def compute_scheduled(self, scheduler_address: Any, graph_address: Any) -> None:
+        """The same through ggml's scheduler (`Scheduler`), which runs its eval callback between nodes."""
+        self._check(
+            native.repkv_compute_scheduled(
+                native_ffi.cast("void *", int(self.pointer)), scheduler_address, graph_address
+            )
+        )
+
+    def _check(self, status: int) -> None:
         if status == g.GGML_STATUS_SUCCESS:
             return
         if status == g.GGML_STATUS_ABORTED:

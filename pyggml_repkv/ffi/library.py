@@ -29,6 +29,7 @@ _NATIVE_SYMBOLS = {
     "get_type_traits": "ggml_get_type_traits",
     "graph_compute": "ggml_backend_graph_compute",
     "set_abort_callback": "ggml_backend_cpu_set_abort_callback",
+    "sched_graph_compute": "ggml_backend_sched_graph_compute",
     "log_set": "ggml_log_set",
 }
 

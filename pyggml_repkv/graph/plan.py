@@ -10,10 +10,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
 from pyggml_repkv.ffi.library import native
+from pyggml_repkv.ffi.scheduler import Scheduler
 from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
 from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
@@ -58,6 +60,27 @@ class Plan:
             self.logits = self._build_ggml(model, key, cb)
         else:
             self.logits = self._build_fused(model, key, cb)
+        self.hook = self.attention.hook
+        self.scheduler: Scheduler | None = None
+
+    def placed(self, backend: Backend) -> None:
+        """Called when all tensors have their memory."""
+        if self.hook is not None:
+            hook = self.hook
+            self.scheduler = Scheduler(backend, self.context, hook.callback, hook.userdata, keep=hook)
+
+    def compute(self, backend: Backend) -> None:
+        """Raises as Backend.compute does, and what the hook met."""
+        if self.hook is None or self.scheduler is None:
+            backend.compute(self.context.native_graph)
+            return
+        self.hook.begin()
+        try:
+            backend.compute_scheduled(self.scheduler.address, self.scheduler.graph)
+        except ComputeError:
+            self.hook.check()
+            raise
+        self.hook.check_complete()
 
     def _build_ggml(self, model: GraphModel, key: PlanKey, cb: NameTensor) -> Tensor | None:
         g, n_tokens = self.context, key.shape.n_tokens
@@ -163,6 +186,7 @@ class PlanCache:
         moved = True
         try:
             moved = self._allocator.allocate(plan.context.graph)
+            plan.placed(self._backend)
         except BaseException:
             self._allocator.close()
             self._allocator = GraphAllocator(self._backend)
@@ -182,7 +206,7 @@ class PlanCache:
                 form = self._model.form(len(tokens), outputs)
                 plan = self.get(PlanKey(self._policy.step_shape(n_past, len(tokens), form), outputs))
                 plan.fill(tokens, n_past)
-                self._backend.compute(plan.context.native_graph)
+                plan.compute(self._backend)
                 return plan.read().copy() if plan.logits is not None else None
             except BaseException:
                 self._policy.undo_step()

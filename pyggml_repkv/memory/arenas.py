@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g, native_ffi
+
+# Pages are given back in such portions, because each call stops other threads for a moment.
+RELEASE_BYTES = 2**16
 
 
 class Arenas:
@@ -17,14 +22,26 @@ class Arenas:
     def __init__(self, n_tensors: int) -> None:
         self._context = TensorContext(n_tensors + 8)
         self._buffers: list[Buffer] = []
+        # By name: the mapping, and up to where its pages were released.
+        self._memory: dict[bytes, tuple[Any, int]] = {}
 
     def new(self, type_: int, shape: Sequence[int], name: str) -> Tensor:
         """Raises ComputeError where there is not even address space."""
         tensor = self._context.new(type_, shape, name)
-        buffer = Buffer.over(lazy_zeros(g.ggml_nbytes(tensor)))
+        array = lazy_zeros(g.ggml_nbytes(tensor))
+        self._memory[tensor.contents.name] = array.base, 0
+        buffer = Buffer.over(array)
         buffer.place(tensor, 0)
         self._buffers.append(buffer)
         return tensor
+
+    def release_rows(self, tensor: Tensor, n_rows: int) -> None:
+        """Gives back the pages of the first rows, which nobody reads any more; they are zero then."""
+        memory, done = self._memory[tensor.contents.name]
+        end = n_rows * tensor.contents.nb[1] // mmap.PAGESIZE * mmap.PAGESIZE
+        if end - done >= RELEASE_BYTES:
+            memory.madvise(mmap.MADV_DONTNEED, done, end - done)
+            self._memory[tensor.contents.name] = memory, end
 
     @property
     def closed(self) -> bool:

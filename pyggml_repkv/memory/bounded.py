@@ -23,7 +23,8 @@ from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne, BoundedStep
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
-from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, even_split
+from pyggml_repkv.memory.disk_tier import DiskTier
+from pyggml_repkv.memory.policy import DiskNeed, Form, PolicyInputs, StepAttention, StepShape, even_split
 
 # The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
 # short question at its end asks.
@@ -38,8 +39,8 @@ class BoundedMemory(ABC):
     name: str
     precise_rope = True
 
-    bounds_tensor: Tensor
-    """I32 [n_blocks + 1]: block b is [bounds[b], bounds[b + 1])."""
+    places_tensor: Tensor
+    """I32 [n_blocks, 2]: the first row of a block in the store, and its tokens; where all layers have it in one place."""
 
     def __init__(self, inputs: PolicyInputs, *, n_stored: int | None, n_tensors: int) -> None:
         """n_stored: how many of the first tokens the store holds, None for all; n_tensors: arenas of the subclass."""
@@ -59,24 +60,43 @@ class BoundedMemory(ABC):
         self.ops = MemoryOps(graph.fused_ops)
         self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
         n_stored = self.n_ctx if n_stored is None else min(n_stored, self.n_ctx)
+        n_long = 0 if long_from_the_start else min(memory.n_dense, config.n_ctx_train)
+        n_dense_blocks = n_long // parse_block(memory.block).min_size
+        self.n_dense = n_long
+        self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, n_dense_blocks)
+        self.disk = self.make_disk(inputs)
+        if self.disk is not None:
+            n_stored = self.disk.n_rows
         type_k, type_v = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
         width = config.n_embd_kv
         self.row_bytes: int = config.n_layer * (g.ggml_row_size(type_k, width) + g.ggml_row_size(type_v, width))
-        self.arenas = Arenas(4 * config.n_layer + n_tensors)
+        self.arenas = Arenas(5 * config.n_layer + n_tensors)
         local, store, layers = (self.n_local_rows, width), (max(1, n_stored), width), range(config.n_layer)
         self.k_local = [self.arenas.new(type_k, local, f"k_local-{i}") for i in layers]
         self.v_local = [self.arenas.new(type_v, local, f"v_local-{i}") for i in layers]
         self.k_store = [self.arenas.new(type_k, store, f"k_store-{i}") for i in layers]
         self.v_store = [self.arenas.new(type_v, store, f"v_store-{i}") for i in layers]
-        self.n_dense = 0 if long_from_the_start else min(memory.n_dense, config.n_ctx_train)
-        n_dense_blocks = self.n_dense // parse_block(memory.block).min_size
-        self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, n_dense_blocks)
+        if self.disk is not None:
+            self.disk.open(self.arenas, self.k_store, self.v_store)
         self._torn = False
         self.local_base = 0
-        self.regions = np.zeros(9, np.int32)
+        self.regions = np.zeros(10, np.int32)
         # Set before the first step: queries and selections stay readable after each (`last_step`).
         self.observed = False
         self.last_step: BoundedStep | None = None
+
+    def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
+        """What keeps evicted blocks on disk, made before the arenas are."""
+        return None
+
+    @property
+    def store_base(self) -> int:
+        """Position less row of the tokens in the store that are neither sinks nor in a block."""
+        return self.disk.base if self.disk is not None else 0
+
+    def places(self, layer: int) -> Tensor:
+        """Where a layer's blocks lie in its store."""
+        return self.disk.places[layer] if self.disk is not None else self.places_tensor
 
     @abstractmethod
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
@@ -85,6 +105,10 @@ class BoundedMemory(ABC):
     @abstractmethod
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         """The same for one token: qkv [(H + 2 K) * d] before RoPE, rope [2, rope_dim] near and far."""
+
+    def rank_ahead(self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+        """Queries [H * d] guessed for a layer -> I32, what it may select, ranked as in block_topk's `n_next`."""
+        raise NotImplementedError
 
     @abstractmethod
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
@@ -124,11 +148,14 @@ class BoundedMemory(ABC):
         sink_end = min(self.memory.n_sink, start)
         self.regions[:] = (
             n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far,
-            self.n_select(n_past, n_tokens),
+            self.n_select(n_past, n_tokens), self.store_base,
         )  # fmt: skip
 
     def undo_step(self) -> None:  # noqa: B027
         """Rows beyond n_past are written again before they are read."""
+
+    def disk_need(self, n_tokens: int) -> DiskNeed | None:
+        return None
 
     def local_start(self, n_past: int) -> int:
         return max(0, n_past - self.memory.n_local)
@@ -144,6 +171,8 @@ class BoundedMemory(ABC):
         return self.graph.precise_rope_table(np.array([position]))[:, 0]
 
     def close(self) -> None:
+        if self.disk is not None:
+            self.disk.close()
         self.arenas.close()
 
     def _go_far(self, n_past: int) -> None:
@@ -153,21 +182,34 @@ class BoundedMemory(ABC):
             return
         n_ctx = self.config.n_ctx_train
         log.info("past the %d tokens the model was trained on: older tokens are seen from one distance now", n_ctx)
+        if self.disk is None:
+            parts = [(0, n_past, 0)]
+        else:
+            # What is on disk is turned back whenever it is read.
+            table = [self._unrotation(first, min(first + 4096, n_past)) for first in range(0, n_past, 4096)]
+            self.disk.unrotate(np.concatenate(table))
+            parts = [(0, min(self.memory.n_sink, n_past), 0), (self.disk.sealed_end, n_past, self.store_base)]
         # Some thousand rows at a time: the table is made in float64.
-        for first in range(0, n_past, 4096):
-            self._unrotate(first, min(first + 4096, n_past))
+        for begin, end, base in parts:
+            for first in range(begin, end, 4096):
+                self._unrotate(first, min(first + 4096, end), base)
         self.went_far()
 
-    def _unrotate(self, first: int, end: int) -> None:
-        """Turns the stored keys of positions [first, end) back."""
+    def _unrotation(self, first: int, end: int) -> NDArray[np.float32]:
+        """[n, rope_dim]: cosines and sines that turn stored keys of positions [first, end) back."""
         half = self.config.rope_dim // 2
         table = np.ascontiguousarray(self.graph.precise_rope_table(np.arange(first, end)).T)  # [n, rope_dim]
         table[:, half:] *= -1
         # cos(0) is YaRN's factor, 1 elsewhere: keys were multiplied by it and rotating back multiplies again.
         table /= self.near_table(0)[0] ** 2
+        return table
+
+    def _unrotate(self, first: int, end: int, base: int) -> None:
+        """Turns the stored keys of positions [first, end), at rows from first - base on, back."""
+        table = self._unrotation(first, end)
         scratch = np.empty(2 * self.config.n_embd_kv, np.float32)
         for tensor in self.k_store:
-            rows = as_rows(tensor)[first:end]
+            rows = as_rows(tensor)[first - base : end - base]
             native.repkv_rotate_rows(
                 native_ffi.cast("char *", rows.ctypes.data), int(tensor.contents.type), rows.strides[0], len(rows),
                 self.config.n_head_kv, self.config.head_dim, native_ffi.cast("float *", table.ctypes.data),
@@ -178,6 +220,8 @@ class BoundedMemory(ABC):
         """Called when stored keys have lost their rotation."""
 
     def _make_room(self, n_past: int, n_tokens: int, start: int) -> None:
+        if self.disk is not None:
+            self.disk.make_room([as_rows(t) for t in (*self.k_store, *self.v_store)], n_past, n_tokens)
         if n_past + n_tokens - self.local_base <= self.n_local_rows:
             return
         shift, n_kept = start - self.local_base, n_past - start

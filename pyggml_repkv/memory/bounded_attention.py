@@ -12,19 +12,26 @@ from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.fused_ops import PANEL
+from pyggml_repkv.memory.disk_tier import HookPoint, StepHook
+from pyggml_repkv.memory.policy import UnobservedStep
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
 
 _FUSED = "graphs of bounded memories are planned for fused nodes only"
-_N_REGIONS = 9
+_N_REGIONS = 10
 
 
-class BoundedStep(ABC):
+class BoundedStep(UnobservedStep, ABC):
+    _rope: Tensor
+    """[2, rope_dim], of which the second is for older tokens; where one query stands for all."""
+
     def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
         self._memory, self._g, self._n_tokens = memory, context, n_tokens
         self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
-        self._bounds = memory.bounds_tensor
+        self._hook_points: list[HookPoint] = []
+        if memory.disk is not None:
+            self.hook = StepHook(memory.disk)
         self._selected: list[Tensor] = []
         self._relevance: list[Tensor] = []
 
@@ -46,12 +53,14 @@ class BoundedStep(ABC):
     def fill(self, n_past: int) -> None:
         assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
         tensor_array(self._regions)[...] = self._memory.regions
+        if isinstance(self.hook, StepHook) and not self.hook.observes:
+            self.hook.observe(self._hook_points)
         self._memory.last_step = self
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
         """What a layer selected in the last compute: [1 or K, 1 + n], how many and which."""
         selected = tensor_array(self._selected[layer]).view(np.int32)
-        return selected.reshape(-1, selected.shape[-1])
+        return selected.reshape(-1, selected.shape[-1])[:, : 1 + self._memory.n_top_max]
 
     def observed_relevance(self, layer: int) -> NDArray[np.float32]:
         """What a layer compared blocks by in the last compute: [H, n_blocks]."""
@@ -60,9 +69,22 @@ class BoundedStep(ABC):
         flat = tensor_array(self._relevance[layer])
         return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
 
+    def begin_layer(self, x: Tensor, layer: int) -> None:
+        """Ranks the next layer's blocks by this one's input."""
+        m = self._memory
+        if m.disk is None or not m.disk.speculates or layer + 1 == m.config.n_layer:
+            return
+        q = m.ops.speculate(self._g, x, m.graph.weights.layers[layer + 1], self._regions)
+        set_name(q, "Qspec", layer + 1)
+        ranked = self._g.expand(m.rank_ahead(self._g, q, self._rope, self._regions, layer + 1))
+        self._hook_points.append(HookPoint(ranked, layer + 1, speculated=True, n_top=1))
+
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
+
+    def _hook_at(self, selected: Tensor, layer: int) -> None:
+        self._hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max))
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
@@ -77,6 +99,8 @@ class BoundedChunk(BoundedStep):
         self._local_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
         self._store_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
         self._far_rope = context.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
+        if memory.disk is not None and memory.disk.speculates:
+            self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "mean_rope")
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
@@ -84,7 +108,8 @@ class BoundedChunk(BoundedStep):
         q, q_far, selected = self._store_and_select(qkv, layer)
         local = [q, m.k_local[layer], m.v_local[layer]]
         far = [q_far, m.k_store[layer], m.v_store[layer]]
-        return m.ops.attend(self._g, [*local, *far, selected, self._bounds, self._regions])
+        self._hook_at(selected, layer)
+        return m.ops.attend(self._g, [*local, *far, selected, m.places(layer), self._regions])
 
     def store_packed(self, qkv: Tensor, layer: int) -> None:
         # Nobody reads them, and a node that nobody reads is dropped with what it writes.
@@ -114,7 +139,10 @@ class BoundedChunk(BoundedStep):
         if self._memory.far:
             tensor_array(self._far_rope)[...] = self._memory.far_table
         else:
-            tensor_array(self._store_cells)[...] = (n_past, self._n_tokens)
+            tensor_array(self._store_cells)[...] = (n_past - self._memory.store_base, self._n_tokens)
+        if hasattr(self, "_rope"):
+            m = self._memory
+            tensor_array(self._rope)[1] = m.far_table if m.far else m.near_table(n_past + self._n_tokens // 2)
 
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         near, far = (self._unpacked(q) for q in self._queries[layer])
@@ -142,7 +170,8 @@ class BoundedOne(BoundedStep):
         if self._memory.observed:
             self._relevance.append(self._observe(selected.contents.src[0]))
         arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
-        return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, self._bounds, self._regions])
+        self._hook_at(selected, layer)
+        return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, m.places(layer), self._regions])
 
     def fill(self, n_past: int) -> None:
         super().fill(n_past)

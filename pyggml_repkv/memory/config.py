@@ -13,12 +13,14 @@ POSITIONS = ("auto", "exact", "far")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
+EVICTED_TYPES = ("f16", "q8_0")
+PREDICTORS = ("none", "reuse", "speculate", "both")
 
 
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
     "n_sink", "n_local", "n_dense", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance",
-    "per_head", "positions",
+    "per_head", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
 )  # fmt: skip
 
 # Measured on the demo model: docs/repkv.md.
@@ -43,6 +45,12 @@ class MemoryConfig:
     or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
     key head selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained
     context; far from the start, and nothing dense, if n_ctx says that it will).
+
+    Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for one of ours if kv_ram is given;
+    kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
+    limit; type_evicted: their type on disk, "" as in RAM; prefetch: what is fetched a layer ahead: nothing, what the
+    layer ranked highest in the last step, what its index says about the layer before it, or both; kv_debug: for
+    tests, poisons slots that hold nothing and checks that attended ones are left alone.
     """
 
     kv: str = "full"
@@ -63,6 +71,12 @@ class MemoryConfig:
     relevance: str = "lse"
     per_head: bool = False
     positions: str = "auto"
+    kv_dir: str = ""
+    kv_ram: int = 0
+    kv_disk_max: int = 0
+    type_evicted: str = ""
+    prefetch: str = "reuse"
+    kv_debug: bool = False
 
     def __post_init__(self) -> None:
         if self.n_ctx < 0:
@@ -80,6 +94,8 @@ class MemoryConfig:
             ("--chunk-blocks", self.chunk_blocks, 0, 4096),
             ("--n-repr", self.n_repr, 1, 64),
             ("--n-score", self.n_score, 0, self.n_local),
+            ("--kv-ram", self.kv_ram, 0, 2**50),
+            ("--kv-disk-max", self.kv_disk_max, 0, 2**60),
         )
         for flag, number, low, high in limits:
             if not low <= number <= high:
@@ -88,10 +104,19 @@ class MemoryConfig:
             ("--positions", self.positions, POSITIONS),
             ("--score", self.score, SCORES),
             ("--relevance", self.relevance, RELEVANCES),
+            ("--cache-type-evicted", self.type_evicted, ("", *EVICTED_TYPES)),
+            ("--prefetch", self.prefetch, PREDICTORS),
         )
         for flag, choice, known in choices:
             if choice not in known:
-                raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(known)}")
+                raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(filter(None, known))}")
+        if self.on_disk and self.kv != "repkv":
+            raise InputError(f"--kv-dir and --kv-ram are for --kv repkv, which evicts blocks; --kv is {self.kv}")
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether evicted blocks are written to a file."""
+        return bool(self.kv_dir or self.kv_ram)
 
     @property
     def n_scoring(self) -> int:

@@ -13,7 +13,16 @@ from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
-from pyggml_repkv.memory.policy import Form, PolicyInputs, StepAttention, StepShape, context_length, even_split
+from pyggml_repkv.memory.policy import (
+    NO_DISK,
+    DiskNeed,
+    Form,
+    PolicyInputs,
+    StepAttention,
+    StepShape,
+    context_length,
+    even_split,
+)
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
 # sums come out bit for bit the same.
@@ -83,17 +92,17 @@ class FullMemory:
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         return {"keys and values": self._bytes_per_token * min(n_tokens, self.n_ctx)}
 
+    def disk_need(self, n_tokens: int) -> DiskNeed | None:
+        return None
+
     def stats(self, n_past: int) -> dict[str, object]:
-        prefetch = {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0}
         return {
             "policy": self.name,
             "blocks": 0,
             "selected": 0,
             "resident_bytes": self._bytes_per_token * n_past,
             "ram_bytes": 0,
-            "disk_bytes": 0,
-            "disk_written_bytes": 0,
-            "prefetch": prefetch,
+            **NO_DISK,
         }
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.fused_ops import FusedOps
+from pyggml_repkv.memory.policy import UnobservedStep
 from pyggml_repkv.model.config import ModelConfig
 
 _GGML = "this graph was planned for ggml's own nodes"
@@ -27,7 +28,7 @@ class Arenas(Protocol):
     v_arenas: list[Tensor]
 
 
-class _MaskedAttention(ABC):
+class _MaskedAttention(UnobservedStep, ABC):
     """What the two forms made of ggml's nodes share: where rows are written, and who sees whom.
 
     A read takes the result of its write as its source, so no order of nodes can turn them round.
@@ -141,7 +142,7 @@ class SoftmaxAttention(_MaskedAttention):
         return self._g.reshape(kqv, (self._n_tokens, config.n_embd_q))
 
 
-class FusedAttention:
+class FusedAttention(UnobservedStep):
     """The extension's ops: F32 sums, and each key and value is read once for all heads that share it."""
 
     def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, ops: FusedOps) -> None:

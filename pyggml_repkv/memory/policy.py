@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from pyggml_repkv.graph.plan import GraphModel
 
 __all__ = [
+    "EvalHook",
     "Form",
     "MemoryConfig",
     "Policy",
     "PolicyInputs",
     "StepAttention",
     "StepShape",
+    "UnobservedStep",
     "context_length",
     "even_split",
 ]
@@ -44,6 +46,25 @@ class PolicyInputs:
     boundaries: Callable[[], BoundaryScores]
 
 
+NO_DISK: dict[str, object] = {
+    "disk_bytes": 0,
+    "disk_written_bytes": 0,
+    "prefetch": {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0},
+}
+"""What a memory without a disk says in `stats`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskNeed:
+    """Bytes: still to be written, free in the folder, in all, and the user's limit for all (0: none)."""
+
+    more: int
+    free: int
+    total: int
+    limit: int
+    folder: str
+
+
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """What makes two steps share one static graph: the number of tokens, what the layers are built of (ggml's nodes,
@@ -55,8 +76,30 @@ class StepShape:
     memory: Hashable
 
 
+class EvalHook(Protocol):
+    """What runs between nodes of a step's graph: a C eval callback for ggml's scheduler, and what it gets."""
+
+    callback: int
+    userdata: int
+
+    def begin(self) -> None:
+        """Called before a compute."""
+
+    def check(self) -> None:
+        """Called after a compute that was stopped: raises what the callback met, if that was the cause."""
+
+    def check_complete(self) -> None:
+        """Called after a compute that went through: raises ComputeError if the callback did not run everywhere."""
+
+
 class StepAttention(Protocol):
     """A policy's part of one static graph."""
+
+    hook: EvalHook | None
+    """What must run between the graph's nodes; None: they are computed at once."""
+
+    def begin_layer(self, x: Tensor, layer: int) -> None:
+        """Told of a layer's input before its nodes: [T, E], [1, E] or packed [P, E, PANEL], as the form is."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Stores k and v, then attends. q [T, H, d], k and v [T, H_kv, d], after RoPE -> [T, H * d]."""
@@ -75,6 +118,15 @@ class StepAttention(Protocol):
 
     def fill(self, n_past: int) -> None:
         """Writes this part's inputs for a step whose first token has position n_past. Call before every compute."""
+
+
+class UnobservedStep:
+    """What a StepAttention has that needs nothing between nodes and no look at a layer's input."""
+
+    hook: EvalHook | None = None
+
+    def begin_layer(self, x: Tensor, layer: int) -> None:
+        """See StepAttention."""
 
 
 class Policy(Protocol):
@@ -102,6 +154,9 @@ class Policy(Protocol):
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         """What n_tokens tokens will take of RAM, part by part."""
+
+    def disk_need(self, n_tokens: int) -> DiskNeed | None:
+        """What n_tokens tokens will take of the disk; None: the memory uses none."""
 
     def stats(self, n_past: int) -> dict[str, object]:
         """The `kv` object of `run --json`."""

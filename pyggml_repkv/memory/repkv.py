@@ -5,6 +5,8 @@ A block that is selected is attended where it lies.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,10 +15,16 @@ from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import LANES
 from pyggml_repkv.memory.arenas import as_array, as_rows
+from pyggml_repkv.memory.block_file import BlockFile
 from pyggml_repkv.memory.blocks import Blocks, FixedBlocks, SemanticBlocks, parse_block
-from pyggml_repkv.memory.bounded import BoundedMemory
+from pyggml_repkv.memory.boundaries import LOOKAHEAD
+from pyggml_repkv.memory.bounded import N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
-from pyggml_repkv.memory.policy import PolicyInputs
+from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
+from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
+
+# Threads that read blocks: measured in docs/disk.md.
+N_IO_THREADS = 4
 
 
 class RepKVMemory(BoundedMemory):
@@ -29,10 +37,10 @@ class RepKVMemory(BoundedMemory):
 
     def __init__(self, inputs: PolicyInputs) -> None:
         memory, config = inputs.memory, inputs.graph.config
+        self._block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
         super().__init__(inputs, n_stored=None, n_tensors=2 * config.n_layer + 2)
         self.blocks = _make_blocks(inputs)
-        n_groups = -(-self.n_ctx // (parse_block(memory.block).min_size * LANES))
-        self._block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
+        n_groups = self._max_blocks // LANES
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
         type_ = g.GGML_TYPE_F32 if memory.type_k == "f32" else g.GGML_TYPE_F16
         n_values = config.n_embd_kv * memory.n_repr * LANES
@@ -44,13 +52,46 @@ class RepKVMemory(BoundedMemory):
             self.arenas.new(g.GGML_TYPE_F32, (self.n_ctx, config.n_head_kv), f"score_l-{i}") for i in layers
         ]
         self.scores = [as_array(t, np.float32).reshape(self.n_ctx, config.n_head_kv) for t in self.score_tensors]
-        self.bounds_tensor = self.arenas.new(g.GGML_TYPE_I32, (n_groups * LANES + 1,), "block_bounds")
-        self._bounds = as_array(self.bounds_tensor, np.int32)
-        self._bounds[0] = memory.n_sink
+        self.places_tensor = self.arenas.new(g.GGML_TYPE_I32, (self._max_blocks, 2), "block_places")
+        self._places = as_array(self.places_tensor, np.int32).reshape(-1, 2)
         self._group_bytes: int = config.n_layer * self.index[0].contents.nb[1]  # of the index, 16 blocks
-        # Which tokens stand for each block, [block][layer]: int32 [K, n_repr].
-        self._chosen: list[list[NDArray[np.int32]]] = []
+        # Which tokens stand for each block; longer than there are blocks.
+        self._chosen = np.empty((0, config.n_layer, config.n_head_kv, memory.n_repr), np.int32)
         self._undo: tuple[int, list[NDArray[np.float32]]] | None = None
+
+    def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
+        memory, scheme = inputs.memory, parse_block(inputs.memory.block)
+        if not memory.on_disk:
+            return None
+        file = BlockFile(Path(memory.kv_dir) if memory.kv_dir else default_folder(), None)
+        n_rows = inputs.graph.config.n_head_kv if memory.per_head else 1
+        # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
+        # move less often.
+        n_open = memory.n_local + scheme.max_size + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        try:
+            return DiskTier(
+                inputs.graph.config, memory, file, max_block=scheme.max_size, max_blocks=self._max_blocks,
+                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=0, n_threads=N_IO_THREADS,
+            )  # fmt: skip
+        except BaseException:
+            file.close()
+            raise
+
+    @property
+    def _max_blocks(self) -> int:
+        """How many blocks a full context may have, in whole groups."""
+        return -(-self.n_ctx // (parse_block(self.memory.block).min_size * LANES)) * LANES
+
+    def rank_ahead(self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+        m = self.memory
+        assert self.disk is not None
+        index = self.index[layer]
+        relevance = self.ops.relevance_one(context, q, index, rope, regions, regions, n_repr=m.n_repr, kind=m.relevance)
+        set_name(relevance, "block_relevance_ahead", layer)
+        n_next = self.disk.n_ahead - 1
+        ranked = self.ops.block_topk(context, relevance, regions, 1, kind=m.relevance, per_head=False, n_next=n_next)
+        set_name(ranked, "block_topk_ahead", layer)
+        return ranked
 
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
@@ -79,8 +120,10 @@ class RepKVMemory(BoundedMemory):
     def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int) -> Tensor:
         set_name(relevance, "block_relevance", layer)
         m = self.memory
-        kind, per_head = m.relevance, m.per_head
-        selected = self.ops.block_topk(context, relevance, regions, self.n_top_max, kind=kind, per_head=per_head)
+        selected = self.ops.block_topk(
+            context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
+            n_next=self.disk.n_next if self.disk is not None else 0,
+        )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected
 
@@ -91,11 +134,18 @@ class RepKVMemory(BoundedMemory):
 
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         self.blocks.append(tokens.tolist(), n_past)
-        for begin, end in self.blocks.seal(start):
-            block = len(self._chosen)
-            self._bounds[block + 1] = end
-            self._chosen.append([self.representatives(i, begin, end) for i in range(self.config.n_layer)])
+        first_new = self.blocks.n_blocks
+        for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
+            if block == len(self._chosen):
+                room = np.empty((max(64, block), *self._chosen.shape[1:]), np.int32)
+                self._chosen = np.concatenate((self._chosen, room))
+            self._chosen[block] = [self.representatives(i, begin, end) for i in range(self.config.n_layer)]
             self._index_block(block)
+            self._places[block] = begin, end - begin
+            if self.disk is not None:
+                self.disk.seal(begin, end, rotated=not self.far, extra=b"")
+        if self.disk is not None:
+            self._forget_scores()
         self._remember_scores(n_past, len(tokens))
         return self.blocks.sealed_end, self.blocks.n_blocks
 
@@ -113,8 +163,21 @@ class RepKVMemory(BoundedMemory):
         return self.stored_keys(layer, positions)[at.reshape(chosen.shape), np.arange(len(chosen))[:, None]]
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
-        """Float32 [n, K, d]: before RoPE with far positions, else rotated."""
-        return self._keys(self.k_store[layer], positions)
+        """Float32 [n, K, d]: before RoPE with far positions, else rotated. Raises StoreError for unreadable ones."""
+        if self.disk is None:
+            return self._keys(self.k_store[layer], positions)
+        if self.arenas.closed:
+            raise InputError("the session is closed")
+        rows = np.empty((len(positions), self.disk.layout.row_bytes[0]), np.uint8)
+        evicted = (positions >= self.disk.n_sink) & (positions < self.disk.sealed_end)
+        here = positions[~evicted]
+        rows[~evicted] = as_rows(self.k_store[layer])[np.where(here < self.disk.n_sink, here, here - self.store_base)]
+        block_of = np.searchsorted(self.blocks.bounds, positions, side="right") - 1
+        for block in np.unique(block_of[evicted]).tolist():
+            begin, end = self.blocks.bounds[block : block + 2]
+            mine = evicted & (block_of == block)
+            rows[mine] = self.disk.store.read(layer, block, end - begin)[0][positions[mine] - begin]
+        return self._floats(rows)
 
     def local_keys(self, layer: int, first: int, end: int) -> NDArray[np.float32]:
         """Rotated keys of the window's positions [first, end), float32 [n, K, d]."""
@@ -123,7 +186,10 @@ class RepKVMemory(BoundedMemory):
     def _keys(self, arena: Tensor, rows: NDArray[np.integer]) -> NDArray[np.float32]:
         if self.arenas.closed:
             raise InputError("the session is closed")
-        keys = to_float32(as_rows(arena)[rows], self.memory.type_k)
+        return self._floats(as_rows(arena)[rows])
+
+    def _floats(self, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        keys = to_float32(rows, self.memory.type_k)
         return keys.reshape(len(rows), self.config.n_head_kv, self.config.head_dim)
 
     def _index_block(self, block: int) -> None:
@@ -133,7 +199,7 @@ class RepKVMemory(BoundedMemory):
             self._index[layer][block // LANES, ..., block % LANES] = keys
 
     def went_far(self) -> None:
-        for block in range(len(self._chosen)):
+        for block in range(self.blocks.n_blocks):
             self._index_block(block)
 
     def undo_step(self) -> None:
@@ -147,16 +213,29 @@ class RepKVMemory(BoundedMemory):
         first = max(0, n_past - self.memory.n_scoring)
         self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
 
+    def _forget_scores(self) -> None:
+        """Gives the memory of scores back that nobody will change or ask for: those of blocks on disk."""
+        for tensor in self.score_tensors:
+            self.arenas.release_rows(tensor, self.blocks.sealed_end)
+
+    def _check_scored(self, position: int) -> None:
+        if self.disk is not None and self.memory.n_sink <= position < self.blocks.sealed_end:
+            raise InputError(f"position {position} lies in a block on disk, whose scores are not kept")
+
     def get_scores(self, layer: int, position: int) -> NDArray[np.float32]:
-        """Representative score of a token in a layer, float32 [K]."""
+        """Representative score of a token in a layer, float32 [K]. Raises InputError where the token is on disk."""
+        self._check_scored(position)
         return self.scores[layer][position].copy()
 
     def set_scores(self, layer: int, position: int, values: NDArray[np.float32]) -> None:
         """Changes it; what was already chosen for a sealed block stays."""
+        self._check_scored(position)
         self.scores[layer][position] = values
 
     def get_representatives(self, layer: int, block: int) -> NDArray[np.int32]:
         """Positions of the tokens that stand for a sealed block, int32 [K, n_repr]."""
+        if not 0 <= block < self.blocks.n_blocks:
+            raise IndexError(block)
         return self._chosen[block][layer].copy()
 
     def indexed_keys(self, layer: int, block: int) -> NDArray[np.float32]:
@@ -166,17 +245,37 @@ class RepKVMemory(BoundedMemory):
     @property
     def block_bounds(self) -> NDArray[np.int32]:
         """As the graph sees them, int32 [n_blocks + 1]."""
-        return self._bounds[: self.blocks.n_blocks + 1].copy()
+        if self.arenas.closed:
+            return np.empty(0, np.int32)
+        places = self._places[: self.blocks.n_blocks]
+        ends = places.sum(1)
+        assert (ends[:-1] == places[1:, 0]).all()
+        return np.concatenate(([self.memory.n_sink], ends)).astype(np.int32)
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         config, n_stored = self.config, min(n_tokens, self.n_ctx)
-        n_groups = -(-self._n_blocks_at(n_stored) // LANES)
+        n_blocks = self._n_blocks_at(n_stored)
+        n_groups, n_scored = -(-n_blocks // LANES), n_stored
+        tokens = {"tokens": self.row_bytes * n_stored}
+        if self.disk is not None:
+            n_open = min(self.memory.n_sink + self.disk.n_open, n_stored)
+            tokens = {"tokens": self.row_bytes * n_open, "blocks": self.disk.ram_bytes_at(n_blocks)}
+            tokens["buffers"] = self.disk.buffer_bytes if n_blocks else 0
+            n_scored = n_open
         return {
             "window": self.row_bytes * min(self.n_local_rows, n_stored),
-            "tokens": self.row_bytes * n_stored,
+            **tokens,
             "index": n_groups * self._group_bytes,
-            "scores": 4 * config.n_head_kv * config.n_layer * n_stored,
+            "scores": 4 * config.n_head_kv * config.n_layer * n_scored,
         }
+
+    def disk_need(self, n_tokens: int) -> DiskNeed | None:
+        """What n_tokens tokens need of the disk, None if nothing."""
+        if self.disk is None:
+            return None
+        needed = self.disk.disk_bytes_at(max(0, n_tokens - self.memory.n_local - self.memory.n_sink))
+        return DiskNeed(needed - self.disk.store.end, self.disk.file.free_bytes(), needed, self.memory.kv_disk_max,
+                        str(self.disk.file.folder))  # fmt: skip
 
     def _n_blocks_at(self, n_tokens: int) -> int:
         n_far = n_tokens - self.memory.n_local - self.memory.n_sink
@@ -189,18 +288,17 @@ class RepKVMemory(BoundedMemory):
             "blocks": self.blocks.n_blocks,
             "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
             "resident_bytes": parts["window"],
-            "ram_bytes": parts["tokens"],
+            "ram_bytes": parts["tokens"] + parts.get("blocks", 0),
             "index_bytes": self.blocks.n_blocks * self._group_bytes // LANES,
             "score_bytes": parts["scores"],
             "far_tokens": self.local_start(n_past),
             "far_positions": self.far,
-            "disk_bytes": 0,
-            "disk_written_bytes": 0,
-            "prefetch": {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0},
+            **(NO_DISK if self.disk is None else self.disk.stats()),
         }
 
     def close(self) -> None:
-        self.scores, self._index, self._bounds, self._undo = [], [], np.empty(0, np.int32), None
+        self.scores, self._index, self._undo = [], [], None
+        self._places = np.empty((0, 2), np.int32)
         super().close()
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded import BoundedMemory
-from pyggml_repkv.memory.policy import PolicyInputs
+from pyggml_repkv.memory.policy import NO_DISK, PolicyInputs
 
 
 class WindowMemory(BoundedMemory):
@@ -19,7 +19,7 @@ class WindowMemory(BoundedMemory):
     def __init__(self, inputs: PolicyInputs) -> None:
         super().__init__(inputs, n_stored=inputs.memory.n_sink, n_tensors=2)
         self.far = inputs.memory.positions != "exact"
-        self.bounds_tensor = self.arenas.new(g.GGML_TYPE_I32, (1,), "block_bounds")
+        self.places_tensor = self.arenas.new(g.GGML_TYPE_I32, (1, 2), "block_places")
         self._no_block = self.arenas.new(g.GGML_TYPE_I32, (1, 1), "no_block")
 
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
@@ -43,7 +43,5 @@ class WindowMemory(BoundedMemory):
             "resident_bytes": sum(self.bytes_at(n_past).values()),
             "ram_bytes": 0,
             "far_tokens": min(self.memory.n_sink, self.local_start(n_past)),
-            "disk_bytes": 0,
-            "disk_written_bytes": 0,
-            "prefetch": {"issued": 0, "used": 0, "late": 0, "missed": 0, "wait_ms": 0.0},
+            **NO_DISK,
         }

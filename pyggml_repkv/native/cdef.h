@@ -5,6 +5,7 @@ struct repkv_ggml_api {
     void *get_type_traits;
     void *graph_compute;
     void *set_abort_callback;
+    void *sched_graph_compute;
     void *log_set;
 };
 
@@ -20,6 +21,7 @@ struct repkv_op_params {
     int32_t n_score;
     int32_t n_repr;
     int32_t n_top;
+    int32_t n_next;
     int32_t relevance;
     int32_t per_head;
     int32_t n_threads;
@@ -32,6 +34,7 @@ const char *repkv_last_log(void);
 void repkv_clear_log(void);
 
 int repkv_compute(void *backend, void *graph);
+int repkv_compute_scheduled(void *backend, void *scheduler, void *graph);
 void repkv_request_abort(void);
 bool repkv_was_interrupted(void);
 
@@ -40,7 +43,7 @@ enum repkv_op {
     REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK,
     REPKV_STORE_FAR, REPKV_SCORE_ACC, REPKV_SCORE_ACC_ONE, REPKV_SCORE_ATTENTION, REPKV_SCORE_ATTENTION_ONE,
     REPKV_RELEVANCE, REPKV_RELEVANCE_ONE, REPKV_BLOCK_TOPK,
-    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, ...
+    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_MEAN_PACKED, ...
 };
 void *repkv_op_address(enum repkv_op op);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
@@ -51,3 +54,100 @@ void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, i
                        int rope_dim, float *scratch);
 
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
+
+enum repkv_io_error { REPKV_IO_OK, REPKV_IO_READ, REPKV_IO_SHORT, REPKV_IO_CHECKSUM, REPKV_IO_WRITE, ... };
+
+struct repkv_record_layout {
+    int32_t n_layer, max_tokens, n_head_kv, head_dim, rope_dim;
+    int32_t type_k, type_v;
+    int32_t file_type_k, file_type_v;
+    size_t k_row_bytes, v_row_bytes, file_k_row_bytes, file_v_row_bytes;
+    size_t header_bytes;
+};
+
+struct repkv_faults {
+    int64_t read_at, write_at;
+    int32_t keep;
+    int32_t read_kind;
+    int32_t error;
+    int32_t delay_us;
+    int32_t reorder;
+    uint32_t seed;
+};
+
+struct repkv_store_config {
+    struct repkv_record_layout layout;
+    int32_t fd;
+    int32_t n_slots;
+    int32_t max_blocks;
+    int32_t n_threads;
+    int32_t n_staging;
+    int32_t first_row;
+    int32_t debug;
+};
+
+struct repkv_store_stats {
+    int64_t required, hits;
+    int64_t issued, used;
+    int64_t late, missed;
+    int64_t reads, read_bytes, written_bytes, retries, staged_reads;
+    double wait_ms;
+    double read_ms;
+    double write_wait_ms;
+};
+
+struct repkv_store_error {
+    int32_t kind;
+    int32_t layer, block;
+    int32_t error;
+};
+
+struct repkv_store;
+struct repkv_store *repkv_store_open(const struct repkv_store_config *config, char **k_rows, char **v_rows, int32_t **places);
+void repkv_store_close(struct repkv_store *s);
+int repkv_store_put(struct repkv_store *s, int32_t block, int32_t n_tokens, int32_t rotated, int64_t first_position,
+                    char **k_rows, char **v_rows, uint64_t *checksums);
+void repkv_store_commit(struct repkv_store *s, const char *header, int64_t offset);
+void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int32_t rotated, int64_t first_position,
+                     int64_t offset, const uint64_t *checksums);
+int repkv_store_flush(struct repkv_store *s);
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
+                        int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
+void repkv_store_unrotate(struct repkv_store *s, const float *table);
+void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks);
+int repkv_store_audit(struct repkv_store *s, int32_t layer);
+void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
+struct repkv_store_error repkv_store_last_error(struct repkv_store *s);
+void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
+uint64_t repkv_checksum(const char *data, size_t n_bytes);
+size_t repkv_record_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
+size_t repkv_block_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
+
+enum repkv_predictor { REPKV_PREDICT_NONE, REPKV_PREDICT_REUSE, REPKV_PREDICT_SPECULATE, ... };
+enum repkv_hook_kind { REPKV_HOOK_SPECULATED, REPKV_HOOK_SELECTED, ... };
+
+struct repkv_hook_point {
+    void *node;
+    int32_t layer;
+    int32_t kind;
+    int32_t n_top;
+};
+
+struct repkv_hooks {
+    struct repkv_store *store;
+    const struct repkv_hook_point *points;
+    int32_t n_points;
+    int32_t n_layer;
+    int32_t predictors;
+    int32_t n_ahead;
+    int32_t *ranked;
+    int32_t next;
+    int32_t status;
+};
+void repkv_hooks_begin(struct repkv_hooks *hooks);
+void *repkv_eval_hook_address(void);
+#define REPKV_ALIGN ...
+#define REPKV_MAX_AHEAD ...
+#define REPKV_HOOK_CHANGED ...

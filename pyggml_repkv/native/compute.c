@@ -59,14 +59,23 @@ static void leave(void) {
     pthread_mutex_unlock(&lock);
 }
 
-int repkv_compute(void *backend, void *graph) {
-    enter();
-    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
-    int status = repkv_ggml.graph_compute(backend, graph);
+static int finish(int status) {
     /* ggml's first thread may have polled for the last time before another returned early from the last node. */
     if (status == GGML_STATUS_SUCCESS && repkv_abort_requested()) status = GGML_STATUS_ABORTED;
     leave();
     return status;
+}
+
+int repkv_compute(void *backend, void *graph) {
+    enter();
+    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
+    return finish(repkv_ggml.graph_compute(backend, graph));
+}
+
+int repkv_compute_scheduled(void *backend, void *scheduler, void *graph) {
+    enter();
+    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
+    return finish(repkv_ggml.sched_graph_compute(scheduler, graph));
 }
 
 bool repkv_was_interrupted(void) {

@@ -9,6 +9,9 @@
  * is called as well, so Python raises KeyboardInterrupt once the call returns. Several threads may compute at once. */
 int repkv_compute(void *backend, void *graph);
 
+/* The same through ggml's scheduler, whose eval callback runs between nodes. One that cancels must request an abort. */
+int repkv_compute_scheduled(void *backend, void *scheduler, void *graph);
+
 /* True while a running compute is to stop: long ops ask it between blocks and return early, their result unread. */
 bool repkv_abort_requested(void);
 

@@ -17,7 +17,7 @@ static void capture_log(enum ggml_log_level level, const char *text, void *user_
 
 int repkv_bind(const struct repkv_ggml_api *api) {
     if (!api->get_type_traits_cpu || !api->get_type_traits || !api->graph_compute || !api->set_abort_callback ||
-        !api->log_set) {
+        !api->sched_graph_compute || !api->log_set) {
         return -1;
     }
     /* memcpy because ISO C has no cast from object to function pointers. */
@@ -25,6 +25,7 @@ int repkv_bind(const struct repkv_ggml_api *api) {
     memcpy(&repkv_ggml.get_type_traits, &api->get_type_traits, sizeof(void *));
     memcpy(&repkv_ggml.graph_compute, &api->graph_compute, sizeof(void *));
     memcpy(&repkv_ggml.set_abort_callback, &api->set_abort_callback, sizeof(void *));
+    memcpy(&repkv_ggml.sched_graph_compute, &api->sched_graph_compute, sizeof(void *));
     memcpy(&repkv_ggml.log_set, &api->log_set, sizeof(void *));
     repkv_ggml.log_set(capture_log, NULL);
     return 0;

@@ -16,6 +16,7 @@ struct repkv_ggml_api {
     void *get_type_traits;     /* ggml_get_type_traits */
     void *graph_compute;       /* ggml_backend_graph_compute */
     void *set_abort_callback;  /* ggml_backend_cpu_set_abort_callback */
+    void *sched_graph_compute; /* ggml_backend_sched_graph_compute */
     void *log_set;             /* ggml_log_set */
 };
 
@@ -24,6 +25,7 @@ struct repkv_ggml {
     const struct ggml_type_traits *(*get_type_traits)(enum ggml_type);
     enum ggml_status (*graph_compute)(ggml_backend_t, struct ggml_cgraph *);
     void (*set_abort_callback)(ggml_backend_t, ggml_abort_callback, void *);
+    enum ggml_status (*sched_graph_compute)(ggml_backend_sched_t, struct ggml_cgraph *);
     void (*log_set)(ggml_log_callback, void *);
 };
 

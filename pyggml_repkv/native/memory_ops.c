@@ -18,11 +18,11 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     for (int64_t panel = begin; panel < end; panel++) {
         const float *x = (const float *)qkv->data + panel * qkv->ne[1] * PANEL;
         float *y = (float *)dst->data + panel * p->n_head * d * PANEL;
-        const int64_t position = regions[FIRST] + panel * PANEL;
+        const int64_t first_row = regions[FIRST] - regions[STORE_BASE] + panel * PANEL;
         const int n_tokens = regions[N_TOKENS] - panel * PANEL < PANEL ? (int)(regions[N_TOKENS] - panel * PANEL) : PANEL;
         for (int h = 0; h < p->n_head_kv; h++) {
-            scatter_panel(k_store, x + (p->n_head + h) * d * PANEL, position, n_tokens, h, k_head_bytes, d, buffer);
-            scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, position, n_tokens, h, v_head_bytes, d, buffer);
+            scatter_panel(k_store, x + (p->n_head + h) * d * PANEL, first_row, n_tokens, h, k_head_bytes, d, buffer);
+            scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, first_row, n_tokens, h, v_head_bytes, d, buffer);
         }
         for (int h = 0; h < p->n_head; h++, x += d * PANEL, y += d * PANEL) {
             for (int i = 0; i < half; i++) {
@@ -40,15 +40,16 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
 
 /* The blocks that a key head attends: [0] how many, then which. */
 static const int32_t *selection(const struct repkv_op_params *p, const struct ggml_tensor *selected, int kv) {
-    return (const int32_t *)selected->data + (p->per_head ? kv * (1 + p->n_top) : 0);
+    return (const int32_t *)selected->data + (p->per_head ? kv * selected->ne[0] : 0);
 }
 
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct ggml_tensor *q_local = dst->src[0], *k_local = dst->src[1], *v_local = dst->src[2];
     const struct ggml_tensor *q_far = dst->src[3], *k_store = dst->src[4], *v_store = dst->src[5];
-    const int32_t *bounds = dst->src[7]->data, *regions = regions_of(dst->src[8]);
-    const int64_t base = regions[LOCAL_BASE];
+    const struct place *places = dst->src[7]->data;
+    const int32_t *regions = regions_of(dst->src[8]);
+    const int64_t base = regions[LOCAL_BASE], store_base = regions[STORE_BASE];
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
         if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
@@ -57,10 +58,10 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
         gather_cells(&a, q_far, k_store, v_store, 0, regions[SINK_END]);
         for (int i = 0; i < selected[0]; i++) {
-            const int32_t b = selected[1 + i];
-            gather_cells(&a, q_far, k_store, v_store, bounds[b], bounds[b + 1]);
+            const struct place block = places[selected[1 + i]];
+            gather_cells(&a, q_far, k_store, v_store, block.row, (int64_t)block.row + block.n_tokens);
         }
-        gather_cells(&a, q_far, k_store, v_store, regions[REMAINDER], regions[LOCAL]);
+        gather_cells(&a, q_far, k_store, v_store, regions[REMAINDER] - store_base, regions[LOCAL] - store_base);
         attend_gathered(&a, q_far, 0, INT32_MAX);
         const int64_t done = (panel + 1) * PANEL < regions[N_TOKENS] ? (panel + 1) * PANEL : regions[N_TOKENS];
         const int64_t first = regions[FIRST] - base;
@@ -86,18 +87,18 @@ static void attend_part(const struct attention *a, const float *q, const struct 
     }
 }
 
-static int64_t selected_rows(const int32_t *selected, const int32_t *bounds) {
+static int64_t selected_rows(const int32_t *selected, const struct place *places) {
     int64_t n = 0;
-    for (int i = 0; i < selected[0]; i++) n += bounds[selected[1 + i] + 1] - bounds[selected[1 + i]];
+    for (int i = 0; i < selected[0]; i++) n += places[selected[1 + i]].n_tokens;
     return n;
 }
 
 static void attend_selected(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
-                            const int32_t *selected, const int32_t *bounds, int kv, int64_t *offset, int64_t mine_begin,
+                            const int32_t *selected, const struct place *places, int kv, int64_t *offset, int64_t mine_begin,
                             int64_t mine_end) {
     for (int i = 0; i < selected[0]; i++) {
-        const int32_t b = selected[1 + i];
-        attend_part(a, a->q, k_store, v_store, bounds[b], bounds[b + 1], kv, offset, mine_begin, mine_end);
+        const struct place b = places[selected[1 + i]];
+        attend_part(a, a->q, k_store, v_store, b.row, (int64_t)b.row + b.n_tokens, kv, offset, mine_begin, mine_end);
     }
 }
 
@@ -105,39 +106,41 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     const struct repkv_op_params *p = userdata;
     const float *qkv = dst->src[0]->data, *near = dst->src[5]->data, *far = near + p->rope_dim;
     const struct ggml_tensor *k_local = dst->src[1], *v_local = dst->src[2], *k_store = dst->src[3], *v_store = dst->src[4];
-    const int32_t *bounds = dst->src[7]->data, *regions = regions_of(dst->src[8]);
+    const struct place *places = dst->src[7]->data;
+    const int32_t *regions = regions_of(dst->src[8]);
     const int d = p->head_dim, half = p->rope_dim / 2;
-    const int64_t base = regions[LOCAL_BASE];
+    const int64_t base = regions[LOCAL_BASE], store_base = regions[STORE_BASE];
     int64_t begin, end, offset = 0;
 
     struct attention a = attention_begin(p, dst, ith);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, far, far + half, p->rope_dim, d);
     if (p->per_head) {
         int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += selected_rows(selection(p, dst->src[6], kv), bounds);
+        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += selected_rows(selection(p, dst->src[6], kv), places);
         share(n_rows, ith, nth, &begin, &end);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_selected(&a, k_store, v_store, selection(p, dst->src[6], kv), bounds, kv, &offset, begin, end);
+            attend_selected(&a, k_store, v_store, selection(p, dst->src[6], kv), places, kv, &offset, begin, end);
         }
         offset = 0;
     }
     const int32_t none = 0, *selected = p->per_head ? &none : selection(p, dst->src[6], 0);
     const int64_t n_others = regions[SINK_END] + regions[LOCAL] - regions[REMAINDER] + regions[FIRST] - regions[LOCAL];
-    share(n_others + selected_rows(selected, bounds), ith, nth, &begin, &end);
+    share(n_others + selected_rows(selected, places), ith, nth, &begin, &end);
     attend_part(&a, a.q, k_store, v_store, 0, regions[SINK_END], -1, &offset, begin, end);
-    attend_selected(&a, k_store, v_store, selected, bounds, -1, &offset, begin, end);
-    attend_part(&a, a.q, k_store, v_store, regions[REMAINDER], regions[LOCAL], -1, &offset, begin, end);
+    attend_selected(&a, k_store, v_store, selected, places, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_store, v_store, regions[REMAINDER] - store_base, regions[LOCAL] - store_base, -1, &offset, begin, end);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
     attend_part(&a, a.q, k_local, v_local, regions[LOCAL] - base, regions[FIRST] - base, -1, &offset, begin, end);
     if (ith != nth - 1) return;
 
     attend_new(&a, a.q, k_local, v_local, regions[FIRST] - base, qkv, near, near + half);
-    if (regions[FIRST] >= k_store->ne[1]) return;
+    const int64_t store_row = regions[FIRST] - store_base;
+    if (store_row >= k_store->ne[1]) return;
     /* The store keeps what `local` keeps, or the key before RoPE. */
     const float *key = regions[FAR] ? qkv + p->n_head * d : a.keys;
     if (!regions[FAR]) to_f32(k_local->type, row(k_local, regions[FIRST] - base), a.keys, p->n_head_kv * d);
-    from_f32(k_store->type, key, row(k_store, regions[FIRST]), p->n_head_kv * d);
-    from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, regions[FIRST]), p->n_head_kv * d);
+    from_f32(k_store->type, key, row(k_store, store_row), p->n_head_kv * d);
+    from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, store_row), p->n_head_kv * d);
 }
 
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,

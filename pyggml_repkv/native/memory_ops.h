@@ -1,7 +1,7 @@
 /* Attention over sinks, selected blocks, remainder and local window, in one softmax. See ops.h and regions.h.
  *
  * With far positions everything in the store is seen from one distance: the queries are rotated by it, the keys not at all.
- * bounds I32 [n_blocks + 1]: block b is [bounds[b], bounds[b + 1]). selected: as from repkv_block_topk.
+ * places: regions.h. selected: as from repkv_block_topk.
  * One-token forms take qkv [(n_head + 2 n_head_kv) * head_dim] and rope [2, rope_dim] = tables (cosines, sines) for the
  * true position and for the far distance. */
 #ifndef REPKV_MEMORY_OPS_H
@@ -13,11 +13,11 @@
  * Side effect: keys before RoPE and values are written to the store, as far as it has rows. */
 void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/* src: packed local queries, k_local, v_local, packed far queries, k_store, v_store, selected, bounds, regions
+/* src: packed local queries, k_local, v_local, packed far queries, k_store, v_store, selected, places, regions
  * -> heads, packed [n_panels, n_head * head_dim, PANEL]. */
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/* src: qkv, k_local, v_local, k_store, v_store, rope, selected, bounds, regions
+/* src: qkv, k_local, v_local, k_store, v_store, rope, selected, places, regions
  * -> partial sums as of repkv_attend [n_threads, n_head, 2 + head_dim].
  * Side effect: the new key and value are written to both arenas. */
 void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *userdata);

@@ -7,6 +7,7 @@
 #include "prefill_ops.h"
 #include "score_ops.h"
 #include "select_ops.h"
+#include "simd.h"
 
 void *repkv_op_address(enum repkv_op op) {
     static const ggml_custom_op_t ops[REPKV_N_OPS] = {
@@ -32,6 +33,7 @@ void *repkv_op_address(enum repkv_op op) {
         [REPKV_BLOCK_TOPK] = repkv_block_topk,
         [REPKV_ATTEND_MEMORY] = repkv_attend_memory,
         [REPKV_ATTEND_MEMORY_ONE] = repkv_attend_memory_one,
+        [REPKV_MEAN_PACKED] = repkv_mean_packed,
     };
     void *address = NULL;
     if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);
@@ -51,7 +53,7 @@ int repkv_panel(void) {
 }
 
 int repkv_has_fast_prefill(void) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(REPKV_HALVES)
     return 1;
 #else
     return 0;

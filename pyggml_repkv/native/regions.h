@@ -1,18 +1,25 @@
 /* The parts of a sequence that a step of a bounded memory sees, as its ops get them.
  *
- * regions I32 [9]: first position, n_tokens, end of sinks, start of remainder, start of local window (= end of remainder),
- * local_base, n_blocks, 1 for far positions, how many blocks to select. Positions fit 31 bits.
- * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds tokens by
- * position, as many as it has rows; its keys are as before RoPE (far positions) or rotated at their true position (exact). */
+ * regions I32 [10]: first position, n_tokens, end of sinks, start of remainder, start of local window (= end of remainder),
+ * local_base, n_blocks, 1 for far positions, how many blocks to select, store_base. Positions fit 31 bits.
+ * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds sinks at
+ * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and blocks where
+ * `places` I32 [n_blocks, 2] = (first row, n_tokens) says. Its keys are as before RoPE (far positions) or rotated at their
+ * true position (exact). */
 #ifndef REPKV_REGIONS_H
 #define REPKV_REGIONS_H
 
 #include "ops.h"
 
-enum repkv_region { FIRST, N_TOKENS, SINK_END, REMAINDER, LOCAL, LOCAL_BASE, N_BLOCKS, FAR, N_SELECT, N_REGIONS };
+enum repkv_region { FIRST, N_TOKENS, SINK_END, REMAINDER, LOCAL, LOCAL_BASE, N_BLOCKS, FAR, N_SELECT, STORE_BASE, N_REGIONS };
 
 static inline const int32_t *regions_of(const struct ggml_tensor *t) {
     return t->data;
 }
+
+/* Where a block lies in the store. */
+struct place {
+    int32_t row, n_tokens;
+};
 
 #endif

@@ -19,7 +19,18 @@ size_t repkv_select_scratch(int n_head, int head_dim) {
 /* Below any relevance: what is not a number, and lanes beyond the last block. */
 #define LOWEST (-3.0e38f)
 
-static inline f32x16 load_index(enum ggml_type type, const void *index, int64_t i) {
+#if defined(REPKV_HALVES)
+/* Eight blocks at a time: the accumulators of sixteen would not fit the registers. */
+typedef __m256 lanes;
+
+static inline lanes load_lanes(enum ggml_type type, const void *index, int64_t i) {
+    if (type == GGML_TYPE_F16) return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)index + i)));
+    return _mm256_loadu_ps((const float *)index + i);
+}
+#else
+typedef f32x16 lanes;
+
+static inline lanes load_lanes(enum ggml_type type, const void *index, int64_t i) {
 #if defined(__AVX512F__)
     if (type == GGML_TYPE_F16) return (f32x16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)((const uint16_t *)index + i)));
 #else
@@ -31,36 +42,41 @@ static inline f32x16 load_index(enum ggml_type type, const void *index, int64_t 
 #endif
     return load16((const float *)index + i);
 }
+#endif
+enum { LANES_AT_ONCE = (int)(sizeof(lanes) / sizeof(float)) };
 
 /* scores[h][16 blocks] = q_h . one representative of each of 16 blocks, for n_heads query heads with stride d. */
 static inline __attribute__((always_inline)) void dot_lanes(const int n_heads, f32x16 *scores, const float *q, int d,
                                                             enum ggml_type type, const void *index, int64_t first) {
-    f32x16 even[MAX_HEADS_AT_ONCE], odd[MAX_HEADS_AT_ONCE];
+    for (int lane = 0; lane < LANES; lane += LANES_AT_ONCE) {
+        lanes even[MAX_HEADS_AT_ONCE], odd[MAX_HEADS_AT_ONCE];
+        const int64_t at = first + lane;
 #pragma GCC unroll 4
-    for (int h = 0; h < n_heads; h++) even[h] = odd[h] = splat16(0.0f);
-    int i = 0;
-    for (; i + 2 <= d; i += 2) {
-        const f32x16 a = load_index(type, index, first + i * LANES), b = load_index(type, index, first + (i + 1) * LANES);
+        for (int h = 0; h < n_heads; h++) even[h] = odd[h] = (lanes){0};
+        int i = 0;
+        for (; i + 2 <= d; i += 2) {
+            const lanes a = load_lanes(type, index, at + i * LANES), b = load_lanes(type, index, at + (i + 1) * LANES);
 #pragma GCC unroll 4
-        for (int h = 0; h < n_heads; h++) {
-            even[h] += splat16(q[h * d + i]) * a;
-            odd[h] += splat16(q[h * d + i + 1]) * b;
+            for (int h = 0; h < n_heads; h++) {
+                even[h] += q[h * d + i] * a;
+                odd[h] += q[h * d + i + 1] * b;
+            }
         }
-    }
-    for (; i < d; i++) {
-        const f32x16 a = load_index(type, index, first + i * LANES);
+        for (; i < d; i++) {
+            const lanes a = load_lanes(type, index, at + i * LANES);
 #pragma GCC unroll 4
-        for (int h = 0; h < n_heads; h++) even[h] += splat16(q[h * d + i]) * a;
-    }
+            for (int h = 0; h < n_heads; h++) even[h] += q[h * d + i] * a;
+        }
 #pragma GCC unroll 4
-    for (int h = 0; h < n_heads; h++) scores[h] = even[h] + odd[h];
+        for (int h = 0; h < n_heads; h++) *(lanes *)((float *)(scores + h) + lane) = even[h] + odd[h];
+    }
 }
 
 /* Folds one more representative's scores into x (and for REPKV_LSE the sum of exp(score - x)). */
 static inline void fold_representative(int kind, f32x16 *x, f32x16 *sum, f32x16 score, int first) {
     /* Finite, so that no difference is NaN: what is not a number counts as lowest. */
-    score = select16(score == score, max16(score, splat16(LOWEST)), splat16(LOWEST));
-    score = select16(score > -LOWEST, splat16(-LOWEST), score);
+    score = select16(above16(score, splat16(LOWEST)), score, splat16(LOWEST));
+    score = select16(above16(score, splat16(-LOWEST)), splat16(-LOWEST), score);
     if (kind == REPKV_MEAN) {
         *x = first ? score : *x + score;
         return;
@@ -112,15 +128,15 @@ static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, 
             f32x16 v[MAX_HEADS_AT_ONCE];
             relevance_of_group(p, v, q + head * d, n, index->type, row(index, g), (int64_t)kv * p->n_repr * d * LANES);
             for (int h = 0; h < n; h++, head++) {
-                f32x16 y = select16(v[h] == v[h], v[h], splat16(LOWEST));
-                y = select16(y > -LOWEST, splat16(-LOWEST), max16(y, splat16(LOWEST))); /* a mean may overflow */
+                f32x16 y = select16(above16(v[h], splat16(LOWEST)), v[h], splat16(LOWEST));
+                y = select16(above16(y, splat16(-LOWEST)), splat16(-LOWEST), y); /* a mean may overflow */
                 for (int64_t b = n_blocks - g * LANES; b < LANES; b++) y[b] = LOWEST;
                 store16(x + head * n_padded + g * LANES, y);
                 if (p->relevance != REPKV_LSE) continue;
                 float *max = scratch + 2 * head * LANES, *sum = max + LANES;
                 const f32x16 old = load16(max), most = max16(old, y);
                 /* Not 1 while there is nothing but the lowest. */
-                const f32x16 weight = select16(y <= LOWEST, splat16(0.0f), exp16(y - most));
+                const f32x16 weight = select16(above16(y, splat16(LOWEST)), exp16(y - most), splat16(0.0f));
                 store16(sum, load16(sum) * exp16(old - most) + weight);
                 store16(max, most);
             }
@@ -184,21 +200,23 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
     }
 }
 
-/* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending. */
-static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, const float *x, int64_t n_padded,
+/* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending; next[0], if next is not
+ * NULL, how many of the next best, then which, best first. */
+static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, int32_t *next, int n_next, const float *x, int64_t n_padded,
                           int n_blocks, const float *max, const float *scale, int h0, int h1, float *best) {
+    const int n_best = n_top + n_next;
     int n = 0;
     for (int first = 0; first < n_blocks; first += LANES) {
         f32x16 weight = splat16(0.0f);
         for (int h = h0; h < h1; h++) {
             const f32x16 v = load16(x + h * n_padded + first);
-            weight += p->relevance == REPKV_LSE ? select16(v <= LOWEST, splat16(0.0f), exp16(v - max[h])) * scale[h] : v;
+            weight += p->relevance == REPKV_LSE ? select16(above16(v, splat16(LOWEST)), exp16(v - max[h]), splat16(0.0f)) * scale[h] : v;
         }
         const int n_lanes = n_blocks - first < LANES ? n_blocks - first : LANES;
         for (int b = 0; b < n_lanes; b++) {
             /* A short sorted list, best first; an equal later block comes after. */
-            if (n == n_top && !(weight[b] > best[n - 1])) continue;
-            int at = n < n_top ? n++ : n - 1;
+            if (n == n_best && !(weight[b] > best[n - 1])) continue;
+            int at = n < n_best ? n++ : n - 1;
             for (; at > 0 && weight[b] > best[at - 1]; at--) {
                 best[at] = best[at - 1];
                 selected[1 + at] = selected[at];
@@ -207,6 +225,11 @@ static void select_blocks(const struct repkv_op_params *p, int32_t *selected, in
             selected[1 + at] = first + b;
         }
     }
+    if (next != NULL) {
+        next[0] = n > n_top ? n - n_top : 0;
+        memmove(next + 1, selected + 1 + n_top, (size_t)next[0] * sizeof *next);
+    }
+    if (n > n_top) n = n_top;
     selected[0] = n;
     /* Ascending, so that memory is read in order and sums do not depend on the ranking. */
     for (int i = 1; i < n; i++) {
@@ -228,11 +251,15 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const int wanted = regions_of(dst->src[1])[N_SELECT];
     int n_top = wanted < p->n_top ? wanted : p->n_top;
     if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
+    int n_next = p->n_next;
+    if (n_top + n_next > MAX_SELECTED) n_next = n_top < MAX_SELECTED ? MAX_SELECTED - n_top : 0;
     if (n_blocks > n_top && n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
     for (int r = ith; r < n_rows; r += nth) {
-        int32_t *selected = (int32_t *)dst->data + r * (1 + p->n_top);
+        int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
+        int32_t *next = p->n_next > 0 ? selected + 1 + p->n_top : NULL;
+        if (next != NULL) next[0] = 0;
         if (n_blocks > n_top && n_top > 0) {
-            select_blocks(p, selected, n_top, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
+            select_blocks(p, selected, n_top, next, n_next, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
         } else {
             selected[0] = n_blocks < n_top ? n_blocks : n_top;
             for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;

@@ -1,0 +1,189 @@
+"""The file that evicted blocks are written to: opening it, and the header before each block (docs/block_file.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.errors import InputError, StoreError
+from pyggml_repkv.ffi.library import native, native_ffi
+
+MAGIC = b"REPKVBLK"
+VERSION = 1
+ALIGN: int = native.REPKV_ALIGN
+
+_HEADER = struct.Struct("<8sII IIQ IIII II QQ Q")
+_CHECKSUM_AT = _HEADER.size - 8
+ROTATED = 1
+
+log = logging.getLogger(__name__)
+
+
+def checksum(data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> int:
+    """XXH64 with seed 0."""
+    buffer = native_ffi.from_buffer(data)
+    return int(native.repkv_checksum(buffer, len(buffer)))
+
+
+def aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """What stands before the records of a block.
+
+    checksums: uint64 [n_layer], one for each record; extra: bytes that the memory wants to find again with the block.
+    """
+
+    block: int
+    first_position: int
+    n_tokens: int
+    rotated: bool
+    types: tuple[int, int]
+    row_bytes: tuple[int, int]
+    checksums: NDArray[np.uint64]
+    extra: bytes
+
+    def pack(self, n_bytes: int) -> bytes:
+        """n_bytes, a multiple of ALIGN, of which `header_bytes` says how many it takes."""
+        fields = (
+            MAGIC, VERSION, n_bytes, self.block, self.n_tokens, self.first_position, len(self.checksums),
+            ROTATED * self.rotated, *self.types, *self.row_bytes, len(self.extra), 0, 0,
+        )  # fmt: skip
+        body = bytearray(_HEADER.pack(*fields) + self.checksums.tobytes() + self.extra)
+        body += bytes(n_bytes - len(body))
+        struct.pack_into("<Q", body, _CHECKSUM_AT, checksum(body))
+        return bytes(body)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> BlockHeader:
+        """Raises StoreError for what is no header, was damaged, or is of a newer format."""
+        if len(data) < _HEADER.size or data[:8] != MAGIC:
+            raise StoreError("there is no block header")
+        (_, version, n_bytes, block, n_tokens, first, n_layer, flags, type_k, type_v, row_k, row_v, n_extra, _, found) = (
+            _HEADER.unpack_from(data)
+        )
+        if version != VERSION:
+            raise StoreError(f"its format is version {version}, and this program reads version {VERSION}")
+        start = _HEADER.size + 8 * n_layer
+        body = bytearray(data)
+        body[_CHECKSUM_AT : _CHECKSUM_AT + 8] = bytes(8)
+        if len(data) != n_bytes or start + n_extra > n_bytes or checksum(body) != found:
+            raise StoreError("its header is damaged")
+        sums = np.frombuffer(data, np.uint64, n_layer, _HEADER.size).copy()
+        extra = data[start : start + n_extra]
+        rotated = bool(flags & ROTATED)
+        return cls(block, first, n_tokens, rotated, (type_k, type_v), (row_k, row_v), sums, extra)
+
+
+def header_bytes(n_layer: int, n_extra: int) -> int:
+    """Bytes that a header takes, a multiple of ALIGN."""
+    return aligned(_HEADER.size + 8 * n_layer + n_extra)
+
+
+class BlockFile:
+    """An open file, read and written directly where the file system can, so that the page cache does not hold it too.
+
+    name: None makes a file that is gone as soon as it is closed, whatever happens to the process.
+    Raises InputError where the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, name: str | None) -> None:
+        self.folder = folder
+        self.path = folder if name is None else folder / name
+        try:
+            if name is None:
+                folder.mkdir(parents=True, exist_ok=True)
+            self.fd, self.direct = _open(folder, name)
+        except OSError as error:
+            raise InputError(f"{self.path}: {error.strerror}; the blocks need a directory that can be written") from None
+        if not self.direct:
+            log.info("%s has no direct I/O: evicted blocks fill the page cache as well", folder)
+
+    def free_bytes(self) -> int:
+        """What the file system could still take."""
+        stat = os.fstatvfs(self.fd)
+        return stat.f_bavail * stat.f_frsize
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def read(self, offset: int, n_bytes: int) -> bytes:
+        """n_bytes from offset on, fewer where the file ends. Raises StoreError."""
+        start = offset // ALIGN * ALIGN
+        # Page-aligned memory, as direct reads want it.
+        want = aligned(offset + n_bytes - start)
+        array = np.empty(want + ALIGN, np.uint8)
+        shift = -array.ctypes.data % ALIGN
+        view = memoryview(array)[shift : shift + want]
+        done = 0
+        try:
+            while done < want and (got := os.preadv(self.fd, [view[done:]], start + done)):
+                done += got
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from None
+        return bytes(view[offset - start : min(done, offset - start + n_bytes)])
+
+    def truncate(self, n_bytes: int) -> None:
+        os.ftruncate(self.fd, n_bytes)
+
+    def sync(self) -> None:
+        """Makes what was written survive a power cut. Raises StoreError."""
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _open(folder: Path, name: str | None) -> tuple[int, bool]:
+    """-> the descriptor and whether it is direct. A file system that cannot says so at once."""
+    if name is not None:
+        return _try_direct(lambda direct: os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | direct, 0o600))
+    made, path = tempfile.mkstemp(prefix="repkv-", suffix=".blocks", dir=folder)
+    try:
+        return _try_direct(lambda direct: os.open(path, os.O_RDWR | os.O_CLOEXEC | direct))
+    finally:
+        os.close(made)
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def _try_direct(open_with: Callable[[int], int]) -> tuple[int, bool]:
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        fd = open_with(direct)
+    except OSError:
+        if not direct:
+            raise
+        return open_with(0), False
+    if not direct or _aligned_io_works(fd):
+        return fd, bool(direct)
+    os.close(fd)
+    return open_with(0), False
+
+
+def _aligned_io_works(fd: int) -> bool:
+    """Some file systems take the flag and refuse the reads."""
+    array = np.empty(2 * ALIGN, np.uint8)
+    shift = -array.ctypes.data % ALIGN
+    try:
+        os.preadv(fd, [memoryview(array)[shift : shift + ALIGN]], 0)
+    except OSError:
+        return False
+    return True
