@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import argparse
 
-from pyggml_repkv.cli.parser import integer, number
+from pyggml_repkv.cli.parser import byte_size, integer, number
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
-from pyggml_repkv.memory.config import CACHE_TYPES, POSITIONS, PRESETS, RELEVANCES, SCORES, MemoryConfig
+from pyggml_repkv.memory.config import (
+    CACHE_TYPES,
+    EVICTED_TYPES,
+    POSITIONS,
+    PREDICTORS,
+    PRESETS,
+    RELEVANCES,
+    SCORES,
+    MemoryConfig,
+)
 
 KV_POLICIES = ("full", "window", "repkv")
 MAX_INT = 2**31 - 1
@@ -115,6 +124,29 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         default = getattr(defaults, flag[2:])
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
     group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
+    group.add_argument(
+        "--kv-dir", metavar="DIR", help="write evicted blocks to a file in DIR instead of keeping them all in RAM"
+    )
+    group.add_argument(
+        "--kv-ram",
+        metavar="SIZE",
+        type=byte_size,
+        help="RAM for evicted blocks, as 256M or 2G; the rest stays on disk (in --kv-dir, or in our cache directory)",
+    )
+    group.add_argument("--kv-disk-max", metavar="SIZE", type=byte_size, help="most disk for evicted blocks (default: none)")
+    group.add_argument(
+        "--cache-type-evicted",
+        dest="type_evicted",
+        metavar="TYPE",
+        choices=EVICTED_TYPES,
+        help=f"type of evicted keys and values on disk: {', '.join(EVICTED_TYPES)} (default: as in RAM)",
+    )
+    group.add_argument(
+        "--prefetch",
+        choices=PREDICTORS,
+        help="how blocks are foreseen that the next layer will want from disk: what it ranked highest in the last step, "
+        f"its index asked with this layer's input, or both (default: {defaults.prefetch})",
+    )
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -110,3 +111,15 @@ def filled_text(value: str) -> str:
 
 def _short(value: str) -> str:
     return repr(value if len(value) <= 40 else f"{value[:37]}...")
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def byte_size(text: str) -> int:
+    """An argparse type for bytes: 1048576, 512K, 256M, 1.5G (powers of 1024, as --kv-ram 256M means)."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", text.strip().upper())
+    n_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if not 0 < n_bytes < 2**50:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 256M or 2G")
+    return n_bytes

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.options import (
@@ -25,7 +25,7 @@ from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
-    from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
+    from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig, Progress
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
 
@@ -51,6 +51,12 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group = parser.add_argument_group("prompt")
     group.add_argument("-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin")
     group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
+    group.add_argument(
+        "--session",
+        metavar="DIR",
+        help="keep what is read and generated in DIR as it goes (with --kv repkv); run again, it goes on from what the "
+        "prompt has in common with it",
+    )
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
     group.add_argument(
@@ -105,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         tokens = tokenize(args, prompt, model.tokenizer)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
-        with _session(args, model, len(tokens)) as session, progress.notices(quiet=args.quiet):
+        with progress.notices(quiet=args.quiet), _session(args, model, len(tokens)) as session:
             _say_budget(args, session, len(tokens))
             _generate(args, model, session, prompt, tokens)
     return 0
@@ -150,7 +156,7 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     if unbounded and not n_ctx and n_prompt > n_ctx_train:
         # Then the memory knows from the start that it will be a long one.
         n_ctx = max(UNBOUNDED_CONTEXT, n_prompt)
-    return model.session(memory_config(args, n_ctx))
+    return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
 def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> None:
@@ -183,6 +189,10 @@ def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: 
     from pyggml_repkv.engine.generate import Generation
 
     generation = Generation(session, model.tokenizer, tokens, _config(args))
+    if args.session is not None:
+        begun = _take_up(args, session, generation, tokens)
+        generation = Generation(session, model.tokenizer, tokens, _config(args), begun=begun)
+        session.keep_with_saves(generation.saved)
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
@@ -194,15 +204,37 @@ def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: 
         else:
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
+        if args.session is not None:
+            session.save(generation.logits)
         _say_timings(args, generation, model, session)
         raise
     result = generation.result()
+    if args.session is not None:
+        session.save(generation.logits)
     if args.json:
         output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c")
     _say_timings(args, generation, model, session)
+
+
+def _take_up(args: argparse.Namespace, session: Session, generation: Generation, tokens: list[int]) -> Begun:
+    """Goes back to where the session and this run have all in common."""
+    from pyggml_repkv.engine.generate import Begun
+
+    def was_cut_off(extra: dict[str, object]) -> bool:
+        known = extra.get("n_prompt") == len(tokens) and extra.get("settings") == generation.identity()
+        return known and not extra.get("finished")
+
+    resumed = session.go_back_to(tokens, was_cut_off)
+    generated = session.tokens[len(tokens) :]
+    if generated or resumed.n_past == len(tokens):
+        _note(args, f"session: the prompt was read before; {len(generated)} tokens of its text are there already")
+    elif resumed.n_past:
+        _note(args, f"session: {resumed.n_past} of {len(tokens)} tokens were read before")
+    sampler = cast("dict[str, Any]", resumed.extra["sampler"]) if generated else None
+    return Begun(min(resumed.n_past, len(tokens)), resumed.logits, tuple(generated), sampler)
 
 
 def _stream(pieces: Iterable[str]) -> None:

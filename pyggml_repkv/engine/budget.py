@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.memory.policy import DiskNeed
 
 _V2_ROOT, _V1_ROOT = "/sys/fs/cgroup", "/sys/fs/cgroup/memory"
 
@@ -63,6 +64,20 @@ def check(parts: dict[str, int], n_tokens: int) -> None:
         raise ComputeError(
             f"{n_tokens} tokens need {size(needed)} of memory ({describe(parts)}) and {size(available)} are free: "
             "give fewer tokens, -ctk q8_0 -ctv q8_0, or --kv window"
+        )
+
+
+def check_disk(need: DiskNeed, n_tokens: int) -> None:
+    """Raises InputError where n_tokens need more disk than there is, or than --kv-disk-max allows."""
+    if need.limit and need.total > need.limit:
+        raise InputError(
+            f"{n_tokens} tokens need {size(need.total)} on disk and --kv-disk-max is {size(need.limit)}: raise it, give "
+            "fewer tokens, or --cache-type-evicted q8_0"
+        )
+    if need.more > need.free:
+        raise InputError(
+            f"{n_tokens} tokens need {size(need.more)} on disk and {need.folder} has {size(need.free)} free: give a "
+            "--kv-dir on a larger disk, fewer tokens, or --cache-type-evicted q8_0"
         )
 
 

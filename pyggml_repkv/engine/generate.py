@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,7 @@ class GenerationResult:
     it belongs to `prompt_ms`; `predicted_ms` is the time of the `n_decoded` single-token steps after it.
 
     tokens: every id drawn, an end-of-generation token or those of a stop string included.
-    n_prompt: prompt tokens read, all of them unless the reading was interrupted.
+    n_prompt: prompt tokens read: all of them, less those that the session had and unless reading was interrupted.
     finish_reason: 'stop' (end-of-generation token or stop string), 'length' (n_predict), 'context' (full), or
     None when the generation was left before its end.
     """
@@ -91,6 +91,20 @@ class GenerationResult:
     def predicted_per_second(self) -> float:
         """Single-token steps per second; 0 when there was none."""
         return 1e3 * self.n_decoded / self.predicted_ms if self.predicted_ms else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a session that goes on has read of a prompt already, and of the text that was being generated after it.
+
+    logits: [n_vocab] after the last token, needed unless some of the prompt is left; sampler: its state, or None for a
+    new one.
+    """
+
+    n_read: int = 0
+    logits: NDArray[np.float32] | None = None
+    tokens: tuple[int, ...] = ()
+    sampler: Mapping[str, Any] | None = None
 
 
 class StopStrings:
@@ -142,12 +156,16 @@ class Generation:
         config: GenerationConfig | None = None,
         *,
         sampler: Sampler | None = None,
+        begun: Begun | None = None,
     ) -> None:
         if not prompt:
             raise InputError("the prompt is empty and this model has no start token: give it some text")
         self.config = config or GenerationConfig()
         self._eog = tokenizer.eog_ids
         self.sampler = sampler or Sampler(self.config.sampling, self._eog if self.config.ignore_eos else ())
+        self._begun_with = begun or Begun()
+        if self._begun_with.sampler is not None:
+            self.sampler.restore(self._begun_with.sampler)
         self._session = session
         self._tokenizer = tokenizer
         self._prompt = list(prompt)
@@ -162,15 +180,18 @@ class Generation:
     def prefill(self, on_progress: Progress | None = None) -> None:
         """Reads the prompt, as iterating does if need be. Raises ContextFullError when it does not fit."""
 
+        n_before = self._begun_with.n_read
+
         def count(n_done: int, n_total: int) -> None:
             self._n_read = n_done
             if on_progress is not None:
-                on_progress(n_done, n_total)
+                on_progress(n_before + n_done, n_before + n_total)
 
         self._begun = perf_counter()
+        rest = self._prompt[n_before:]
         try:
-            self._logits = self._session.prefill(self._prompt, on_progress=count)
-            self._n_read = len(self._prompt)
+            self._logits = self._session.prefill(rest, on_progress=count) if rest else self._begun_with.logits
+            self._n_read = len(rest)
         finally:
             self._prompt_s = perf_counter() - self._begun
 
@@ -204,6 +225,25 @@ class Generation:
             total_ms=1e3 * (now - self._begun) if self._begun else 0.0,
         )
 
+    @property
+    def logits(self) -> NDArray[np.float32] | None:
+        """After the last token that was read."""
+        return self._logits
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for another run to go on with this text."""
+        config = self.config
+        return {"ignore_eos": config.ignore_eos, "stop": list(config.stop), **asdict(config.sampling)}
+
+    def saved(self) -> dict[str, Any]:
+        """What a session keeps so that this text can go on: JSON."""
+        return {
+            "n_prompt": len(self._prompt),
+            "settings": self.identity(),
+            "sampler": self.sampler.state(),
+            "finished": self._finish_reason,
+        }
+
     def _pieces(self) -> Iterator[str]:
         decoder = self._tokenizer.stream()
         for token in self._until_end():
@@ -233,6 +273,10 @@ class Generation:
     def _steps(self) -> Iterator[int]:
         assert self._logits is not None
         history = list(self._prompt)
+        for token in self._begun_with.tokens:
+            history.append(token)
+            self._tokens.append(token)
+            yield token
         while True:
             token = self.sampler.sample(self._logits, history)
             history.append(token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import weakref
@@ -11,12 +12,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pyggml_repkv.engine.session import Session
+from pyggml_repkv.engine.session_store import SessionStore
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
 from pyggml_repkv.memory.boundaries import BoundaryScores
-from pyggml_repkv.memory.policy import MemoryConfig, PolicyInputs
+from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
@@ -91,15 +93,61 @@ class Model:
 
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
 
-    def session(self, memory: MemoryConfig | None = None) -> Session:
-        """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short."""
+    def session(self, memory: MemoryConfig | None = None, *, directory: str | os.PathLike[str] | None = None) -> Session:
+        """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short.
+
+        directory: where it is kept as it goes (`repkv` only); what is kept there already is taken up by `go_back_to`,
+        or by `resume`.
+        """
         if self.backend.closed:
             raise InputError("the model is closed")
         memory = memory or MemoryConfig()
-        policy = make_policy(PolicyInputs(self.graph, memory, self._boundaries))
-        session = Session(self.graph, self.backend, self.tokenizer, policy, memory, self.weight_bytes)
+        store = None if directory is None else self._open_store(Path(directory), memory)
+        long = None if store is None else bool(store.meta("settings")["far from the start"])
+
+        def make() -> Policy:
+            file = None if store is None else store.blocks
+            return make_policy(PolicyInputs(self.graph, memory, self._boundaries, file, long))
+
+        try:
+            session = Session(
+                self.graph, self.backend, self.tokenizer, memory, self.weight_bytes, make_policy=make, store=store
+            )
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
         self._sessions.add(session)
         return session
+
+    def resume(self, directory: str | os.PathLike[str], memory: MemoryConfig | None = None) -> Session:
+        """The session that is kept in a directory, as of its newest save. Raises as `session` does."""
+        session = self.session(memory or MemoryConfig(kv="repkv"), directory=directory)
+        try:
+            session.go_back_to(None, lambda _: False)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _open_store(self, folder: Path, memory: MemoryConfig) -> SessionStore:
+        if memory.kv != "repkv":
+            raise InputError(f"--session keeps what --kv repkv remembers; --kv is {memory.kv}")
+        if memory.kv_dir:
+            raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
+        long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
+        return SessionStore(folder, {"model": self.fingerprint, "settings": memory.identity(long=long)})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the file: its size, its header and the beginning of every tensor. Reading all would take a second a GB."""
+        digest = hashlib.blake2b(digest_size=16)
+        data, offsets = self.file.data, sorted(info.offset for info in self.file.tensors.values())
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(bytes(data[: offsets[0]]))
+        for offset in offsets:
+            digest.update(bytes(data[offset : offset + 4096]))
+        return digest.hexdigest()
 
     def _boundaries(self) -> BoundaryScores:
         return BoundaryScores(self.tokenizer.token_bytes, FirstLayerKeys(self.weights, self.config))

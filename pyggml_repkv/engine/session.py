@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
 
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.generate import Generation, GenerationConfig
-from pyggml_repkv.errors import ContextFullError, InputError
+from pyggml_repkv.engine.saver import SAVE_EVERY, Saver
+from pyggml_repkv.engine.session_store import SessionStore, common_prefix
+from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
 from pyggml_repkv.memory.policy import MemoryConfig, Policy
+from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
+MayResume = Callable[[dict[str, object]], bool]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a session went on: tokens read, the logits of the last one if they were saved, and the caller's `extra`."""
+
+    n_past: int
+    logits: np.ndarray | None
+    extra: dict[str, object]
+
 
 # Tokens between two looks at how much memory is left: reading it takes some 50 microseconds.
 CHECK_EVERY = 2048
@@ -33,19 +52,32 @@ class Session:
         graph: GraphModel,
         backend: Backend,
         tokenizer: Tokenizer,
-        policy: Policy,
         memory: MemoryConfig,
         weight_bytes: int,
+        make_policy: Callable[[], Policy],
+        store: SessionStore | None = None,
     ) -> None:
+        """make_policy: makes an empty memory, also in place of one whose blocks were lost; store: where it is kept."""
         self.n_past = 0
         self.n_batch = memory.n_batch
-        self.policy = policy
+        self._graph, self._backend, self._make_policy = graph, backend, make_policy
+        self.policy = make_policy()
         self._config, self._tokenizer = graph.config, tokenizer
-        self._plans = PlanCache(graph, policy, backend)
+        self._plans = PlanCache(graph, self.policy, backend)
+        # What was read, and in steps of how many tokens: reading it again gives the same memory.
+        self._tokens, self._steps = array("i"), array("i")
+        self._store = store
+        self._saver = Saver(store, self.policy) if store and isinstance(self.policy, RepKVMemory) else None
+        self._n_steps_saved = 0
         self._lock = backend.lock
         self._closed = False
         self._checked_up_to = 0
         self._weight_bytes = weight_bytes
+
+    @property
+    def tokens(self) -> list[int]:
+        """What has been read."""
+        return self._tokens.tolist()
 
     @property
     def n_ctx(self) -> int:
@@ -64,6 +96,9 @@ class Session:
         sizes = self.policy.split(max(n_prompt, 1), self.n_batch)
         outputs: Outputs = "all" if sizes[0] == 1 else "none" if len(sizes) > 1 else "last"
         self._plans.prepare(outputs, sizes[0])
+        need = self.policy.disk_need(min(n_prompt + n_more, self.n_ctx))
+        if need is not None:
+            budget.check_disk(need, n_prompt + n_more)
         # Weights are there already, or file pages that the kernel takes back when it has to.
         budget.check({**self.policy.bytes_at(n_prompt), "compute": self.compute_bytes}, n_prompt)
         parts = self.policy.bytes_at(min(n_prompt + n_more, self.n_ctx))
@@ -85,6 +120,8 @@ class Session:
             if on_progress is not None:
                 on_progress(end, len(ids))
         assert logits is not None
+        # A prompt's end is where the next one is most likely to part from it.
+        self._save(logits[0], wait=True)
         return logits[0]
 
     def read(self, tokens: Sequence[int]) -> None:
@@ -125,9 +162,112 @@ class Session:
         if len(chunk) == 1:
             outputs = "all"
         self._check_room(self.n_past + len(chunk))
-        logits = self._plans.run(outputs, chunk, self.n_past)
-        self.n_past += len(chunk)
+        logits = self._run(outputs, chunk)
+        last = logits[-1] if logits is not None else None
+        due = SAVE_EVERY if len(chunk) == 1 else 1
+        if self._saver is not None and self.n_past - self._saver.saved >= due:
+            self._save(last, wait=self.n_past - self._saver.saved >= max(self.n_batch, SAVE_EVERY))
         return logits
+
+    def _run(self, outputs: Outputs, chunk: np.ndarray) -> np.ndarray | None:
+        """One step, after reading everything again where blocks of it were lost."""
+        try:
+            logits = self._plans.run(outputs, chunk, self.n_past)
+        except StoreError as error:
+            if not error.lost:
+                raise
+            log.warning("%s: reading its %d tokens again", error, self.n_past)
+            self._read_again(self._tokens, self._steps)
+            logits = self._plans.run(outputs, chunk, self.n_past)
+        self._count(chunk)
+        return logits
+
+    def _count(self, chunk: np.ndarray) -> None:
+        self.n_past += len(chunk)
+        self._tokens.extend(chunk.tolist())
+        self._steps.append(len(chunk))
+
+    def _read_again(self, tokens: Sequence[int], steps: Sequence[int]) -> np.ndarray | None:
+        """Makes the memory anew from tokens, in the same steps -> logits of the last. Raises what reading raises."""
+        ids, sizes = np.array(tokens, np.int32), list(steps)
+        if self._saver is not None:
+            self._saver.close()
+        with self._lock:
+            self._plans.close()
+            self.policy.close()
+        if self._store is not None:
+            self._store.start_anew()
+        self.policy = self._make_policy()
+        self._plans = PlanCache(self._graph, self.policy, self._backend)
+        extra = self._saver.extra if self._saver is not None else dict
+        self._saver = Saver(self._store, self.policy) if self._store and isinstance(self.policy, RepKVMemory) else None
+        if self._saver is not None:
+            self._saver.extra = extra
+        self.n_past, self._n_steps_saved = 0, 0
+        self._tokens, self._steps = array("i"), array("i")
+        logits = None
+        for i, size in enumerate(sizes, 1):
+            chunk = ids[self.n_past : self.n_past + size]
+            logits = self._plans.run("all" if size == 1 else "last" if i == len(sizes) else "none", chunk, self.n_past)
+            self._count(chunk)
+        return None if logits is None else logits[-1]
+
+    def _save(self, logits: np.ndarray | None, *, wait: bool) -> None:
+        if self._saver is None or (self.n_past == self._saver.saved and logits is None):
+            return
+        new = np.array(self._tokens[self._saver.saved :], np.int32)
+        steps = self._steps[self._n_steps_saved :].tolist()
+        if self._saver.offer(self.n_past, new, steps, None if logits is None else logits.copy(), wait=wait):
+            self._n_steps_saved = len(self._steps)
+
+    def save(self, logits: np.ndarray | None = None) -> None:
+        """Saves what was read since the last save, and waits until it is on disk.
+
+        logits: of the last token, so that a session that goes on here needs not ask for them. Raises InputError where
+        the session has no directory, StoreError where saving failed.
+        """
+        if self._saver is None:
+            raise InputError("the session is not kept anywhere: open it with a directory")
+        self._save(logits, wait=True)
+        self._saver.finish()
+
+    def keep_with_saves(self, extra: Callable[[], dict[str, object]]) -> None:
+        """What `extra` returns, as JSON, is part of every save from now on."""
+        if self._saver is not None:
+            self._saver.extra = extra
+
+    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume) -> Resumed:
+        """Restores the newest save from which a prompt can be read on; None: the newest of all.
+
+        may_resume(extra of the newest): whether a save beyond the prompt may be taken, as when its text was being
+        continued. Where
+        nothing fits, the session is empty and what was saved is forgotten. What cannot be restored is read again.
+        """
+        assert self._saver is not None
+        assert self._store is not None
+        tokens, steps = self._store.tokens()
+        prefix = len(tokens) if prompt is None else common_prefix(tokens, np.asarray(prompt, np.int64))
+        checkpoints = self._store.checkpoints()
+        goes_on = prompt is not None and prefix == len(prompt) and bool(checkpoints) and may_resume(checkpoints[0][2])
+        for n_past, has_logits, extra in checkpoints:
+            fits = n_past <= prefix and (has_logits or prompt is None or n_past < len(prompt))
+            if not fits and not (goes_on and has_logits):
+                continue
+            sizes = steps[: int(np.searchsorted(np.cumsum(steps), n_past, side="right"))]
+            try:
+                checkpoint = self._saver.restore(n_past, tokens[:n_past])
+            except StoreError as error:
+                if not error.lost:
+                    raise
+                log.warning("%s: reading its %d tokens again", error, n_past)
+                logits = self._read_again(tokens[:n_past].tolist(), sizes.tolist())
+                self._save(logits, wait=True)
+                return Resumed(n_past, logits, extra)
+            self.n_past, self._tokens = n_past, array("i", tokens[:n_past].tolist())
+            self._steps, self._n_steps_saved = array("i", sizes.tolist()), len(sizes)
+            return Resumed(n_past, checkpoint.logits, extra)
+        self._store.rewind(0, 0)
+        return Resumed(0, None, {})
 
     def _check_room(self, n_tokens: int) -> None:
         """Linux promises memory that it does not have and kills the process that uses it, so ask first."""
@@ -161,8 +301,12 @@ class Session:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                if self._saver is not None:
+                    self._saver.close()
                 self._plans.close()
                 self.policy.close()
+                if self._store is not None:
+                    self._store.close()
 
     def __enter__(self) -> Session:
         return self

@@ -29,7 +29,7 @@ class Arenas:
         """Raises ComputeError where there is not even address space."""
         tensor = self._context.new(type_, shape, name)
         array = lazy_zeros(g.ggml_nbytes(tensor))
-        self._memory[tensor.contents.name] = array.base, 0
+        self._memory[tensor.contents.name] = array.base.obj, 0  # numpy keeps a memoryview of the mapping
         buffer = Buffer.over(array)
         buffer.place(tensor, 0)
         self._buffers.append(buffer)

@@ -48,6 +48,10 @@ class Blocks(Protocol):
         """Makes blocks of the tokens before `end` -> the new ones' [first, end)."""
         ...
 
+    def restore(self, bounds: Sequence[int], tokens: Sequence[int]) -> None:
+        """Takes over blocks that were made elsewhere, and tells the tokens after them."""
+        self.bounds[:] = bounds
+
 
 class FixedBlocks(Blocks):
     """Blocks of `size` tokens, whatever the tokens are."""
@@ -90,6 +94,12 @@ class SemanticBlocks(Blocks):
         del self._tokens[max(0, first - self.sealed_end) :]
         self._tokens.extend(tokens[max(0, self.sealed_end - first) :])
         self._known_end = first + len(tokens)
+
+    def restore(self, bounds: Sequence[int], tokens: Sequence[int]) -> None:
+        super().restore(bounds, tokens)
+        self._tokens = array("i", tokens)
+        self._known_end = self.sealed_end + len(tokens)
+        self._decided_by = bounds[-2] + self.max_size + LOOKAHEAD if len(bounds) > 1 else 0
 
     def seal(self, end: int) -> list[tuple[int, int]]:
         first = begin = self.sealed_end

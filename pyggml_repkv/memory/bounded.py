@@ -56,7 +56,12 @@ class BoundedMemory(ABC):
         self.n_ctx = memory.n_ctx or UNBOUNDED_CONTEXT
         # Pass keys were found less often where the first part of a text was read in one way and the rest in the other.
         long_from_the_start = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train
+        if inputs.long is not None:
+            long_from_the_start = inputs.long
+        self.long = long_from_the_start
         self.far = memory.positions == "far" or long_from_the_start
+        # n_past when they began to be far: 0 from the start, -1 not yet.
+        self.far_at = 0 if self.far else -1
         self.ops = MemoryOps(graph.fused_ops)
         self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
         n_stored = self.n_ctx if n_stored is None else min(n_stored, self.n_ctx)
@@ -177,7 +182,7 @@ class BoundedMemory(ABC):
 
     def _go_far(self, n_past: int) -> None:
         """Takes the rotation out of what is stored."""
-        self.far = True
+        self.far, self.far_at = True, n_past
         if n_past == 0:
             return
         n_ctx = self.config.n_ctx_train
@@ -186,8 +191,7 @@ class BoundedMemory(ABC):
             parts = [(0, n_past, 0)]
         else:
             # What is on disk is turned back whenever it is read.
-            table = [self._unrotation(first, min(first + 4096, n_past)) for first in range(0, n_past, 4096)]
-            self.disk.unrotate(np.concatenate(table))
+            self.disk.unrotate(self.unrotation(0, n_past))
             parts = [(0, min(self.memory.n_sink, n_past), 0), (self.disk.sealed_end, n_past, self.store_base)]
         # Some thousand rows at a time: the table is made in float64.
         for begin, end, base in parts:
@@ -195,9 +199,11 @@ class BoundedMemory(ABC):
                 self._unrotate(first, min(first + 4096, end), base)
         self.went_far()
 
-    def _unrotation(self, first: int, end: int) -> NDArray[np.float32]:
+    def unrotation(self, first: int, end: int) -> NDArray[np.float32]:
         """[n, rope_dim]: cosines and sines that turn stored keys of positions [first, end) back."""
         half = self.config.rope_dim // 2
+        if end - first > 4096:
+            return np.concatenate([self.unrotation(a, min(a + 4096, end)) for a in range(first, end, 4096)])
         table = np.ascontiguousarray(self.graph.precise_rope_table(np.arange(first, end)).T)  # [n, rope_dim]
         table[:, half:] *= -1
         # cos(0) is YaRN's factor, 1 elsewhere: keys were multiplied by it and rotating back multiplies again.
@@ -206,7 +212,7 @@ class BoundedMemory(ABC):
 
     def _unrotate(self, first: int, end: int, base: int) -> None:
         """Turns the stored keys of positions [first, end), at rows from first - base on, back."""
-        table = self._unrotation(first, end)
+        table = self.unrotation(first, end)
         scratch = np.empty(2 * self.config.n_embd_kv, np.float32)
         for tensor in self.k_store:
             rows = as_rows(tensor)[first - base : end - base]

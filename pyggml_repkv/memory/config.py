@@ -118,6 +118,20 @@ class MemoryConfig:
         """Whether evicted blocks are written to a file."""
         return bool(self.kv_dir or self.kv_ram)
 
+    def identity(self, *, long: bool) -> dict[str, object]:
+        """What a saved session depends on, by names that a user knows. long: far from the start because n_ctx says so.
+
+        `far from the start` is not compared: a session stays what it was begun as.
+        """
+        return {
+            "-b": self.n_batch, "-ctk": self.type_k, "-ctv": self.type_v, "--n-sink": self.n_sink,
+            "--n-local": self.n_local, "--n-dense": self.n_dense, "--block": self.block, "--top-blocks": self.top_blocks,
+            "--chunk-blocks": self.chunk_blocks, "--n-repr": self.n_repr, "--score": self.score,
+            "--n-score": self.n_scoring, "--relevance": self.relevance, "--per-head": self.per_head,
+            "--positions": self.positions, "--cache-type-evicted": self.type_evicted or "as in RAM",
+            "far from the start": long,
+        }  # fmt: skip
+
     @property
     def n_scoring(self) -> int:
         """How many later queries score a token."""

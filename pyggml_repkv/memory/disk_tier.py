@@ -173,6 +173,11 @@ class DiskTier:
             rows[self.n_sink : self.n_sink + n_kept] = rows[first : first + n_kept].copy()
         self.base = self.sealed_end - self.n_sink
 
+    def resume(self, sealed_end: int) -> None:
+        """Goes on with an empty row for each token from sealed_end on."""
+        self.sealed_end = sealed_end
+        self.base = sealed_end - self.n_sink
+
     def ram_bytes_at(self, n_blocks: int) -> int:
         """What the slots take once there are n_blocks."""
         return self.n_layer * self.layout.slot_bytes * min(n_blocks, self.n_slots)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.memory.block_file import BlockFile
 from pyggml_repkv.memory.boundaries import BoundaryScores
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
@@ -39,11 +40,17 @@ Form = Literal["ggml", "one", "packed"]
 
 @dataclass(frozen=True, slots=True)
 class PolicyInputs:
-    """What a policy is made from. boundaries: where a text may be cut, for policies that cut it."""
+    """What a policy is made from. boundaries: where a text may be cut, for policies that cut it.
+
+    block_file: of a session that is kept, for policies that evict blocks; long: whether the sequence is to be taken for
+    one beyond the trained context from its start (None: as n_ctx says).
+    """
 
     graph: GraphModel
     memory: MemoryConfig
     boundaries: Callable[[], BoundaryScores]
+    block_file: BlockFile | None = None
+    long: bool | None = None
 
 
 NO_DISK: dict[str, object] = {

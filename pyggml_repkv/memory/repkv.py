@@ -5,23 +5,25 @@ A block that is selected is attended where it lies.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import LANES
 from pyggml_repkv.memory.arenas import as_array, as_rows
-from pyggml_repkv.memory.block_file import BlockFile
+from pyggml_repkv.memory.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.blocks import Blocks, FixedBlocks, SemanticBlocks, parse_block
 from pyggml_repkv.memory.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.bounded import N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
 from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
+from pyggml_repkv.memory.repkv_state import RepKVState, pack_block, unpack_block
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
@@ -37,7 +39,7 @@ class RepKVMemory(BoundedMemory):
 
     def __init__(self, inputs: PolicyInputs) -> None:
         memory, config = inputs.memory, inputs.graph.config
-        self._block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
+        self.block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
         super().__init__(inputs, n_stored=None, n_tensors=2 * config.n_layer + 2)
         self.blocks = _make_blocks(inputs)
         n_groups = self._max_blocks // LANES
@@ -47,7 +49,7 @@ class RepKVMemory(BoundedMemory):
         layers = range(config.n_layer)
         self.index = [self.arenas.new(type_, (n_groups, n_values), f"index-{i}") for i in layers]
         dtype = np.float32 if memory.type_k == "f32" else np.float16
-        self._index = [as_array(t, dtype).reshape(n_groups, *self._block_shape, LANES) for t in self.index]
+        self.index_arrays = [as_array(t, dtype).reshape(n_groups, *self.block_shape, LANES) for t in self.index]
         self.score_tensors = [
             self.arenas.new(g.GGML_TYPE_F32, (self.n_ctx, config.n_head_kv), f"score_l-{i}") for i in layers
         ]
@@ -56,14 +58,16 @@ class RepKVMemory(BoundedMemory):
         self._places = as_array(self.places_tensor, np.int32).reshape(-1, 2)
         self._group_bytes: int = config.n_layer * self.index[0].contents.nb[1]  # of the index, 16 blocks
         # Which tokens stand for each block; longer than there are blocks.
-        self._chosen = np.empty((0, config.n_layer, config.n_head_kv, memory.n_repr), np.int32)
+        self.chosen = np.empty((0, config.n_layer, config.n_head_kv, memory.n_repr), np.int32)
         self._undo: tuple[int, list[NDArray[np.float32]]] | None = None
 
     def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
         memory, scheme = inputs.memory, parse_block(inputs.memory.block)
-        if not memory.on_disk:
+        if not memory.on_disk and inputs.block_file is None:
             return None
-        file = BlockFile(Path(memory.kv_dir) if memory.kv_dir else default_folder(), None)
+        file = inputs.block_file
+        if file is None:
+            file = BlockFile(Path(memory.kv_dir) if memory.kv_dir else default_folder(), None)
         n_rows = inputs.graph.config.n_head_kv if memory.per_head else 1
         # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
         # move less often.
@@ -71,11 +75,19 @@ class RepKVMemory(BoundedMemory):
         try:
             return DiskTier(
                 inputs.graph.config, memory, file, max_block=scheme.max_size, max_blocks=self._max_blocks,
-                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=0, n_threads=N_IO_THREADS,
+                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=self._n_extra(inputs), n_threads=N_IO_THREADS,
             )  # fmt: skip
         except BaseException:
             file.close()
             raise
+
+    def _n_extra(self, inputs: PolicyInputs) -> int:
+        """Bytes of a block's header for what only a session that goes on elsewhere needs."""
+        if inputs.block_file is None:
+            return 0
+        n_repr, type_bytes = inputs.memory.n_repr, 4 if inputs.memory.type_k == "f32" else 2
+        config = inputs.graph.config
+        return config.n_layer * config.n_head_kv * n_repr * (4 + config.head_dim * type_bytes)
 
     @property
     def _max_blocks(self) -> int:
@@ -136,18 +148,56 @@ class RepKVMemory(BoundedMemory):
         self.blocks.append(tokens.tolist(), n_past)
         first_new = self.blocks.n_blocks
         for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
-            if block == len(self._chosen):
-                room = np.empty((max(64, block), *self._chosen.shape[1:]), np.int32)
-                self._chosen = np.concatenate((self._chosen, room))
-            self._chosen[block] = [self.representatives(i, begin, end) for i in range(self.config.n_layer)]
+            self._make_room_for(block)
+            self.chosen[block] = [self.representatives(i, begin, end) for i in range(self.config.n_layer)]
             self._index_block(block)
             self._places[block] = begin, end - begin
             if self.disk is not None:
-                self.disk.seal(begin, end, rotated=not self.far, extra=b"")
+                extra = pack_block(self, block) if self.disk.layout.n_extra else b""
+                self.disk.seal(begin, end, rotated=not self.far, extra=extra)
         if self.disk is not None:
             self._forget_scores()
         self._remember_scores(n_past, len(tokens))
         return self.blocks.sealed_end, self.blocks.n_blocks
+
+    def _make_room_for(self, block: int) -> None:
+        if block >= len(self.chosen):
+            room = np.empty((max(64, block), *self.chosen.shape[1:]), np.int32)
+            self.chosen = np.concatenate((self.chosen, room))
+
+    def restore(self, state: RepKVState, headers: Sequence[tuple[int, BlockHeader]], tokens: Sequence[int]) -> None:
+        """Goes on where `take_state` was, in a memory that is still empty; the rows follow by `put_rows`.
+
+        headers: offset and header of each block; tokens: those from state.sealed_end on. Raises StoreError where the
+        blocks are not those of the state.
+        """
+        assert self.disk is not None
+        position = self.memory.n_sink
+        for block, (offset, header) in enumerate(headers):
+            if (header.block, header.first_position) != (block, position):
+                raise StoreError(f"{self.disk.file.path}: block {block} is not where it should be")
+            position += header.n_tokens
+            self._make_room_for(block)
+            unpack_block(self, block, header)
+            self._places[block] = header.first_position, header.n_tokens
+            self.disk.store.add(header, offset)
+        if position != state.sealed_end:
+            raise StoreError(f"{self.disk.file.path}: its blocks end at token {position}, not at {state.sealed_end}")
+        bounds = [self.memory.n_sink, *np.cumsum([h.n_tokens for _, h in headers], dtype=np.int64) + self.memory.n_sink]
+        self.blocks.restore([int(b) for b in bounds], tokens)
+        self.far, self.far_at = state.far_at >= 0, state.far_at
+        if state.far_at > 0:
+            self.disk.unrotate(self.unrotation(0, state.far_at))
+        self.disk.resume(position)
+        self.local_base = self.local_start(state.n_past)
+        if state.far_at > 0:
+            # What they carry of the index is from before their keys were turned back.
+            for block in (b for b, (_, header) in enumerate(headers) if header.rotated):
+                self._index_block(block)
+        for scores, values in zip(self.scores, state.scores, strict=True):
+            scores[state.sealed_end : state.n_past] = values.reshape(-1, self.config.n_head_kv)
+        for layer, blocks in enumerate(state.warm):
+            self.disk.store.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
 
     def representatives(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""
@@ -194,9 +244,9 @@ class RepKVMemory(BoundedMemory):
 
     def _index_block(self, block: int) -> None:
         begin, end = self.blocks.bounds[block : block + 2]
-        for layer, chosen in enumerate(self._chosen[block]):
+        for layer, chosen in enumerate(self.chosen[block]):
             keys = self.block_keys(layer, begin, end, chosen)
-            self._index[layer][block // LANES, ..., block % LANES] = keys
+            self.index_arrays[layer][block // LANES, ..., block % LANES] = keys
 
     def went_far(self) -> None:
         for block in range(self.blocks.n_blocks):
@@ -236,11 +286,11 @@ class RepKVMemory(BoundedMemory):
         """Positions of the tokens that stand for a sealed block, int32 [K, n_repr]."""
         if not 0 <= block < self.blocks.n_blocks:
             raise IndexError(block)
-        return self._chosen[block][layer].copy()
+        return self.chosen[block][layer].copy()
 
     def indexed_keys(self, layer: int, block: int) -> NDArray[np.float32]:
         """What the index holds for a sealed block, float32 [K, n_repr, d]."""
-        return self._index[layer][block // LANES, ..., block % LANES].astype(np.float32)
+        return self.index_arrays[layer][block // LANES, ..., block % LANES].astype(np.float32)
 
     @property
     def block_bounds(self) -> NDArray[np.int32]:
@@ -297,7 +347,7 @@ class RepKVMemory(BoundedMemory):
         }
 
     def close(self) -> None:
-        self.scores, self._index, self._undo = [], [], None
+        self.scores, self.index_arrays, self._undo = [], [], None
         self._places = np.empty((0, 2), np.int32)
         super().close()
 

@@ -1,4 +1,4 @@
-"""Blocks do not depend on the steps, failed ones included; slots agree with a cache that recomputes every score."""
+"""Blocks do not depend on the steps, failed ones included."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -7,7 +7,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pyggml_repkv.memory.blocks import FixedBlocks, SemanticBlocks
 from pyggml_repkv.memory.boundaries import LOOKAHEAD, BoundaryScores
-from pyggml_repkv.memory.slots import Slots
 
 TEXTS = [b" the", b"ing", b".", b",", b"\n", b"\n\n", b" ", b"3", b'"', "。".encode(), b"\xe3", b""]
 KEYS = np.random.default_rng(0).normal(size=(len(TEXTS), 6))
@@ -104,68 +103,3 @@ def test_semantic_blocks_wait_for_tokens_that_are_not_known(n_sink, sizes, seed,
     new += blocks.seal(end)
     assert blocks.bounds == naive_bounds(tokens[:n_known], n_sink, *sizes, end)
     assert new == list(zip(blocks.bounds, blocks.bounds[1:], strict=False))
-
-
-class SlotsMachine(RuleBasedStateMachine):
-    """Beside it: slot, score and last use of every resident block, all scores decayed in every call."""
-
-    @initialize(n_slots=st.integers(0, 8), decay=st.sampled_from([0.5, 0.9, 0.999, 1.0]))
-    def start(self, n_slots, decay):
-        self.slots, self.decay, self.now = Slots(n_slots, decay), decay, 0
-        self.where, self.score, self.last = {}, {}, {}
-
-    @rule(data=st.data())
-    def take(self, data):
-        n_slots = self.slots.n_slots
-        wanted = data.draw(st.lists(st.integers(0, 12), max_size=n_slots))
-        self.now += 1
-        self.score = {block: score * self.decay for block, score in self.score.items()}
-        missing = [block for block in dict.fromkeys(wanted) if block not in self.where]
-        idle = [block for block in self.where if block not in wanted]
-
-        loads = self.slots.take(wanted)
-
-        assert [block for block, _ in loads] == missing
-        assert len({slot for _, slot in loads}) == len(loads)
-        victims = [block for block in idle if self.slots.slot_of(block) is None]
-        assert len(victims) == max(0, len(self.where) + len(missing) - n_slots)
-        for victim in victims:
-            for survivor in set(idle) - set(victims):
-                # a rounding apart, either may go
-                assert self.score[victim] <= self.score[survivor] * (1 + 1e-9)
-                if self.score[victim] == self.score[survivor]:
-                    assert self.tie_rank(victim) < self.tie_rank(survivor)
-        for victim in victims:
-            self.drop(victim)
-        for block, slot in loads:
-            assert slot not in self.where.values()
-            self.where[block], self.score[block] = slot, 0.0
-        for block in set(wanted):
-            self.score[block] += 1
-            self.last[block] = self.now
-            assert self.slots.slot_of(block) == self.where[block]
-
-    @precondition(lambda self: self.where)
-    @rule(data=st.data())
-    def forget(self, data):
-        block = data.draw(st.integers(0, 12))
-        self.slots.forget(block)
-        if block in self.where:
-            self.drop(block)
-
-    @invariant()
-    def the_same_blocks_lie_in_the_same_slots(self):
-        if hasattr(self, "slots"):
-            assert self.slots.resident == self.where
-            assert len(set(self.where.values())) == len(self.where) <= self.slots.n_slots
-            assert all(0 <= slot < self.slots.n_slots for slot in self.where.values())
-
-    def tie_rank(self, block):
-        return self.last[block], self.where[block]
-
-    def drop(self, block):
-        del self.where[block], self.score[block], self.last[block]
-
-
-SlotsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
-TestSlots = SlotsMachine.TestCase

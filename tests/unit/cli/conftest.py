@@ -111,8 +111,8 @@ class FakeModel:
     def __exit__(self, *_):
         self.closed.append("model")
 
-    def session(self, memory):
-        self.memory = memory
+    def session(self, memory, *, directory=None):
+        self.memory, self.directory = memory, directory
         return FakeSession(self, memory)
 
     def render(self, messages):

@@ -1,0 +1,281 @@
+"""A directory in which a session is kept as it goes: state in SQLite, blocks and open tokens in files beside it.
+
+    lock          held by the process that uses the session
+    session.db    tokens, blocks, checkpoints (docs/block_file.md)
+    blocks.kv     evicted blocks
+    window-N.kv   the tokens that no block holds; N changes when they are rewritten
+
+A checkpoint names only bytes that are on disk already, so whatever kills the process, the newest one is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.errors import InputError, StoreError
+from pyggml_repkv.memory.block_file import BlockFile, BlockHeader
+from pyggml_repkv.memory.repkv_state import RepKVState
+from pyggml_repkv.memory.window_file import WindowFile
+
+FORMAT = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE tokens (first INTEGER PRIMARY KEY, ids BLOB NOT NULL, steps BLOB NOT NULL);
+CREATE TABLE blocks (block INTEGER PRIMARY KEY, first INTEGER NOT NULL, n_tokens INTEGER NOT NULL, offset INTEGER NOT NULL);
+CREATE TABLE checkpoints (
+    n_past INTEGER PRIMARY KEY, sealed_end INTEGER NOT NULL, n_blocks INTEGER NOT NULL, far_at INTEGER NOT NULL,
+    window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL);
+"""
+
+# Checkpoints nearer than this to the one after them are dropped, unless something else asks for the prompt's end.
+SPACING = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A point from which a session can go on. logits: float32 [n_vocab] of the last token, if it was asked for them;
+    window: number of the file with its open tokens; extra: what the caller wants to find again.
+    """
+
+    state: RepKVState
+    window: int
+    logits: NDArray[np.float32] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What is new since the commit before: a checkpoint, the rows of tokens at `positions` (rising) for the window file,
+    all tokens from first_token on with the sizes of the steps that read them, and (block, first, n_tokens, offset) of
+    blocks.
+    """
+
+    checkpoint: Checkpoint
+    positions: NDArray[np.int64]
+    rows: NDArray[np.uint8]
+    first_token: int
+    tokens: NDArray[np.int32]
+    steps: NDArray[np.int32]
+    blocks: list[tuple[int, int, int, int]]
+
+
+class SessionStore:
+    """Opens the directory or makes it.
+
+    identity: what must be equal for the session to be of any use, by name: {"model": ..., "settings": {...}}.
+    Raises InputError: in use, of another model, with other settings, of a newer format, or not usable at all.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self._lock = _take_lock(folder)
+        try:
+            self._db = self._open_db()
+            self._check_identity(identity)
+            self.blocks = BlockFile(folder, "blocks.kv")
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _open_db(self) -> sqlite3.Connection:
+        path = self.folder / "session.db"
+        try:
+            # One thread at a time uses it: the one that opens, then the one that saves.
+            db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('format', '{FORMAT}'); COMMIT;")
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        return db
+
+    def _unusable(self, error: sqlite3.Error) -> InputError:
+        return InputError(
+            f"--session {self.folder}: session.db cannot be used ({error}); check permissions and the disk, or move the "
+            "directory away to start anew"
+        )
+
+    def _check_identity(self, identity: dict[str, Any]) -> None:
+        try:
+            meta = dict(self._db.execute("SELECT key, value FROM meta"))
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        where = f"--session {self.folder}"
+        if meta.get("format") != str(FORMAT):
+            raise InputError(f"{where}: its format is version {meta.get('format')}, this program reads version {FORMAT}")
+        if "model" not in meta:
+            with self._transaction():
+                for key, value in identity.items():
+                    self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+            return
+        if json.loads(meta["model"]) != identity["model"]:
+            raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
+        before, now = json.loads(meta["settings"]), json.loads(json.dumps(identity["settings"]))
+        now.pop("far from the start", None)
+        other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
+        if other:
+            raise InputError(f"{where}: made with other settings ({', '.join(other)}); give those, or another directory")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Any:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def meta(self, key: str) -> Any:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """All tokens, and the sizes of the steps that read them: int32."""
+        rows = self._db.execute("SELECT ids, steps FROM tokens ORDER BY first").fetchall()
+        ids, steps = (np.concatenate([np.empty(0, np.int32), *(np.frombuffer(r[i], np.int32) for r in rows)]) for i in (0, 1))
+        return ids.astype(np.int32), steps.astype(np.int32)
+
+    def checkpoints(self) -> list[tuple[int, bool, dict[str, Any]]]:
+        """(n_past, whether it has logits, extra), the newest first."""
+        query = "SELECT n_past, logits IS NOT NULL, extra FROM checkpoints ORDER BY n_past DESC"
+        return [(n_past, bool(has_logits), json.loads(extra)) for n_past, has_logits, extra in self._db.execute(query)]
+
+    def load(self, n_past: int, n_layer: int) -> Checkpoint:
+        row = self._db.execute(
+            "SELECT sealed_end, n_blocks, far_at, window, scores, warm, logits, extra FROM checkpoints WHERE n_past = ?",
+            (n_past,),
+        ).fetchone()
+        sealed_end, n_blocks, far_at, window, scores, warm, logits, extra = row
+        state = RepKVState(
+            n_past, sealed_end, n_blocks, far_at,
+            np.frombuffer(scores, np.float32).reshape(n_layer, -1), np.frombuffer(warm, np.int32).reshape(n_layer, -1),
+        )  # fmt: skip
+        return Checkpoint(state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra))
+
+    def headers(self, n_blocks: int, header_bytes: int) -> list[tuple[int, BlockHeader]]:
+        """Offset and header of the first blocks. Raises StoreError where one is missing or damaged."""
+        rows = self._db.execute("SELECT block, first, n_tokens, offset FROM blocks WHERE block < ? ORDER BY block", (n_blocks,))
+        found = []
+        for block, first, n_tokens, offset in rows.fetchall():
+            try:
+                header = BlockHeader.unpack(self.blocks.read(offset, header_bytes))
+            except StoreError as error:
+                raise StoreError(f"{self.blocks.path}: block {block}: {error}") from None
+            if (header.block, header.first_position, header.n_tokens) != (block, first, n_tokens):
+                raise StoreError(f"{self.blocks.path}: block {block} is not where it should be")
+            found.append((offset, header))
+        if len(found) != n_blocks:
+            raise StoreError(f"{self.folder}: only {len(found)} of {n_blocks} blocks are known")
+        return found
+
+    def window(self, number: int, entry_bytes: int, n_sink: int, n_ring: int) -> WindowFile:
+        try:
+            return WindowFile(
+                self.folder / f"window-{number}.kv", entry_bytes=entry_bytes, n_sink=n_sink, n_ring=n_ring
+            )
+        except OSError as error:
+            raise InputError(f"--session {self.folder}: window-{number}.kv: {error.strerror}") from None
+
+    def rewind(self, n_past: int, n_blocks: int) -> None:
+        """Forgets what came after; n_past 0 forgets everything but whose session it is."""
+        with self._transaction():
+            self._db.execute("DELETE FROM checkpoints WHERE n_past > ?", (n_past,))
+            self._db.execute("DELETE FROM blocks WHERE block >= ?", (n_blocks,))
+            row = self._db.execute(
+                "SELECT first, ids, steps FROM tokens WHERE first < ? ORDER BY first DESC LIMIT 1", (n_past,)
+            ).fetchone()
+            self._db.execute("DELETE FROM tokens WHERE first >= ?", (n_past,))
+            if row is not None:
+                # Checkpoints and rows of tokens end together, so this only drops what was never named by one.
+                first, ids, steps = row[0], np.frombuffer(row[1], np.int32), np.frombuffer(row[2], np.int32)
+                kept = int(np.searchsorted(np.cumsum(steps), n_past - first, side="right"))
+                values = ids[: n_past - first].tobytes(), steps[:kept].tobytes(), first
+                self._db.execute("UPDATE tokens SET ids = ?, steps = ? WHERE first = ?", values)
+
+    def start_anew(self) -> None:
+        """Forgets everything but whose session it is; the block file was closed with the memory that used it."""
+        self.rewind(0, 0)
+        self.blocks = BlockFile(self.folder, "blocks.kv")
+
+    def commit(self, commit: Commit, window: WindowFile) -> None:
+        """Once all blocks are written: makes everything durable, then names it. Raises StoreError."""
+        state = commit.checkpoint.state
+        window.write(commit.positions, commit.rows)
+        window.sync()
+        self.blocks.sync()
+        logits = commit.checkpoint.logits
+        try:
+            with self._transaction():
+                tokens = commit.tokens.tobytes(), commit.steps.tobytes()
+                if len(commit.tokens):
+                    self._db.execute("INSERT INTO tokens VALUES (?, ?, ?)", (commit.first_token, *tokens))
+                self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", commit.blocks)
+                self._db.execute(
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        state.n_past, state.sealed_end, state.n_blocks, state.far_at, commit.checkpoint.window,
+                        state.scores.tobytes(), state.warm.tobytes(), None if logits is None else logits.tobytes(),
+                        json.dumps(commit.checkpoint.extra),
+                    ),
+                )  # fmt: skip
+                self._prune(commit.checkpoint, window)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.folder}: session.db could not be written: {error}", lost=False) from None
+        for path in self.folder.glob("window-*.kv"):
+            if path != window.path:
+                path.unlink(missing_ok=True)
+
+    def _prune(self, newest: Checkpoint, window: WindowFile) -> None:
+        """Drops checkpoints whose tokens the window no longer has, and those that are close to the next."""
+        first_kept = newest.state.n_past - window.n_ring
+        self._db.execute("DELETE FROM checkpoints WHERE window <> ? OR sealed_end < ?", (newest.window, first_kept))
+        following = newest.state.n_past
+        for n_past, prompt_end in self._db.execute(
+            "SELECT n_past, json_extract(extra, '$.n_prompt') FROM checkpoints WHERE n_past < ? ORDER BY n_past DESC",
+            (newest.state.n_past,),
+        ).fetchall():
+            if following - n_past < SPACING and n_past != prompt_end:
+                self._db.execute("DELETE FROM checkpoints WHERE n_past = ?", (n_past,))
+            else:
+                following = n_past
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()
+        os.close(self._lock)
+
+
+def _take_lock(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InputError(f"--session {folder}: {error.strerror}; it must be a directory that can be written") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise InputError(f"--session {folder}: another process uses it; wait for it, or give another directory") from None
+    return lock
+
+
+def common_prefix(a: Sequence[int] | NDArray[np.int32], b: Sequence[int] | NDArray[np.int32]) -> int:
+    """How many of the first tokens are equal."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(differs[0]) if len(differs) else n

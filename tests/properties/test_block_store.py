@@ -1,0 +1,279 @@
+"""Slots and what lies in them, under any order of blocks put, required and fetched ahead, and under faults."""
+
+import errno
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from pyggml_repkv.errors import StoreError
+from pyggml_repkv.ffi.library import native
+from pyggml_repkv.memory.block_file import BlockHeader, checksum
+from tests.stores import MAX_BLOCKS, MAX_TOKENS, N_LAYER, StoreBench
+
+DECAY = 0.9
+
+
+@given(st.binary(max_size=300), st.integers(0, 40))
+def test_the_checksum_is_xxh64(data, skip):
+    # From any alignment.
+    data = data * 3
+    assert checksum(bytearray(data)[skip:]) == xxhash.xxh64_intdigest(data[skip:])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Beside it, plainly: which block lies where, every score decayed at every call. Nothing is fetched ahead here."""
+
+    folder: object
+
+    @initialize(n_slots=st.integers(1, 6), n_threads=st.integers(0, 3), seed=st.integers(0, 99))
+    def start(self, n_slots, n_threads, seed):
+        self.bench = StoreBench(self.folder, n_slots=n_slots, n_threads=n_threads)
+        self.rng = np.random.default_rng(seed)
+        self.where = [{} for _ in range(N_LAYER)]
+        self.score = [{} for _ in range(N_LAYER)]
+        self.last = [{} for _ in range(N_LAYER)]
+        self.now = [0] * N_LAYER
+
+    def teardown(self):
+        if hasattr(self, "bench"):
+            self.bench.close()
+
+    @precondition(lambda self: len(self.bench.blocks) < MAX_BLOCKS)
+    @rule(n_tokens=st.integers(1, MAX_TOKENS))
+    def put(self, n_tokens):
+        self.bench.put(n_tokens, self.rng)
+
+    @precondition(lambda self: self.bench.blocks)
+    @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1))
+    def require(self, data, layer):
+        n = len(self.bench.blocks)
+        blocks = st.lists(st.integers(max(0, n - 10), n - 1), max_size=self.bench.n_slots, unique=True)
+        wanted = data.draw(blocks)
+        where, score, last = self.where[layer], self.score[layer], self.last[layer]
+        self.now[layer] += 1
+        for block in score:
+            score[block] *= DECAY
+        missing = [block for block in wanted if block not in where]
+        free = sorted(set(range(self.bench.n_slots)) - set(where.values()))
+        idle = sorted((b for b in where if b not in wanted), key=lambda b: (score[b], last[b], where[b]))
+
+        self.bench.store.require(layer, wanted)
+
+        resident = self.bench.store.resident(layer).tolist()
+        victims = [b for b in where if resident[where[b]] != b]
+        assert len(victims) == max(0, len(missing) - len(free))
+        for victim in victims:
+            assert victim not in wanted
+            for survivor in set(idle) - set(victims):
+                # A rounding apart, either may go.
+                assert score[victim] <= score[survivor] * (1 + 1e-9)
+            del where[victim], score[victim], last[victim]
+        for block in missing:
+            where[block], score[block] = resident.index(block), 0.0
+            assert self.bench.store.resident(layer)[where[block]] == block
+        for block in wanted:
+            score[block] += 1
+            last[block] = self.now[layer]
+            for got, want in zip(self.bench.attended(layer, block), self.bench.blocks[block][layer], strict=True):
+                assert np.array_equal(got, want)
+
+    @precondition(lambda self: self.bench.blocks)
+    @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1), flush=st.booleans())
+    def read(self, data, layer, flush):
+        """From a staging buffer, or from disk."""
+        if flush:
+            self.bench.store.flush()
+        block = data.draw(st.integers(0, len(self.bench.blocks) - 1))
+        want = self.bench.blocks[block][layer]
+        for got, rows in zip(self.bench.store.read(layer, block, len(want[0])), want, strict=True):
+            assert np.array_equal(got, rows)
+
+    @invariant()
+    def every_slot_holds_what_it_should(self):
+        if hasattr(self, "bench"):
+            for layer in range(N_LAYER):
+                resident = self.bench.store.resident(layer).tolist()
+                assert {b: i for i, b in enumerate(resident) if b >= 0} == self.where[layer]
+
+
+def test_slots_hold_the_blocks_that_were_required(tmp_path):
+    machine = type("Machine", (StoreMachine,), {"folder": tmp_path})
+    run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+
+
+@given(data=st.data(), seed=st.integers(0, 999), delay=st.sampled_from([0, 0, 300]), reorder=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_what_is_fetched_ahead_changes_nothing_but_time(data, seed, delay, reorder, tmp_path_factory):
+    rng = np.random.default_rng(seed)
+    with StoreBench(tmp_path_factory.mktemp("store"), n_slots=6, n_threads=data.draw(st.integers(1, 4))) as bench:
+        bench.store.inject(delay_us=delay, reorder=reorder, seed=seed)
+        for _ in range(20):
+            bench.put(int(rng.integers(1, MAX_TOKENS + 1)), rng)
+        for _ in range(15):
+            layer = int(rng.integers(N_LAYER))
+            for other in range(N_LAYER):
+                bench.store.prefetch(other, rng.permutation(20)[: rng.integers(0, 9)].tolist())
+            wanted = rng.permutation(20)[: rng.integers(1, 5)].tolist()
+            bench.store.require(layer, wanted)
+            for block in wanted:
+                for got, want in zip(bench.attended(layer, block), bench.blocks[block][layer], strict=True):
+                    assert np.array_equal(got, want)
+        stats = bench.store.stats
+        assert stats.required == stats.hits + stats.late + stats.missed
+        assert stats.used <= stats.issued
+        assert stats.written_bytes <= bench.store.end
+
+
+@pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
+@pytest.mark.parametrize("nth", range(1, 9))
+def test_a_read_that_fails_once_is_tried_again(tmp_path, kind, nth):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2, n_threads=1) as bench:
+        for _ in range(4):
+            bench.put(10, rng)
+        bench.store.flush()
+        bench.store.inject(read_at=nth, read_kind=getattr(native, f"REPKV_IO_{kind}"), error=errno.EIO)
+        for block in (0, 1, 2, 3):
+            for layer in range(N_LAYER):
+                bench.store.require(layer, [block])
+                for got, want in zip(bench.attended(layer, block), bench.blocks[block][layer], strict=True):
+                    assert np.array_equal(got, want)
+        assert bench.store.stats.retries == 1
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("READ", "Input/output error"), ("SHORT", "ends"), ("CHECKSUM", "checksum")])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_read_that_keeps_failing_is_one_clear_line(tmp_path, kind, reason, ahead):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2) as bench:
+        for _ in range(4):
+            bench.put(10, rng)
+        bench.store.flush()
+        bench.store.inject(read_at=1, keep=1, read_kind=getattr(native, f"REPKV_IO_{kind}"), error=errno.EIO)
+        if ahead:
+            bench.store.prefetch(1, [3])
+        with pytest.raises(StoreError, match=f"block 3 of layer 1 could not be read: .*{reason}") as raised:
+            bench.store.require(1, [3])
+        assert raised.value.lost
+        assert "\n" not in str(raised.value)
+
+
+def test_a_failed_prefetch_is_no_error(tmp_path):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2, n_threads=1) as bench:
+        for _ in range(2):
+            bench.put(10, rng)
+        bench.store.flush()
+        bench.store.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_READ, error=errno.EIO)
+        bench.store.prefetch(0, [1])
+        while bench.store.stats.retries < 2:
+            pass
+        bench.store.inject()
+        bench.store.require(0, [1])
+        assert np.array_equal(bench.attended(0, 1)[0], bench.blocks[1][0][0])
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_failed_write_is_said_by_the_next_call_and_loses_nothing(tmp_path, nth):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=3) as bench:
+        bench.store.inject(write_at=nth, keep=1, error=errno.ENOSPC)
+        with pytest.raises(StoreError, match=f"block {nth - 1} could not be written: No space left") as raised:
+            for _ in range(40):
+                bench.put(10, rng)
+        assert not raised.value.lost
+        with pytest.raises(StoreError, match="could not be written"):
+            bench.store.flush()
+        # What could not be written is still where it was.
+        for block in range(min(3, len(bench.blocks))):
+            bench.store.require(0, [block])
+            assert np.array_equal(bench.attended(0, block)[0], bench.blocks[block][0][0])
+
+
+def test_a_short_write_goes_on(tmp_path):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path) as bench:
+        bench.store.inject(write_at=1, keep=1, error=0)
+        for _ in range(5):
+            bench.put(20, rng)
+        bench.store.flush()
+        bench.store.inject()
+        for block in range(5):
+            assert np.array_equal(bench.store.read(1, block, 20)[1], bench.blocks[block][1][1])
+
+
+@pytest.mark.parametrize("file_type", ["q8_0", "f32"])
+def test_another_type_on_disk_rounds_once(tmp_path, file_type):
+    """The same whether a block comes from a staging buffer or from disk."""
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, file_types=(file_type, file_type)) as bench:
+        bench.put(16, rng)
+        early = [rows.copy() for rows in bench.store.read(0, 0, 16)]
+        bench.store.flush()
+        late = bench.store.read(0, 0, 16)
+        for a, b, given_rows in zip(early, late, bench.blocks[0][0], strict=True):
+            assert np.array_equal(a, b)
+            got, want = (x.view(np.float16).astype(np.float32) for x in (a, given_rows))
+            assert np.allclose(got, want, atol=0 if file_type == "f32" else np.abs(want).max() / 127)
+
+
+def test_damage_in_the_file_is_noticed(tmp_path):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, name="blocks.kv") as bench:
+        for _ in range(3):
+            bench.put(12, rng)
+        bench.store.flush()
+        offset = bench.store.offsets[1] + bench.layout.header_bytes + 100
+        with open(tmp_path / "blocks.kv", "r+b", buffering=0) as file:
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 4]))
+        bench.file.sync()
+        bench.store.read(0, 0, 12)
+        bench.store.read(1, 1, 12)
+        with pytest.raises(StoreError, match="block 1 of layer 0 could not be read: its checksum is wrong"):
+            bench.store.read(0, 1, 12)
+
+
+def test_a_truncated_file_is_noticed(tmp_path):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, name="blocks.kv") as bench:
+        for _ in range(3):
+            bench.put(12, rng)
+        bench.store.flush()
+        bench.file.truncate(bench.store.offsets[2])
+        bench.store.read(0, 1, 12)
+        with pytest.raises(StoreError, match="block 2 of layer 0 could not be read: the file ends"):
+            bench.store.read(0, 2, 12)
+
+
+headers = st.builds(
+    BlockHeader,
+    block=st.integers(0, 2**31 - 1),
+    first_position=st.integers(0, 2**40),
+    n_tokens=st.integers(1, 4096),
+    rotated=st.booleans(),
+    types=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    row_bytes=st.tuples(st.integers(1, 2**20), st.integers(1, 2**20)),
+    checksums=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40).map(lambda x: np.array(x, np.uint64)),
+    extra=st.binary(max_size=500),
+)
+
+
+@given(header=headers, at=st.integers(0, 4095), bit=st.integers(0, 7))
+def test_a_header_comes_back_or_is_refused(header, at, bit):
+    data = header.pack(4096)
+    again = BlockHeader.unpack(data)
+    assert again.pack(4096) == data
+    assert (again.extra, again.first_position) == (header.extra, header.first_position)
+    damaged = bytearray(data)
+    damaged[at] ^= 1 << bit
+    with pytest.raises(StoreError):
+        BlockHeader.unpack(bytes(damaged))
+    with pytest.raises(StoreError):
+        BlockHeader.unpack(data[:-1])

@@ -1,0 +1,172 @@
+"""Blocks on disk change nothing but time: RepKV's logits are the same bit for bit wherever its blocks are."""
+
+import errno
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import StoreError
+from pyggml_repkv.ffi.library import native
+from pyggml_repkv.memory.blocks import parse_block
+from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from tests.tiny_models import TinySpec, write_tiny_model
+
+N_TRAINED, N_LAYER = 150, 3
+TOKENS = np.random.default_rng(8).integers(0, 280, 700).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("disk") / "model.gguf"
+    write_tiny_model(path, TinySpec(n_layer=N_LAYER, n_head=4, n_head_kv=2, head_dim=32, n_ctx=N_TRAINED, seed=2))
+    with Model.load(path, threads=2, repack=False) as loaded:
+        yield loaded
+
+
+def slot_bytes(memory):
+    """Of one block in all layers."""
+    k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
+    return N_LAYER * parse_block(memory.block).max_size * (k + v)
+
+
+@st.composite
+def memories(draw):
+    positions = draw(st.sampled_from(["exact", "far", "auto", "auto"]))
+    return MemoryConfig(
+        kv="repkv",
+        n_ctx=0 if positions == "auto" else 1024,
+        n_batch=draw(st.integers(20, 60)),
+        n_sink=draw(st.sampled_from([0, 5])),
+        n_local=draw(st.sampled_from([32, 64])),
+        n_score=20,
+        n_dense=draw(st.sampled_from([0, 100])),
+        block=draw(st.sampled_from(["fixed:16", "fixed:24", "semantic:16-32"])),
+        top_blocks=draw(st.integers(0, 4)),
+        chunk_blocks=draw(st.integers(0, 4)),
+        n_repr=draw(st.integers(1, 4)),
+        positions=positions,
+        per_head=draw(st.booleans()),
+        type_k=draw(st.sampled_from(["f16", "q8_0", "f32"])),
+        type_v=draw(st.sampled_from(["f16", "q8_0", "f32"])),
+        relevance=draw(st.sampled_from(["lse", "mean"])),
+        prefetch=draw(st.sampled_from(PREDICTORS)),
+        kv_debug=True,
+    )
+
+
+def read(session, n_prompt, n_decode):
+    logits = [session.prefill(TOKENS[:n_prompt]).copy()]
+    return np.array(logits + [session.decode(t).copy() for t in TOKENS[n_prompt : n_prompt + n_decode]])
+
+
+def n_slots(model, memory):
+    with model.session(memory) as session:
+        n_dense_at_once = session.policy.n_top_max
+    return max(1, n_dense_at_once * (2 if memory.per_head else 1))
+
+
+@given(
+    memory=memories(),
+    n_prompt=st.integers(150, 500),
+    n_decode=st.integers(0, 30),
+    n_more=st.integers(0, 20),
+    faults=st.sampled_from([{}, {}, {"delay_us": 300}, {"reorder": 1, "delay_us": 100}]),
+)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memory, n_prompt, n_decode, n_more, faults):
+    folder = str(tmp_path_factory.mktemp("kv"))
+    ram = slot_bytes(memory) * (n_slots(model, memory) + n_more)
+    with model.session(memory) as here, model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
+        there.policy.disk.store.inject(seed=n_prompt, **faults)
+        assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
+        prefetch = there.stats()["prefetch"]
+        assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
+        for layer in range(N_LAYER):
+            stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
+            assert np.array_equal(*stored)
+        assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
+
+
+MEMORY = MemoryConfig(
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
+    chunk_blocks=3, kv_debug=True,
+)  # fmt: skip
+SMALL = slot_bytes(MEMORY) * 4
+
+
+@pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
+@pytest.mark.parametrize("n_prompt", [300, 230])
+def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt):
+    """Never a wrong logit from bad bytes: what cannot be read is computed again, and the log says so."""
+    with model.session(MEMORY) as here, model.session(replace(MEMORY, kv_ram=SMALL)) as there:
+        want = read(here, n_prompt, 40)
+        got = [there.prefill(TOKENS[:n_prompt]).copy()]
+        there.policy.disk.store.flush()
+        broken = there.policy
+        broken.disk.store.inject(read_at=1, keep=1, read_kind=getattr(native, f"REPKV_IO_{kind}"), error=errno.EIO)
+        got += [there.decode(t).copy() for t in TOKENS[n_prompt : n_prompt + 40]]
+        assert np.array_equal(want, got)
+        assert there.policy is not broken
+    assert "reading its" in caplog.text
+    assert "could not be read" in caplog.text
+
+
+def test_a_block_that_is_lost_again_and_again_is_an_error(model, monkeypatch):
+    from pyggml_repkv.memory.block_store import BlockStore
+
+    opened = BlockStore.__init__
+
+    def broken(self, *args, **options):
+        opened(self, *args, **options)
+        self.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_READ, error=errno.EIO)
+
+    monkeypatch.setattr(BlockStore, "__init__", broken)
+    with model.session(replace(MEMORY, kv_ram=SMALL)) as session, pytest.raises(StoreError, match="could not be read"):
+        session.prefill(TOKENS[:400])
+        for token in TOKENS[400:600]:
+            session.decode(token)
+
+
+@pytest.mark.parametrize("nth", range(1, 12, 2))
+def test_a_full_disk_ends_the_run_with_one_line(model, nth):
+    with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
+        session.policy.disk.store.inject(write_at=nth, keep=1, error=errno.ENOSPC)
+        with pytest.raises(StoreError, match="could not be written: No space left on device"):
+            session.prefill(TOKENS)
+
+
+def test_too_little_ram_for_what_is_attended_at_once_is_said_with_the_number(model):
+    from pyggml_repkv.errors import InputError
+
+    with pytest.raises(InputError, match="--kv-ram"):
+        model.session(replace(MEMORY, kv_ram=1000))
+
+
+def test_the_file_is_gone_with_the_session(model, tmp_path):
+    with model.session(replace(MEMORY, kv_dir=str(tmp_path), kv_ram=SMALL)) as session:
+        session.prefill(TOKENS[:300])
+        assert list(tmp_path.iterdir()) == []
+        assert session.stats()["disk_bytes"] > 0
+
+
+def test_scores_of_evicted_tokens_are_not_kept(model):
+    from pyggml_repkv.errors import InputError
+
+    with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
+        session.prefill(TOKENS[:300])
+        assert session.policy.get_scores(0, 290).shape == (2,)
+        with pytest.raises(InputError, match="not kept"):
+            session.policy.get_scores(0, 10)
+
+
+def test_quantised_evicted_blocks_change_little(model):
+    with model.session(MEMORY) as here, model.session(replace(MEMORY, kv_ram=SMALL, type_evicted="q8_0")) as there:
+        want, got = read(here, 400, 20), read(there, 400, 20)
+        assert there.policy.disk.store.end < 0.62 * 400 * N_LAYER * 256 + 25 * 4096 * (1 + N_LAYER)
+    cosine = (want * got).sum(1) / np.linalg.norm(want, axis=1) / np.linalg.norm(got, axis=1)
+    assert cosine.min() > 0.99
+    assert not np.array_equal(want, got)
