@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.memory.repkv_state import entry_bytes, put_rows, take_rows, take_state
 from pyggml_repkv.memory.window_file import WindowFile
 
+log = logging.getLogger(__name__)
+
 # Single tokens are saved so many at a time: a process that is killed loses at most these.
 SAVE_EVERY = 32
 
@@ -24,12 +26,11 @@ N_BACK = 1024
 
 
 class Saver:
-    """Of one memory and one directory. `extra` is asked at each save for what the caller wants to find again."""
+    """Of one memory and one directory."""
 
     def __init__(self, store: SessionStore, memory: RepKVMemory) -> None:
         self.store, self._memory = store, memory
-        self.extra: Callable[[], dict[str, Any]] = dict
-        self.saved = 0
+        self.saved = self._committed = 0
         self._n_blocks_saved = 0
         self._window_number = 0
         self._far_at = memory.far_at
@@ -46,6 +47,7 @@ class Saver:
         assert self._memory.disk is not None
         # What the newest checkpoint needs must outlast what the next one writes; and what older ones need, N_BACK more.
         n_ring = m.n_local + self._memory.disk.layout.max_tokens + LOOKAHEAD + 3 * max(m.n_batch, SAVE_EVERY) + N_BACK
+        n_ring = self.store.keep_meta("n_ring", n_ring)
         return self.store.window(self._window_number, entry_bytes(self._memory), m.n_sink, n_ring)
 
     def restore(self, n_past: int, tokens: NDArray[np.int32]) -> Checkpoint:
@@ -66,15 +68,18 @@ class Saver:
         for first, rows in parts:
             put_rows(memory, first, rows)
         self.store.rewind(n_past, state.n_blocks)
-        self.saved, self._n_blocks_saved, self._far_at = n_past, state.n_blocks, state.far_at
+        self.saved = self._committed = n_past
+        self._n_blocks_saved, self._far_at = state.n_blocks, state.far_at
         return checkpoint
 
     def offer(
-        self, n_past: int, tokens: NDArray[np.int32], steps: list[int], logits: NDArray[np.float32] | None, *, wait: bool
-    ) -> bool:
+        self, n_past: int, tokens: NDArray[np.int32], steps: list[int], logits: NDArray[np.float32] | None,
+        extra: dict[str, Any], *, wait: bool,
+    ) -> bool:  # fmt: skip
         """Saves, if the save before is done or `wait` says to wait for it -> whether it did.
 
-        tokens, steps: those read since `saved`. Raises StoreError where a save failed.
+        tokens, steps: those read since `saved`; extra: what the caller wants to find again. Raises StoreError where a
+        save failed.
         """
         with self._wake:
             self._raise_error()
@@ -90,14 +95,15 @@ class Saver:
                 self._window_number += 1
                 self._window = self._open_window()
                 self._far_at, first_row = memory.far_at, 0
-            self._work = self._take(n_past, first_row, tokens, steps, logits)
+            self._work = self._take(n_past, first_row, tokens, steps, logits, extra)
             self.saved = n_past
             self._n_blocks_saved = memory.blocks.n_blocks
             self._wake.notify_all()
         return True
 
     def _take(
-        self, n_past: int, first_row: int, tokens: NDArray[np.int32], steps: list[int], logits: NDArray[np.float32] | None
+        self, n_past: int, first_row: int, tokens: NDArray[np.int32], steps: list[int],
+        logits: NDArray[np.float32] | None, extra: dict[str, Any],
     ) -> Commit:  # fmt: skip
         memory = self._memory
         assert memory.disk is not None
@@ -109,7 +115,7 @@ class Saver:
         blocks = [
             (b, bounds[b], bounds[b + 1] - bounds[b], offsets[b]) for b in range(self._n_blocks_saved, state.n_blocks)
         ]
-        checkpoint = Checkpoint(state, self._window_number, logits, self.extra())
+        checkpoint = Checkpoint(state, self._window_number, logits, extra)
         rows = take_rows(memory, positions)
         return Commit(checkpoint, positions, rows, self.saved, tokens, np.array(steps, np.int32), blocks)
 
@@ -138,7 +144,8 @@ class Saver:
             try:
                 assert self._memory.disk is not None
                 self._memory.disk.store.flush()
-                self.store.commit(work, self._window)
+                self.store.commit(work, self._window, self._memory.memory.n_batch)
+                self._committed = work.checkpoint.state.n_past
             except RepkvError as error:
                 self._error = error
             except Exception as error:
@@ -153,4 +160,6 @@ class Saver:
             self._stopping = True
             self._wake.notify_all()
         self._thread.join()
+        if self._error is not None:
+            log.warning("%s (what was read after token %d is not kept)", self._error, self._committed)
         self._window.close()

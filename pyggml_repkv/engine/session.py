@@ -68,7 +68,8 @@ class Session:
         self._tokens, self._steps = array("i"), array("i")
         self._store = store
         self._saver = Saver(store, self.policy) if store and isinstance(self.policy, RepKVMemory) else None
-        self._n_steps_saved = 0
+        self._n_steps_saved = self._prompt_end = 0
+        self._extra: Callable[[], dict[str, object]] = dict
         self._lock = backend.lock
         self._closed = False
         self._checked_up_to = 0
@@ -121,6 +122,7 @@ class Session:
                 on_progress(end, len(ids))
         assert logits is not None
         # A prompt's end is where the next one is most likely to part from it.
+        self._prompt_end = self.n_past
         self._save(logits[0], wait=True)
         return logits[0]
 
@@ -163,11 +165,16 @@ class Session:
             outputs = "all"
         self._check_room(self.n_past + len(chunk))
         logits = self._run(outputs, chunk)
-        last = logits[-1] if logits is not None else None
-        due = SAVE_EVERY if len(chunk) == 1 else 1
-        if self._saver is not None and self.n_past - self._saver.saved >= due:
-            self._save(last, wait=self.n_past - self._saver.saved >= max(self.n_batch, SAVE_EVERY))
+        self._save_if_due(len(chunk), logits)
         return logits
+
+    def _save_if_due(self, n_tokens: int, logits: np.ndarray | None) -> None:
+        if self._saver is None:
+            return
+        n_new = self.n_past - self._saver.saved
+        if n_new >= (SAVE_EVERY if n_tokens == 1 else 1):
+            # Waiting where the file could not take twice as much without losing what the save before needs.
+            self._save(None if logits is None else logits[-1], wait=n_new >= max(self.n_batch, SAVE_EVERY))
 
     def _run(self, outputs: Outputs, chunk: np.ndarray) -> np.ndarray | None:
         """One step, after reading everything again where blocks of it were lost."""
@@ -199,10 +206,7 @@ class Session:
             self._store.start_anew()
         self.policy = self._make_policy()
         self._plans = PlanCache(self._graph, self.policy, self._backend)
-        extra = self._saver.extra if self._saver is not None else dict
         self._saver = Saver(self._store, self.policy) if self._store and isinstance(self.policy, RepKVMemory) else None
-        if self._saver is not None:
-            self._saver.extra = extra
         self.n_past, self._n_steps_saved = 0, 0
         self._tokens, self._steps = array("i"), array("i")
         logits = None
@@ -210,6 +214,7 @@ class Session:
             chunk = ids[self.n_past : self.n_past + size]
             logits = self._plans.run("all" if size == 1 else "last" if i == len(sizes) else "none", chunk, self.n_past)
             self._count(chunk)
+            self._save_if_due(size, logits)
         return None if logits is None else logits[-1]
 
     def _save(self, logits: np.ndarray | None, *, wait: bool) -> None:
@@ -217,7 +222,8 @@ class Session:
             return
         new = np.array(self._tokens[self._saver.saved :], np.int32)
         steps = self._steps[self._n_steps_saved :].tolist()
-        if self._saver.offer(self.n_past, new, steps, None if logits is None else logits.copy(), wait=wait):
+        extra = {"n_prompt": self._prompt_end, **self._extra()}
+        if self._saver.offer(self.n_past, new, steps, None if logits is None else logits.copy(), extra, wait=wait):
             self._n_steps_saved = len(self._steps)
 
     def save(self, logits: np.ndarray | None = None) -> None:
@@ -233,8 +239,7 @@ class Session:
 
     def keep_with_saves(self, extra: Callable[[], dict[str, object]]) -> None:
         """What `extra` returns, as JSON, is part of every save from now on."""
-        if self._saver is not None:
-            self._saver.extra = extra
+        self._extra = extra
 
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume) -> Resumed:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
@@ -261,6 +266,7 @@ class Session:
                     raise
                 log.warning("%s: reading its %d tokens again", error, n_past)
                 logits = self._read_again(tokens[:n_past].tolist(), sizes.tolist())
+                self._prompt_end = n_past
                 self._save(logits, wait=True)
                 return Resumed(n_past, logits, extra)
             self.n_past, self._tokens = n_past, array("i", tokens[:n_past].tolist())

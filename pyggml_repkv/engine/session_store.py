@@ -39,9 +39,6 @@ CREATE TABLE checkpoints (
     window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL);
 """
 
-# Checkpoints nearer than this to the one after them are dropped, unless something else asks for the prompt's end.
-SPACING = 512
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -144,6 +141,11 @@ class SessionStore:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
+    def keep_meta(self, key: str, value: Any) -> Any:
+        """What was said of a key first: now, or by an earlier process."""
+        self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+        return self.meta(key)
+
     def tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """All tokens, and the sizes of the steps that read them: int32."""
         rows = self._db.execute("SELECT ids, steps FROM tokens ORDER BY first").fetchall()
@@ -212,8 +214,11 @@ class SessionStore:
         self.rewind(0, 0)
         self.blocks = BlockFile(self.folder, "blocks.kv")
 
-    def commit(self, commit: Commit, window: WindowFile) -> None:
-        """Once all blocks are written: makes everything durable, then names it. Raises StoreError."""
+    def commit(self, commit: Commit, window: WindowFile, spacing: int) -> None:
+        """Once all blocks are written: makes everything durable, then names it. Raises StoreError.
+
+        Checkpoints nearer than `spacing` to the one after them are dropped, but for those at the end of a prompt.
+        """
         state = commit.checkpoint.state
         window.write(commit.positions, commit.rows)
         window.sync()
@@ -233,15 +238,15 @@ class SessionStore:
                         json.dumps(commit.checkpoint.extra),
                     ),
                 )  # fmt: skip
-                self._prune(commit.checkpoint, window)
+                self._prune(commit.checkpoint, window, spacing)
         except sqlite3.Error as error:
             raise StoreError(f"{self.folder}: session.db could not be written: {error}", lost=False) from None
         for path in self.folder.glob("window-*.kv"):
             if path != window.path:
                 path.unlink(missing_ok=True)
 
-    def _prune(self, newest: Checkpoint, window: WindowFile) -> None:
-        """Drops checkpoints whose tokens the window no longer has, and those that are close to the next."""
+    def _prune(self, newest: Checkpoint, window: WindowFile, spacing: int) -> None:
+        """Also drops checkpoints whose tokens the window no longer has."""
         first_kept = newest.state.n_past - window.n_ring
         self._db.execute("DELETE FROM checkpoints WHERE window <> ? OR sealed_end < ?", (newest.window, first_kept))
         following = newest.state.n_past
@@ -249,7 +254,7 @@ class SessionStore:
             "SELECT n_past, json_extract(extra, '$.n_prompt') FROM checkpoints WHERE n_past < ? ORDER BY n_past DESC",
             (newest.state.n_past,),
         ).fetchall():
-            if following - n_past < SPACING and n_past != prompt_end:
+            if following - n_past < spacing and n_past != prompt_end:
                 self._db.execute("DELETE FROM checkpoints WHERE n_past = ?", (n_past,))
             else:
                 following = n_past

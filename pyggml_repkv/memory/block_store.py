@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,29 @@ _REASONS = {
     native.REPKV_IO_SHORT: "the file ends before it does",
     native.REPKV_IO_CHECKSUM: "its checksum is wrong, the bytes are damaged",
 }
+
+
+_EVENTS = {
+    native.REPKV_EVENT_SELECTED: "selected",
+    native.REPKV_EVENT_WAIT: "wait",
+    native.REPKV_EVENT_READ: "read",
+    native.REPKV_EVENT_STAGED: "staged",
+    native.REPKV_EVENT_WRITE: "write",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """kind: a layer has `selected` its blocks, compute did `wait` for them, a block was `read`, taken from a buffer
+    before it was written (`staged`) or written (`write`); ahead: before the layer asked; times in ms, monotonic.
+    """
+
+    kind: str
+    layer: int
+    block: int
+    ahead: bool
+    begin_ms: float
+    end_ms: float
 
 
 class RecordLayout:
@@ -152,6 +177,20 @@ class BlockStore(Handle):
         stats = native_ffi.new("struct repkv_store_stats *")
         native.repkv_store_get_stats(self.pointer, stats)
         return stats[0]
+
+    @contextmanager
+    def trace(self, n_max: int = 2**16) -> Iterator[list[Event]]:
+        """Yields a list that holds at the end what happened meanwhile, at most n_max events, in order of their ends."""
+        events: list[Event] = []
+        buffer = native_ffi.new("struct repkv_event[]", n_max)
+        native.repkv_store_trace(self.pointer, buffer, n_max)
+        try:
+            yield events
+        finally:
+            n = native.repkv_store_trace(self.pointer, native_ffi.NULL, 0)
+            events += [
+                Event(_EVENTS[e.kind], e.layer, e.block, bool(e.ahead), e.begin_ms, e.end_ms) for e in buffer[0:n]
+            ]
 
     def inject(self, **faults: int) -> None:
         """Faults for tests: fields of struct repkv_faults."""

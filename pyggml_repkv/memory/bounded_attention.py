@@ -76,7 +76,7 @@ class BoundedStep(UnobservedStep, ABC):
             return
         q = m.ops.speculate(self._g, x, m.graph.weights.layers[layer + 1], self._regions)
         set_name(q, "Qspec", layer + 1)
-        ranked = self._g.expand(m.rank_ahead(self._g, q, self._rope, self._regions, layer + 1))
+        ranked = self._g.expand(m.rank_ahead(self._g, q, self._rope, self._regions, layer + 1, self._n_tokens))
         self._hook_points.append(HookPoint(ranked, layer + 1, speculated=True, n_top=1))
 
     @abstractmethod

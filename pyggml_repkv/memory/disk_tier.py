@@ -109,9 +109,8 @@ class DiskTier:
         self.n_slots = min(n_slots, max_blocks)
         if self.n_slots < min(n_selected, max_blocks):
             raise InputError(
-                f"--kv-ram {memory.kv_ram} has room for {self.n_slots} blocks of {slot_bytes} bytes, and up to "
-                f"{n_selected} are attended at once: give at least {n_selected * slot_bytes}, or fewer with --n-dense 0, "
-                "--top-blocks and --chunk-blocks"
+                f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at least "
+                f"{-(-n_selected * slot_bytes // 2**20)}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
         self.predictors = PREDICTORS[memory.prefetch]
         self.n_ahead = min(max(2 * memory.top_blocks, 1), native.REPKV_MAX_AHEAD, self.n_slots)
@@ -124,10 +123,13 @@ class DiskTier:
         self._table: NDArray[np.float32] | None = None
         self.store: BlockStore
 
-    @property
-    def n_next(self) -> int:
-        """How many blocks that rank after the selected ones the graph must name."""
-        return self.n_ahead if self.predictors & native.REPKV_PREDICT_REUSE else 0
+    def n_next(self, n_attended: int) -> int:
+        """How many blocks that rank after the n_attended selected ones the graph must name."""
+        return min(n_attended, self.n_ahead) if self.predictors & native.REPKV_PREDICT_REUSE else 0
+
+    def n_speculated(self, n_attended: int) -> int:
+        """How many of those that a layer may select are fetched: half more than it will, as the guess is not sure."""
+        return min(max(2, n_attended + n_attended // 2), self.n_ahead)
 
     @property
     def speculates(self) -> bool:

@@ -94,13 +94,15 @@ class RepKVMemory(BoundedMemory):
         """How many blocks a full context may have, in whole groups."""
         return -(-self.n_ctx // (parse_block(self.memory.block).min_size * LANES)) * LANES
 
-    def rank_ahead(self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def rank_ahead(
+        self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int, n_tokens: int
+    ) -> Tensor:
         m = self.memory
         assert self.disk is not None
         index = self.index[layer]
         relevance = self.ops.relevance_one(context, q, index, rope, regions, regions, n_repr=m.n_repr, kind=m.relevance)
         set_name(relevance, "block_relevance_ahead", layer)
-        n_next = self.disk.n_ahead - 1
+        n_next = self.disk.n_speculated(m.top_blocks if n_tokens == 1 else m.chunk_blocks) - 1
         ranked = self.ops.block_topk(context, relevance, regions, 1, kind=m.relevance, per_head=False, n_next=n_next)
         set_name(ranked, "block_topk_ahead", layer)
         return ranked
@@ -115,7 +117,7 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance(
             context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, layer)
+        return self._top(context, relevance, regions, layer, m.chunk_blocks)
 
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
@@ -127,14 +129,14 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance_one(
             context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, layer)
+        return self._top(context, relevance, regions, layer, m.top_blocks)
 
-    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, n_attended: int) -> Tensor:
         set_name(relevance, "block_relevance", layer)
         m = self.memory
         selected = self.ops.block_topk(
             context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
-            n_next=self.disk.n_next if self.disk is not None else 0,
+            n_next=self.disk.n_next(n_attended) if self.disk is not None else 0,
         )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected

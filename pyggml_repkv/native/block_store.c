@@ -68,7 +68,17 @@ struct repkv_store {
     double reading_since;
     int32_t *audited; /* [n_layer, n_slots]: block, or -1 */
     uint64_t random;
+    struct repkv_event *events;
+    int32_t n_events, max_events;
 };
+
+static double now_ms(void);
+
+/* With the lock held. */
+static void record(struct repkv_store *s, enum repkv_event_kind kind, int32_t layer, int32_t block, bool ahead, double begin) {
+    if (s->n_events == s->max_events) return;
+    s->events[s->n_events++] = (struct repkv_event){(int32_t)kind, layer, block, ahead, begin, now_ms()};
+}
 
 static double now_ms(void) {
     struct timespec t;
@@ -181,9 +191,12 @@ static void serve(struct repkv_store *s, const struct worker *w, struct request 
     const int32_t b = slot->block;
     slot->state = SLOT_READING;
     int error = 0;
+    const double begin = now_ms();
+    const bool ahead = slot->last != layer->now, staged = s->blocks[b].staged >= 0;
     const enum repkv_io_error result =
         load(s, w, r.layer, b, rows_of_slot(s, s->k_rows, r.layer, r.slot, s->config.layout.k_row_bytes),
              rows_of_slot(s, s->v_rows, r.layer, r.slot, s->config.layout.v_row_bytes), &error);
+    record(s, staged ? REPKV_EVENT_STAGED : REPKV_EVENT_READ, r.layer, b, ahead, begin);
     if (result == REPKV_IO_OK) {
         struct place *place = (struct place *)s->places[r.layer] + b;
         place->row = s->config.first_row + r.slot * s->config.layout.max_tokens;
@@ -234,8 +247,10 @@ static void *write_loop(void *data) {
         const size_t n_bytes = repkv_block_bytes(&s->config.layout, s->blocks[staging->block].n_tokens);
         pthread_mutex_unlock(&s->lock);
         int error = 0;
+        const double begin = now_ms();
         const enum repkv_io_error result = repkv_write_bytes(&s->file, staging->data, n_bytes, staging->offset, &error);
         pthread_mutex_lock(&s->lock);
+        record(s, REPKV_EVENT_WRITE, -1, staging->block, false, begin);
         if (result == REPKV_IO_OK) {
             s->blocks[staging->block].offset = staging->offset;
             s->blocks[staging->block].staged = -1;
@@ -539,6 +554,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     int status = 0;
     pthread_mutex_lock(&s->lock);
     slots_tick(layer);
+    record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
     if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead);
     if (complete != 0 || count_pending(layer, selected, n_rows, stride) > 0) {
@@ -553,6 +569,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
             else wait_a_while(&s->done, &s->lock);
         }
         s->stats.wait_ms += now_ms() - start;
+        record(s, REPKV_EVENT_WAIT, layer_index, -1, false, start);
     }
     if (s->config.debug) {
         int32_t *audited = s->audited + (size_t)layer_index * (size_t)s->config.n_slots;
@@ -641,6 +658,16 @@ void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults
     s->file.faults = *faults;
     s->random = faults->seed;
     pthread_mutex_unlock(&s->lock);
+}
+
+int32_t repkv_store_trace(struct repkv_store *s, struct repkv_event *events, int32_t n) {
+    pthread_mutex_lock(&s->lock);
+    const int32_t n_recorded = s->n_events;
+    s->events = events;
+    s->max_events = events ? n : 0;
+    s->n_events = 0;
+    pthread_mutex_unlock(&s->lock);
+    return n_recorded;
 }
 
 uint64_t repkv_checksum(const char *data, size_t n_bytes) {

@@ -91,6 +91,23 @@ void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stat
 struct repkv_store_error repkv_store_last_error(struct repkv_store *s);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
 
+enum repkv_event_kind {
+    REPKV_EVENT_SELECTED, /* a layer has selected its blocks */
+    REPKV_EVENT_WAIT,     /* compute stood still for them */
+    REPKV_EVENT_READ,     /* a block was read from disk */
+    REPKV_EVENT_STAGED,   /* a block was taken from a staging buffer */
+    REPKV_EVENT_WRITE,    /* a block was written; its layer is -1 */
+};
+
+/* Times are of CLOCK_MONOTONIC, in milliseconds. ahead: whether the read was begun before its layer asked for the block. */
+struct repkv_event {
+    int32_t kind, layer, block, ahead;
+    double begin_ms, end_ms;
+};
+
+/* Records the next n events into memory of the caller's; NULL ends it. Returns how many were recorded so far. */
+int32_t repkv_store_trace(struct repkv_store *s, struct repkv_event *events, int32_t n);
+
 /* Checksum of records and headers: XXH64 with seed 0. */
 uint64_t repkv_checksum(const char *data, size_t n_bytes);
 

@@ -121,6 +121,14 @@ int repkv_store_audit(struct repkv_store *s, int32_t layer);
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
 struct repkv_store_error repkv_store_last_error(struct repkv_store *s);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
+enum repkv_event_kind {
+    REPKV_EVENT_SELECTED, REPKV_EVENT_WAIT, REPKV_EVENT_READ, REPKV_EVENT_STAGED, REPKV_EVENT_WRITE, ...
+};
+struct repkv_event {
+    int32_t kind, layer, block, ahead;
+    double begin_ms, end_ms;
+};
+int32_t repkv_store_trace(struct repkv_store *s, struct repkv_event *events, int32_t n);
 uint64_t repkv_checksum(const char *data, size_t n_bytes);
 size_t repkv_record_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 size_t repkv_block_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);

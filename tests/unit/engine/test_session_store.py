@@ -1,0 +1,202 @@
+"""What a directory with a session says when something about it is wrong: one line, and nothing lost."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.session_store import common_prefix
+from pyggml_repkv.errors import InputError, StoreError
+from pyggml_repkv.memory.config import MemoryConfig
+from tests.subprocesses import ROOT
+
+TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
+MEMORY = MemoryConfig(
+    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
+    chunk_blocks=3,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model(tiny_model):
+    with Model.load(tiny_model(n_layer=2, n_ctx=512), threads=2, repack=False) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A session that has read 300 tokens."""
+    path = tmp_path / "session"
+    with model.session(MEMORY, directory=path) as session:
+        session.prefill(TOKENS[:300])
+    return path
+
+
+def logits_after(model, n):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:300])
+        return np.array([session.decode(t) for t in TOKENS[300 : 300 + n]])
+
+
+def goes_on(model, folder):
+    with model.resume(folder, MEMORY) as session:
+        assert session.n_past == 300
+        return np.array([session.decode(t) for t in TOKENS[300:310]])
+
+
+def test_it_goes_on_where_it_was(model, folder):
+    assert np.array_equal(goes_on(model, folder), logits_after(model, 10))
+
+
+def test_two_processes_cannot_use_it(model, folder):
+    with model.resume(folder, MEMORY), pytest.raises(InputError, match="another process uses it"):
+        model.resume(folder, MEMORY)
+    goes_on(model, folder)
+
+
+def test_the_lock_dies_with_its_process(model, folder):
+    holder = (
+        "import fcntl, os, sys, time\n"
+        "fd = os.open(sys.argv[1] + '/lock', os.O_RDWR)\n"
+        "fcntl.flock(fd, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder, str(folder)], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="another process"):
+            model.resume(folder, MEMORY)
+    finally:
+        process.kill()
+        process.wait()
+    goes_on(model, folder)
+
+
+def test_another_model_is_refused(folder, tiny_model):
+    with Model.load(tiny_model(n_layer=2, n_ctx=512, seed=9), threads=2, repack=False) as other:
+        with pytest.raises(InputError, match="made with another model"):
+            other.resume(folder, MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"n_local": 96}, "--n-local was 64 and is 96"),
+        ({"type_k": "q8_0"}, "-ctk was f16 and is q8_0"),
+        ({"block": "fixed:32"}, "--block was fixed:16 and is fixed:32"),
+        ({"type_evicted": "q8_0"}, "--cache-type-evicted was as in RAM and is q8_0"),
+    ],
+)
+def test_other_settings_are_refused_by_name(model, folder, changed, what):
+    with pytest.raises(InputError, match=what):
+        model.resume(folder, replace(MEMORY, **changed))
+    goes_on(model, folder)
+
+
+def test_what_only_costs_time_may_change(model, folder):
+    with model.resume(folder, replace(MEMORY, kv_ram=10**7, prefetch="both", n_ctx=400)) as session:
+        assert session.n_past == 300
+
+
+def change(folder, sql):
+    with sqlite3.connect(folder / "session.db") as db:
+        db.execute(sql)
+    db.close()
+
+
+def test_a_newer_format_is_refused(model, folder):
+    change(folder, "UPDATE meta SET value = '2' WHERE key = 'format'")
+    with pytest.raises(InputError, match="its format is version 2, this program reads version 1"):
+        model.resume(folder, MEMORY)
+
+
+def test_a_damaged_database_is_refused(model, folder):
+    (folder / "session.db").write_bytes(b"not a database" * 1000)
+    with pytest.raises(InputError, match="session.db cannot be used .* move the directory away"):
+        model.resume(folder, MEMORY)
+
+
+@pytest.mark.parametrize("what", ["missing", "empty", "cut", "header", "record"])
+@pytest.mark.parametrize("name", ["blocks.kv", "window-0.kv"])
+def test_what_is_lost_is_read_again(model, folder, caplog, name, what):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    if what == "missing":
+        path.unlink()
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        # Past the first header there are records; in the window file every byte that is needed has a checksum.
+        for at in range(20 if what == "header" else 9000, len(data), 5000):
+            data[at] ^= 16
+        path.write_bytes(data)
+    assert np.array_equal(goes_on(model, folder), logits_after(model, 10))
+    assert "reading its 300 tokens again" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_written_is_refused(model, folder):
+    folder.chmod(0o500)
+    with pytest.raises(InputError, match="must be a directory that can be written"):
+        model.resume(folder, MEMORY)
+
+
+def test_a_file_in_its_place_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="must be a directory"):
+        model.session(MEMORY, directory=tmp_path / "file")
+
+
+@pytest.mark.parametrize(("memory", "what"), [({"kv": "full"}, "--kv is full"), ({"kv_dir": "x"}, "leave out --kv-dir")])
+def test_what_cannot_be_kept_is_refused(model, tmp_path, memory, what):
+    with pytest.raises(InputError, match=what):
+        model.session(replace(MEMORY, **memory), directory=tmp_path / "s")
+
+
+def test_a_failed_save_is_said_and_the_one_before_stays(model, folder, monkeypatch):
+    from pyggml_repkv.memory.window_file import WindowFile
+
+    def full(self, positions, rows):
+        raise StoreError("no space left", lost=False)
+
+    with model.resume(folder, MEMORY) as session:
+        monkeypatch.setattr(WindowFile, "write", full)
+        with pytest.raises(StoreError, match="no space left"):
+            session.read(TOKENS[300:400])
+            session.save()
+    monkeypatch.undo()
+    assert np.array_equal(goes_on(model, folder), logits_after(model, 10))
+
+
+def test_saving_needs_a_directory(model):
+    with model.session(MEMORY) as session, pytest.raises(InputError, match="not kept anywhere"):
+        session.save()
+
+
+def test_a_prompt_that_parts_is_read_from_the_last_save_before(model, folder):
+    prompt = [*TOKENS[:290], 1, 2, 3]
+    with model.session(MEMORY, directory=folder) as session, model.session(MEMORY) as fresh:
+        resumed = session.go_back_to(prompt, lambda _: False)
+        assert 0 < resumed.n_past <= 290
+        assert np.array_equal(session.prefill(prompt[resumed.n_past :]), fresh.prefill(prompt))
+
+
+def test_a_prompt_with_nothing_in_common_starts_anew(model, folder):
+    with model.session(MEMORY, directory=folder) as session, model.session(MEMORY) as fresh:
+        assert session.go_back_to(TOKENS[::-1], lambda _: False).n_past == 0
+        assert np.array_equal(session.prefill(TOKENS[::-1]), fresh.prefill(TOKENS[::-1]))
+    with model.resume(folder, MEMORY) as session:
+        assert session.tokens == TOKENS[::-1]
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)])
+def test_common_prefix(a, b, n):
+    assert common_prefix(a, b) == n
