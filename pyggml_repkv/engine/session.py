@@ -69,6 +69,8 @@ class Session:
         self._store = store
         self._saver = Saver(store, self.policy) if store and isinstance(self.policy, RepKVMemory) else None
         self._n_steps_saved = self._prompt_end = 0
+        # False: what is read from now on is not kept, and the directory stays as it is.
+        self.saving = True
         self._extra: Callable[[], dict[str, object]] = dict
         self._lock = backend.lock
         self._closed = False
@@ -169,7 +171,7 @@ class Session:
         return logits
 
     def _save_if_due(self, n_tokens: int, logits: np.ndarray | None) -> None:
-        if self._saver is None:
+        if self._saver is None or not self.saving:
             return
         n_new = self.n_past - self._saver.saved
         if n_new >= (SAVE_EVERY if n_tokens == 1 else 1):
@@ -218,7 +220,7 @@ class Session:
         return None if logits is None else logits[-1]
 
     def _save(self, logits: np.ndarray | None, *, wait: bool) -> None:
-        if self._saver is None or (self.n_past == self._saver.saved and logits is None):
+        if self._saver is None or not self.saving or (self.n_past == self._saver.saved and logits is None):
             return
         new = np.array(self._tokens[self._saver.saved :], np.int32)
         steps = self._steps[self._n_steps_saved :].tolist()

@@ -151,7 +151,7 @@ class BlockStore(Handle):
     def prefetch(self, layer: int, blocks: Sequence[int]) -> None:
         """Starts to fetch blocks, the most wanted first."""
         wanted = np.array(blocks, np.int32)
-        native.repkv_store_prefetch(self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted))
+        native.repkv_store_prefetch(self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted), 0)
 
     def read(self, layer: int, block: int, n_tokens: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """A block's key and value rows in a layer, as in the arenas: uint8 [n_tokens, row bytes]. Raises StoreError."""

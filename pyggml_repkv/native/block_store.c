@@ -4,7 +4,10 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "compute.h"
 #include "slots.h"
@@ -210,9 +213,26 @@ static void serve(struct repkv_store *s, const struct worker *w, struct request 
     pthread_cond_broadcast(&s->done);
 }
 
+/* Asks for a short time slice, where the kernel knows it (Linux 6.12): compute threads keep every core busy, and a thread
+ * that has only to start a read or to take one in must not wait for the end of their slices. */
+static void be_prompt(void) {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t runtime, deadline, period;
+    } attributes = {.size = 48, .runtime = 100000};
+    attributes.nice = getpriority(PRIO_PROCESS, 0);
+    syscall(SYS_sched_setattr, 0, &attributes, 0);
+#endif
+}
+
 static void *read_loop(void *data) {
     struct worker *w = data;
     struct repkv_store *s = w->store;
+    be_prompt();
     pthread_mutex_lock(&s->lock);
     while (!s->stopping) {
         struct request r;
@@ -458,7 +478,7 @@ static bool ask(struct repkv_store *s, struct queue *q, int32_t layer, int32_t b
     return true;
 }
 
-static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n) {
+static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, bool sure) {
     struct slots *layer = s->layers + layer_index;
     layer->n_prefetches++;
     for (int32_t i = 0; i < n; i++) {
@@ -467,9 +487,9 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     }
     const double score = SLOT_PREFETCH_SCORE * layer->weight;
     int32_t n_asked = 0;
-    for (int32_t i = 0; i < n; i++) {
+    for (int32_t i = 0; i < n && slots_trust(layer); i++) {
         if (layer->slot_of[blocks[i]] >= 0) continue;
-        if (!ask(s, &s->ahead, layer_index, blocks[i], score)) break;
+        if (!ask(s, &s->ahead, layer_index, blocks[i], sure ? SLOT_ANY : score)) break;
         struct slot *slot = layer->slot + layer->slot_of[blocks[i]];
         slot->score = score;
         slot->kept = layer->n_prefetches;
@@ -481,9 +501,9 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     if (n_asked == 1) pthread_cond_signal(&s->work);
 }
 
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n) {
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t sure) {
     pthread_mutex_lock(&s->lock);
-    prefetch(s, layer, blocks, n);
+    prefetch(s, layer, blocks, n, sure != 0);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -491,6 +511,7 @@ void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *b
 static void drop_stale(struct slots *layer) {
     for (int32_t i = 0; i < layer->n_used; i++) {
         struct slot *slot = layer->slot + i;
+        if (slot->state != SLOT_FREE && slot->ahead && !slot->judged && slot->last != layer->now) slots_judge(layer, slot, false);
         if (slot->state == SLOT_QUEUED && slot->last != layer->now) slots_release(layer, i);
     }
 }
@@ -521,7 +542,7 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
                 if (pass == 0 && at < 0) continue;
                 if (pass == 1 && at >= 0) continue;
                 if (pass == 1) {
-                    if (!ask(s, &s->required, layer_index, b, 1e301)) {
+                    if (!ask(s, &s->required, layer_index, b, SLOT_REQUIRED)) {
                         status = -1;
                         break;
                     }
@@ -534,8 +555,8 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
                 if (pass == 0 && slot->state == SLOT_READY) s->stats.hits++;
                 if (pass == 0 && slot->state != SLOT_READY) s->stats.late++;
                 if (pass == 0 && slot->state == SLOT_QUEUED) push(s, &s->required, layer_index, layer->slot_of[b]);
-                if (slot->ahead) s->stats.used++;
-                slot->ahead = false;
+                s->stats.used += slot->ahead;
+                if (slot->ahead) slots_judge(layer, slot, true);
                 /* What was fetched ahead counts as if it came now. */
                 slot->score += layer->weight;
                 slot->last = layer->now;
@@ -556,7 +577,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     slots_tick(layer);
     record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
-    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead);
+    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, false);
     if (complete != 0 || count_pending(layer, selected, n_rows, stride) > 0) {
         const double start = now_ms();
         while (status == 0) {

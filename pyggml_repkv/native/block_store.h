@@ -1,9 +1,9 @@
 /* Blocks on disk and the slots of RAM in which the attended ones lie: a fixed number per layer, filled by a pool of threads.
  *
  * A block is put once: encoded into a staging buffer, then written by a thread of its own; until it is on disk it is read
- * from there. Slots are replaced by LRU with score decay: a block scores 1 each time it is required, times DECAY for each
+ * from there. Slots are replaced by LRU with score decay: a block scores 1 each time it is required, times SLOT_DECAY for each
  * time that its layer required others since; of equals the least recently used gives way, of these the lowest slot. A block
- * fetched ahead scores PREFETCH_SCORE and never replaces one that scores more.
+ * fetched ahead scores SLOT_PREFETCH_SCORE.
  *
  * repkv_store_put, _commit, _require, _prefetch and what changes the table of blocks are for one thread at a time, the one
  * that computes; the pool never touches a slot that was required until the next requirement of its layer. Wait for nothing
@@ -71,8 +71,9 @@ int repkv_store_flush(struct repkv_store *s);
 int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
                         int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
 
-/* Starts to fetch blocks, best first, as far as they are worth a slot. */
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
+/* Starts to fetch blocks, best first, as far as they are worth a slot: more than what scores least, or, if they are sure to
+ * be wanted, more than whatever was not required last. */
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t sure);
 
 /* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);

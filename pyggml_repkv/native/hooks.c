@@ -39,15 +39,17 @@ void repkv_hooks_begin(struct repkv_hooks *h) {
     h->status = 0;
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
     add_last_ranking(h, list, 0);
-    if (list[0] > 0) repkv_store_prefetch(h->store, 0, list + 1, list[0]);
+    if (list[0] > 0) repkv_store_prefetch(h->store, 0, list + 1, list[0], 0);
 }
 
-/* What the layer's index says about the layer before it, and what the layer wanted last, the surest first. */
+/* What the layer's index says about the layer before it, then what the layer wanted last. */
 static void on_speculated(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
     add_ranking(h, list, node, point.n_top);
+    repkv_store_prefetch(h->store, point.layer, list + 1, list[0], 1);
+    list[0] = 0;
     add_last_ranking(h, list, point.layer);
-    repkv_store_prefetch(h->store, point.layer, list + 1, list[0]);
+    if (list[0] > 0) repkv_store_prefetch(h->store, point.layer, list + 1, list[0], 0);
 }
 
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {

@@ -1,0 +1,178 @@
+"""What does it cost that evicted blocks live on disk? Decode deep in a text with most blocks on disk, against all in RAM.
+
+The text is read once with all in RAM and once into a session directory, which later runs take up. Then every way of
+foreseeing blocks decodes the same tokens from the same place, in turn with the run that has all in RAM, --rounds times;
+their logits must be equal bit for bit. Reads are direct where the file system allows it, so the page cache hides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from _engines import model_path, run_tool, say, write_table
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.session import Session
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from pyggml_repkv.memory.repkv import RepKVMemory
+
+# Tokens that fill the slots before anything is timed.
+N_WARM = 16
+HEADER = ("blocks", "prefetch", "ms/token", "of all in RAM", "there when asked", "reads hidden", "MB read/token", "logits")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="bench_disk.py", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
+    parser.add_argument("--text", metavar="FILE", required=True, help="a text of more than --tokens tokens")
+    parser.add_argument("--session", metavar="DIR", required=True, help="where the blocks are; taken up if it is there")
+    parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536)
+    parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, help="default: a tenth of the keys and values")
+    parser.add_argument("-n", metavar="N", type=integer(1, 4096), default=64, help="tokens timed (default: %(default)s)")
+    parser.add_argument("--rounds", metavar="N", type=integer(1, 99), default=3, help="(default: %(default)s)")
+    parser.add_argument("--prefetch", metavar="NAME,...", default=",".join(PREDICTORS), help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = build_parser().parse_args(argv)
+    predictors = args.prefetch.split(",")
+    if not set(predictors) <= set(PREDICTORS):
+        raise InputError(f"--prefetch {args.prefetch}: it must be some of {', '.join(PREDICTORS)}")
+    with Model.load(model_path(args), threads=args.threads, repack=False) as model:
+        tokens = _tokens(args, model)
+        memory = MemoryConfig(kv="repkv", n_ctx=len(tokens) + 1024)
+        with model.session(memory) as in_ram:
+            say(f"reading {args.tokens} tokens with all blocks in RAM")
+            speed = {"in RAM": _read(in_ram, tokens[: args.tokens])}
+            stats = in_ram.stats()
+            kv_ram = args.kv_ram or int(stats["ram_bytes"]) // 10  # type: ignore[call-overload]
+            memory = replace(memory, kv_ram=kv_ram)
+            speed["on disk"] = _prepare(args, model, memory, tokens)
+            done = _measure(args, model, memory, in_ram, tokens, predictors)
+    result = {"tokens": args.tokens, "kv_bytes": stats["ram_bytes"], "kv_ram": kv_ram, "prefill_per_second": speed, **done}
+    if args.json:
+        output.write(json.dumps(result) + "\n")
+    else:
+        _print(result)
+    return 0
+
+
+def _tokens(args: argparse.Namespace, model: Model) -> list[int]:
+    n_needed = args.tokens + args.rounds * (N_WARM + args.n)
+    # More than enough characters; tokenizing a library would take minutes.
+    tokens = model.tokenizer.encode(Path(args.text).read_text("utf-8", errors="replace")[: 16 * n_needed])
+    if len(tokens) < n_needed:
+        raise InputError(f"--text {args.text} has {len(tokens)} tokens, {n_needed} are needed")
+    return tokens[:n_needed]
+
+
+def _read(session: Session, tokens: list[int]) -> float:
+    start = time.perf_counter()
+    session.prefill(tokens)
+    return len(tokens) / (time.perf_counter() - start)
+
+
+def _prepare(args: argparse.Namespace, model: Model, memory: MemoryConfig, tokens: list[int]) -> float | None:
+    """Makes sure that the session directory has the tokens -> tokens/s of reading them, None if it had them."""
+    with model.session(memory, directory=args.session) as session:
+        resumed = session.go_back_to(tokens[: args.tokens], lambda _: False)
+        if resumed.n_past == args.tokens:
+            return None
+        say(f"reading {args.tokens - resumed.n_past} tokens into {args.session}")
+        return _read(session, tokens[resumed.n_past : args.tokens])
+
+
+def _measure(
+    args: argparse.Namespace, model: Model, memory: MemoryConfig, in_ram: Session, tokens: list[int], predictors: list[str]
+) -> dict[str, Any]:  # fmt: skip
+    n = N_WARM + args.n
+    runs: dict[str, list[dict[str, Any]]] = {"in RAM": [], **{name: [] for name in predictors}}
+    want: np.ndarray | None = None
+    resume_s = []
+    for r in range(args.rounds):
+        first = args.tokens + r * n
+        runs["in RAM"].append({})
+        logits = _decode(in_ram, tokens[first : first + n], runs["in RAM"][-1])
+        want = logits if want is None else want
+        for name in predictors:
+            start = time.perf_counter()
+            with model.session(replace(memory, prefetch=name), directory=args.session) as session:
+                session.saving = False
+                assert session.go_back_to(tokens[: args.tokens], lambda _: False).n_past == args.tokens
+                resume_s.append(time.perf_counter() - start)
+                run: dict[str, Any] = {}
+                got = _decode(session, tokens[args.tokens : args.tokens + n], run)
+                run["equal"] = bool(np.array_equal(got, want))
+                runs[name].append(run)
+        say(f"round {r + 1} of {args.rounds}")
+    return {"resume_s": resume_s, "runs": runs}
+
+
+def _decode(session: Session, tokens: list[int], run: dict[str, Any]) -> np.ndarray:
+    """Decodes; puts milliseconds and what the store counted meanwhile into `run`."""
+    logits = [session.decode(token).copy() for token in tokens[:N_WARM]]
+    before = _counters(session)
+    milliseconds = []
+    for token in tokens[N_WARM:]:
+        start = time.perf_counter()
+        logits.append(session.decode(token).copy())
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    after = _counters(session)
+    run |= {"ms": milliseconds, **{name: after[name] - before[name] for name in after}}
+    return np.array(logits)
+
+
+def _counters(session: Session) -> dict[str, float]:
+    assert isinstance(session.policy, RepKVMemory)
+    if session.policy.disk is None:
+        return {}
+    stats = session.policy.disk.store.stats
+    names = ("required", "hits", "issued", "used", "late", "missed", "reads", "read_bytes", "wait_ms", "read_ms")
+    return {name: getattr(stats, name) for name in names}
+
+
+def _print(result: dict[str, Any]) -> None:
+    in_ram = result["runs"]["in RAM"]
+    rows = [("in RAM", "", f"{_median(in_ram):.2f}", "1.00", "", "", "", "")]
+    for name, runs in result["runs"].items():
+        if name == "in RAM":
+            continue
+        total = {key: sum(run[key] for run in runs) for key in ("required", "hits", "read_bytes", "wait_ms", "read_ms")}
+        ratio = median(_median([a]) / _median([b]) for a, b in zip(runs, in_ram, strict=True))
+        n = sum(len(run["ms"]) for run in runs)
+        rows.append(
+            (
+                "on disk", name, f"{_median(runs):.2f}", f"{ratio:.2f}", f"{100 * total['hits'] / total['required']:.1f} %",
+                f"{100 * (1 - total['wait_ms'] / max(total['read_ms'], 1e-9)):.1f} %", f"{total['read_bytes'] / n / 1e6:.2f}",
+                "equal" if all(run["equal"] for run in runs) else "DIFFERENT",
+            )
+        )  # fmt: skip
+    speed = ", ".join(f"{name} {value:.0f}" for name, value in result["prefill_per_second"].items() if value)
+    output.write(f"{result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram ")
+    output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at tokens/s: {speed}; ")
+    output.write(f"taken up in {median(result['resume_s']):.2f} s\n\n")
+    write_table(HEADER, rows, n_left=2)
+
+
+def _median(runs: list[dict[str, Any]]) -> float:
+    return median(ms for run in runs for ms in run["ms"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
