@@ -31,6 +31,10 @@ def memory(kv: dict[str, Any]) -> str:
             f"{kv['blocks']} blocks, {kv.get('selected', 0)} attended by the next token",
             f"index {size(kv.get('index_bytes', 0))}",
         ]
+    prefetch = kv.get("prefetch", {})
+    if kv.get("disk_bytes") and prefetch.get("required"):
+        there = 100 * prefetch["hits"] / prefetch["required"]
+        parts += [f"{size(kv['disk_bytes'])} on disk", f"{there:.1f} % of the blocks were there when asked for"]
     return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"
 
 

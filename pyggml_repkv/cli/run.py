@@ -168,6 +168,9 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     parts = session.budget(n_prompt, n_more)
     needed, free = budget.size(sum(parts.values())), budget.size(budget.available_bytes())
     _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free} free")
+    need = session.disk_need(n_tokens)
+    if need is not None and need.total:
+        _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
 
 
 def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
@@ -229,10 +232,10 @@ def _take_up(args: argparse.Namespace, session: Session, generation: Generation,
 
     resumed = session.go_back_to(tokens, was_cut_off)
     generated = session.tokens[len(tokens) :]
-    if generated or resumed.n_past == len(tokens):
-        _note(args, f"session: the prompt was read before; {len(generated)} tokens of its text are there already")
+    if generated:
+        _note(args, f"session: its text was cut off after {len(generated)} tokens; going on")
     elif resumed.n_past:
-        _note(args, f"session: {resumed.n_past} of {len(tokens)} tokens were read before")
+        _note(args, f"session: {resumed.n_past} of the prompt's {len(tokens)} tokens were read before")
     sampler = cast("dict[str, Any]", resumed.extra["sampler"]) if generated else None
     return Begun(min(resumed.n_past, len(tokens)), resumed.logits, tuple(generated), sampler)
 

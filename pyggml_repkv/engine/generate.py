@@ -166,6 +166,8 @@ class Generation:
         self._begun_with = begun or Begun()
         if self._begun_with.sampler is not None:
             self.sampler.restore(self._begun_with.sampler)
+        # As it was before the token was drawn that comes after those that the session has read.
+        self._sampler_before = self.sampler.state()
         self._session = session
         self._tokenizer = tokenizer
         self._prompt = list(prompt)
@@ -235,12 +237,13 @@ class Generation:
         config = self.config
         return {"ignore_eos": config.ignore_eos, "stop": list(config.stop), **asdict(config.sampling)}
 
-    def saved(self) -> dict[str, Any]:
-        """What a session keeps so that this text can go on: JSON."""
+    def saved(self, n_past: int) -> dict[str, Any]:
+        """What a session that has read n_past tokens keeps so that this text can go on: JSON."""
+        unread = n_past - len(self._prompt) < len(self._tokens)
         return {
             "n_prompt": len(self._prompt),
             "settings": self.identity(),
-            "sampler": self.sampler.state(),
+            "sampler": self._sampler_before if unread else self.sampler.state(),
             "finished": self._finish_reason,
         }
 
@@ -278,6 +281,7 @@ class Generation:
             self._tokens.append(token)
             yield token
         while True:
+            self._sampler_before = self.sampler.state()
             token = self.sampler.sample(self._logits, history)
             history.append(token)
             self._tokens.append(token)

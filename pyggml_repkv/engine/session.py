@@ -17,7 +17,7 @@ from pyggml_repkv.engine.session_store import SessionStore, common_prefix
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
-from pyggml_repkv.memory.policy import MemoryConfig, Policy
+from pyggml_repkv.memory.policy import DiskNeed, MemoryConfig, Policy
 from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.tokenizer import Tokenizer
 
@@ -71,7 +71,8 @@ class Session:
         self._n_steps_saved = self._prompt_end = 0
         # False: what is read from now on is not kept, and the directory stays as it is.
         self.saving = True
-        self._extra: Callable[[], dict[str, object]] = dict
+        self._extra: Callable[[int], dict[str, object]] = lambda _: {}
+        self._begun = False
         self._lock = backend.lock
         self._closed = False
         self._checked_up_to = 0
@@ -99,13 +100,17 @@ class Session:
         sizes = self.policy.split(max(n_prompt, 1), self.n_batch)
         outputs: Outputs = "all" if sizes[0] == 1 else "none" if len(sizes) > 1 else "last"
         self._plans.prepare(outputs, sizes[0])
-        need = self.policy.disk_need(min(n_prompt + n_more, self.n_ctx))
+        need = self.disk_need(min(n_prompt + n_more, self.n_ctx))
         if need is not None:
             budget.check_disk(need, n_prompt + n_more)
         # Weights are there already, or file pages that the kernel takes back when it has to.
         budget.check({**self.policy.bytes_at(n_prompt), "compute": self.compute_bytes}, n_prompt)
         parts = self.policy.bytes_at(min(n_prompt + n_more, self.n_ctx))
         return {"weights": self._weight_bytes, **parts, "compute": self.compute_bytes}
+
+    def disk_need(self, n_tokens: int) -> DiskNeed | None:
+        """What n_tokens tokens need of the disk; None where nothing is written."""
+        return self.policy.disk_need(n_tokens)
 
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
@@ -180,6 +185,10 @@ class Session:
 
     def _run(self, outputs: Outputs, chunk: np.ndarray) -> np.ndarray | None:
         """One step, after reading everything again where blocks of it were lost."""
+        if self._store is not None and not self._begun:
+            # Nobody asked for what the directory has.
+            self._store.rewind(0, 0)
+        self._begun = True
         try:
             logits = self._plans.run(outputs, chunk, self.n_past)
         except StoreError as error:
@@ -224,7 +233,7 @@ class Session:
             return
         new = np.array(self._tokens[self._saver.saved :], np.int32)
         steps = self._steps[self._n_steps_saved :].tolist()
-        extra = {"n_prompt": self._prompt_end, **self._extra()}
+        extra = {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
         if self._saver.offer(self.n_past, new, steps, None if logits is None else logits.copy(), extra, wait=wait):
             self._n_steps_saved = len(self._steps)
 
@@ -239,8 +248,8 @@ class Session:
         self._save(logits, wait=True)
         self._saver.finish()
 
-    def keep_with_saves(self, extra: Callable[[], dict[str, object]]) -> None:
-        """What `extra` returns, as JSON, is part of every save from now on."""
+    def keep_with_saves(self, extra: Callable[[int], dict[str, object]]) -> None:
+        """What extra(n_past) returns, as JSON, is part of every save from now on."""
         self._extra = extra
 
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume) -> Resumed:
@@ -250,8 +259,9 @@ class Session:
         continued. Where
         nothing fits, the session is empty and what was saved is forgotten. What cannot be restored is read again.
         """
-        assert self._saver is not None
-        assert self._store is not None
+        if self._saver is None or self._store is None or self._begun:
+            raise InputError("only a session that was opened with a directory can go back, and only before it reads")
+        self._begun = True
         tokens, steps = self._store.tokens()
         prefix = len(tokens) if prompt is None else common_prefix(tokens, np.asarray(prompt, np.int64))
         checkpoints = self._store.checkpoints()

@@ -82,9 +82,19 @@ class SessionStore:
             self._db = self._open_db()
             self._check_identity(identity)
             self.blocks = BlockFile(folder, "blocks.kv")
+            self._sync_folder()
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _sync_folder(self) -> None:
+        """The names of new files survive a power cut, too."""
+        with contextlib.suppress(OSError):
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def _open_db(self) -> sqlite3.Connection:
         path = self.folder / "session.db"
@@ -223,6 +233,8 @@ class SessionStore:
         window.write(commit.positions, commit.rows)
         window.sync()
         self.blocks.sync()
+        if commit.first_token == 0 or commit.checkpoint.window:
+            self._sync_folder()
         logits = commit.checkpoint.logits
         try:
             with self._transaction():
@@ -250,11 +262,8 @@ class SessionStore:
         first_kept = newest.state.n_past - window.n_ring
         self._db.execute("DELETE FROM checkpoints WHERE window <> ? OR sealed_end < ?", (newest.window, first_kept))
         following = newest.state.n_past
-        for n_past, prompt_end in self._db.execute(
-            "SELECT n_past, json_extract(extra, '$.n_prompt') FROM checkpoints WHERE n_past < ? ORDER BY n_past DESC",
-            (newest.state.n_past,),
-        ).fetchall():
-            if following - n_past < spacing and n_past != prompt_end:
+        for n_past, _, extra in self.checkpoints()[1:]:
+            if following - n_past < spacing and n_past != extra.get("n_prompt"):
                 self._db.execute("DELETE FROM checkpoints WHERE n_past = ?", (n_past,))
             else:
                 following = n_past

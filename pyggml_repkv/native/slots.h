@@ -40,10 +40,10 @@ static const double SLOT_DECAY = 0.9, SLOT_PREFETCH_SCORE = 0.5;
 /* Limits for slots_take: any score may give way to a block that is probably wanted, or to one that is required now. */
 static const double SLOT_ANY = 1e300, SLOT_REQUIRED = 1e301;
 
-/* Whether to fetch ahead at all: a read that nobody wants takes as long as one that somebody waits for, so not where more
- * than half of the last ones were for nothing. Now and then it is tried again. */
+/* Whether to fetch ahead at all. A read under compute takes a core from it, and the disk from whoever waits for another
+ * read, so not where more than a quarter of the last ones were for nothing. Now and then it is tried again. */
 static inline bool slots_trust(const struct slots *s) {
-    return s->used * 2 >= s->judged || s->n_prefetches % SLOT_RETRY == 0;
+    return s->used * 4 >= s->judged * 3 || s->n_prefetches % SLOT_RETRY == 0;
 }
 
 static inline void slots_judge(struct slots *s, struct slot *slot, bool used) {

@@ -82,6 +82,9 @@ class FakeSession:
         budget.check({"keys and values": self.model.kv_bytes * n_prompt}, n_prompt)
         return {"weights": 1_000_000, "keys and values": self.model.kv_bytes * (n_prompt + n_more)}
 
+    def disk_need(self, n_tokens):
+        return None
+
     def stats(self):
         return {"policy": self.memory.kv, "blocks": 0}
 

@@ -200,3 +200,47 @@ def test_a_prompt_with_nothing_in_common_starts_anew(model, folder):
 @pytest.mark.parametrize(("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)])
 def test_common_prefix(a, b, n):
     assert common_prefix(a, b) == n
+
+
+def test_a_session_that_is_opened_and_not_taken_up_starts_anew(model, folder):
+    with model.session(MEMORY, directory=folder) as session:
+        session.prefill(TOKENS[50:150])
+    with model.resume(folder, MEMORY) as session:
+        assert session.tokens == TOKENS[50:150]
+        with pytest.raises(InputError, match="only before it reads"):
+            session.go_back_to(None, lambda _: False)
+
+
+@pytest.mark.parametrize("n_before", [0, 3, 40])
+@pytest.mark.parametrize("temp", [0.0, 0.9])
+def test_an_interrupted_text_goes_on_with_the_tokens_it_would_have_had(model, tmp_path, monkeypatch, n_before, temp):
+    from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
+    from pyggml_repkv.engine.sampling import SamplingConfig
+    from pyggml_repkv.engine.session import Session
+
+    config = GenerationConfig(n_predict=60, ignore_eos=True, sampling=SamplingConfig(temp=temp, seed=3))
+    with model.session(MEMORY) as session:
+        whole = Generation(session, model.tokenizer, TOKENS[:100], config)
+        list(whole)
+    decode = Session.decode
+
+    def interrupted(self, token):
+        if self.n_past == 100 + n_before:
+            raise KeyboardInterrupt
+        return decode(self, token)
+
+    with model.session(MEMORY, directory=tmp_path / "s") as session, monkeypatch.context() as patch:
+        generation = Generation(session, model.tokenizer, TOKENS[:100], config)
+        session.keep_with_saves(generation.saved)
+        patch.setattr(Session, "decode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(generation)
+        session.save(generation.logits)
+    with model.session(MEMORY, directory=tmp_path / "s") as session:
+        resumed = session.go_back_to(TOKENS[:100], lambda extra: not extra["finished"])
+        text = session.tokens[100:]
+        assert len(text) == n_before
+        begun = Begun(100, resumed.logits, tuple(text), resumed.extra["sampler"])
+        again = Generation(session, model.tokenizer, TOKENS[:100], config, begun=begun)
+        assert "".join(again) == whole.result().text
+        assert again.result().tokens == whole.result().tokens

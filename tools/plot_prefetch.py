@@ -1,0 +1,123 @@
+"""Draw where the time of one chunk and of one token goes: layers that compute, waits for blocks, and reads under them.
+
+Takes up a session that bench_disk.py made (or `run --session`), reads on from a text without keeping it, and records what
+the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _engines import model_path, run_tool, say
+
+from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.session import Session
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.block_store import Event
+from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from pyggml_repkv.memory.repkv import RepKVMemory
+
+N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="plot_prefetch.py", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
+    parser.add_argument("--session", metavar="DIR", required=True, help="a session that has read some of the text")
+    parser.add_argument("--text", metavar="FILE", required=True, help="the text")
+    parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536, help="where it goes on")
+    parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, default=byte_size("144M"), help="(default: 144M)")
+    parser.add_argument("--prefetch", choices=PREDICTORS, default="reuse", help="(default: %(default)s)")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="a PNG or SVG file")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
+    with Model.load(model_path(args), threads=args.threads, repack=False) as model:
+        text = Path(args.text).read_text("utf-8", errors="replace")[: 16 * (args.tokens + 4096)]
+        tokens = model.tokenizer.encode(text)
+        memory = MemoryConfig(kv="repkv", n_ctx=args.tokens + 4096, kv_ram=args.kv_ram, prefetch=args.prefetch)
+        with model.session(memory, directory=args.session) as session:
+            session.saving = False
+            if session.go_back_to(tokens[: args.tokens], lambda _: False).n_past != args.tokens:
+                raise InputError(f"--session {args.session} has not read {args.tokens} tokens of {args.text}")
+            chunk = _trace_chunk(session, tokens)
+            token = _trace_token(session, tokens)
+    _draw(args.output, {"a chunk of 512 tokens": chunk, "one token": token})
+    say(f"wrote {args.output}")
+    return 0
+
+
+def _trace_chunk(session: Session, tokens: list[int]) -> list[Event]:
+    for _ in range(N_WARM_CHUNKS):
+        session.read(tokens[session.n_past : session.n_past + session.n_batch])
+    return _traced(session, lambda: session.read(tokens[session.n_past : session.n_past + session.n_batch]))
+
+
+def _trace_token(session: Session, tokens: list[int]) -> list[Event]:
+    for _ in range(N_WARM_TOKENS):
+        session.decode(tokens[session.n_past])
+    return _traced(session, lambda: session.decode(tokens[session.n_past]))
+
+
+def _traced(session: Session, step: Any) -> list[Event]:
+    assert isinstance(session.policy, RepKVMemory)
+    assert session.policy.disk is not None
+    with session.policy.disk.store.trace() as events:
+        step()
+    start = min(e.begin_ms for e in events)
+    return [replace(e, begin_ms=e.begin_ms - start, end_ms=e.end_ms - start) for e in events]
+
+
+def _draw(path: str, traces: dict[str, list[Event]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    figure, axes = pyplot.subplots(len(traces), 1, figsize=(14, 4 * len(traces)), layout="constrained")
+    colours = [pyplot.get_cmap("tab10")(i) for i in (0, 1, 2, 4, 9)]
+    for axis, (title, events) in zip(axes, traces.items(), strict=True):
+        selected = [e for e in events if e.kind == "selected"]
+        for now, following in zip(selected, [*selected[1:], None], strict=True):
+            width = following.begin_ms - now.begin_ms if following else 0
+            axis.barh(0, width, left=now.begin_ms, color=colours[now.layer % 5], height=0.9, linewidth=0)
+        for wait in (e for e in events if e.kind == "wait"):
+            axis.barh(0, wait.end_ms - wait.begin_ms, left=wait.begin_ms, color="black", height=0.4, linewidth=0)
+        lanes: list[float] = []
+        for read in sorted((e for e in events if e.kind in ("read", "staged")), key=lambda e: e.begin_ms):
+            lane = next((i for i, end in enumerate(lanes) if end <= read.begin_ms), len(lanes))
+            lanes[lane : lane + 1] = [read.end_ms]
+            axis.barh(
+                -1 - lane, read.end_ms - read.begin_ms, left=read.begin_ms, height=0.8, color=colours[read.layer % 5],
+                edgecolor="none" if read.ahead else "black", linewidth=0 if read.ahead else 0.6,
+            )  # fmt: skip
+        n_ahead = sum(e.ahead for e in events if e.kind == "read")
+        n_read = sum(e.kind == "read" for e in events)
+        waited = sum(e.end_ms - e.begin_ms for e in events if e.kind == "wait")
+        axis.set_title(f"{title}: {n_read} reads, {n_ahead} of them ahead; compute waited {waited:.1f} ms", loc="left")
+        axis.set_yticks([0, *range(-1, -1 - len(lanes), -1)], ["layers", *(f"reads {i + 1}" for i in range(len(lanes)))])
+        axis.set_xlabel("ms")
+        axis.margins(x=0.005)
+    handles = [Patch(color=c, label=f"layers {i}, {i + 5}, ...") for i, c in enumerate(colours)]
+    handles += [Patch(color="black", label="compute waits"), Patch(facecolor="white", edgecolor="black", label="read when asked for")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
