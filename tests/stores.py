@@ -15,7 +15,7 @@ N_LAYER, MAX_TOKENS, MAX_BLOCKS, FIRST_ROW = 2, 24, 64, 5
 
 @dataclass
 class StoreBench:
-    """Layers with arenas [FIRST_ROW + n_slots * MAX_TOKENS, row]; `blocks[b]` is what block b should be, [layer][k or v]."""
+    """Layers with arenas [FIRST_ROW + n_slots * MAX_TOKENS, row]; `blocks[b]` [layer][k or v] is what it should be."""
 
     folder: Path
     n_slots: int = 4
@@ -39,7 +39,8 @@ class StoreBench:
         self.store = BlockStore(
             self.file, self.layout, n_slots=self.n_slots, max_blocks=MAX_BLOCKS, n_threads=self.n_threads,
             first_row=FIRST_ROW, k_rows=[a[0].ctypes.data for a in self.arenas],
-            v_rows=[a[1].ctypes.data for a in self.arenas], places=[p.ctypes.data for p in self.places], debug=self.debug,
+            v_rows=[a[1].ctypes.data for a in self.arenas], places=[p.ctypes.data for p in self.places],
+            debug=self.debug,
         )  # fmt: skip
         self.position = 0
 

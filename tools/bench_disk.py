@@ -1,8 +1,8 @@
-"""What does it cost that evicted blocks live on disk? Decode deep in a text with most blocks on disk, against all in RAM.
+"""Measure what it costs that evicted blocks live on disk: decode deep in a text, against all of them in RAM.
 
 The text is read once with all in RAM and once into a session directory, which later runs take up. Then every way of
 foreseeing blocks decodes the same tokens from the same place, in turn with the run that has all in RAM, --rounds times;
-their logits must be equal bit for bit. Reads are direct where the file system allows it, so the page cache hides nothing.
+their logits must be equal bit for bit. Reads are direct where the file system allows it: the page cache hides nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from pyggml_repkv.memory.repkv import RepKVMemory
 
 # Tokens that fill the slots before anything is timed.
 N_WARM = 16
-HEADER = ("blocks", "prefetch", "ms/token", "of all in RAM", "there when asked", "reads hidden", "MB read/token", "logits")
+HEADER = (
+    "blocks",
+    "prefetch",
+    "ms/token",
+    "of all in RAM",
+    "there when asked",
+    "reads hidden",
+    "MB read/token",
+    "logits",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -42,7 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--session", metavar="DIR", required=True, help="where the blocks are; taken up if it is there")
     parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536)
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, help="default: a tenth of the keys and values")
-    parser.add_argument("-n", metavar="N", type=integer(1, 4096), default=64, help="tokens timed (default: %(default)s)")
+    parser.add_argument(
+        "-n", metavar="N", type=integer(1, 4096), default=64, help="tokens timed (default: %(default)s)"
+    )
     parser.add_argument("--rounds", metavar="N", type=integer(1, 99), default=3, help="(default: %(default)s)")
     parser.add_argument("--prefetch", metavar="NAME,...", default=",".join(PREDICTORS), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -65,7 +76,13 @@ def main(argv: Sequence[str]) -> int:
             memory = replace(memory, kv_ram=kv_ram)
             speed["on disk"] = _prepare(args, model, memory, tokens)
             done = _measure(args, model, memory, in_ram, tokens, predictors)
-    result = {"tokens": args.tokens, "kv_bytes": stats["ram_bytes"], "kv_ram": kv_ram, "prefill_per_second": speed, **done}
+    result = {
+        "tokens": args.tokens,
+        "kv_bytes": stats["ram_bytes"],
+        "kv_ram": kv_ram,
+        "prefill_per_second": speed,
+        **done,
+    }
     if args.json:
         output.write(json.dumps(result) + "\n")
     else:
@@ -99,7 +116,8 @@ def _prepare(args: argparse.Namespace, model: Model, memory: MemoryConfig, token
 
 
 def _measure(
-    args: argparse.Namespace, model: Model, memory: MemoryConfig, in_ram: Session, tokens: list[int], predictors: list[str]
+    args: argparse.Namespace, model: Model, memory: MemoryConfig, in_ram: Session, tokens: list[int],
+    predictors: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     n = N_WARM + args.n
     runs: dict[str, list[dict[str, Any]]] = {"in RAM": [], **{name: [] for name in predictors}}
@@ -155,14 +173,12 @@ def _print(result: dict[str, Any]) -> None:
             continue
         total = {key: sum(run[key] for run in runs) for key in ("required", "hits", "read_bytes", "wait_ms", "read_ms")}
         ratio = median(_median([a]) / _median([b]) for a, b in zip(runs, in_ram, strict=True))
-        n = sum(len(run["ms"]) for run in runs)
-        rows.append(
-            (
-                "on disk", name, f"{_median(runs):.2f}", f"{ratio:.2f}", f"{100 * total['hits'] / total['required']:.1f} %",
-                f"{100 * (1 - total['wait_ms'] / max(total['read_ms'], 1e-9)):.1f} %", f"{total['read_bytes'] / n / 1e6:.2f}",
-                "equal" if all(run["equal"] for run in runs) else "DIFFERENT",
-            )
-        )  # fmt: skip
+        megabytes = total["read_bytes"] / sum(len(run["ms"]) for run in runs) / 1e6
+        there = 100 * total["hits"] / total["required"]
+        hidden = 100 * (1 - total["wait_ms"] / max(total["read_ms"], 1e-9))
+        equal = "equal" if all(run["equal"] for run in runs) else "DIFFERENT"
+        shares = f"{ratio:.2f}", f"{there:.1f} %", f"{hidden:.1f} %", f"{megabytes:.2f}"
+        rows.append(("on disk", name, f"{_median(runs):.2f}", *shares, equal))
     speed = ", ".join(f"{name} {value:.0f}" for name, value in result["prefill_per_second"].items() if value)
     output.write(f"{result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram ")
     output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at tokens/s: {speed}; ")

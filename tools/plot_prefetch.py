@@ -1,7 +1,7 @@
-"""Draw where the time of one chunk and of one token goes: layers that compute, waits for blocks, and reads under them.
+"""Draw where the time of a chunk and of a token goes: layers that compute, waits for blocks, and reads under them.
 
-Takes up a session that bench_disk.py made (or `run --session`), reads on from a text without keeping it, and records what
-the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer.
+Takes up a session that bench_disk.py made (or `run --session`), reads on from a text without keeping it, and records
+what the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer.
 """
 
 from __future__ import annotations
@@ -110,11 +110,15 @@ def _draw(path: str, traces: dict[str, list[Event]]) -> None:
         n_read = sum(e.kind == "read" for e in events)
         waited = sum(e.end_ms - e.begin_ms for e in events if e.kind == "wait")
         axis.set_title(f"{title}: {n_read} reads, {n_ahead} of them ahead; compute waited {waited:.1f} ms", loc="left")
-        axis.set_yticks([0, *range(-1, -1 - len(lanes), -1)], ["layers", *(f"reads {i + 1}" for i in range(len(lanes)))])
+        names = ["layers", *(f"reads {i + 1}" for i in range(len(lanes)))]
+        axis.set_yticks([0, *range(-1, -1 - len(lanes), -1)], names)
         axis.set_xlabel("ms")
         axis.margins(x=0.005)
     handles = [Patch(color=c, label=f"layers {i}, {i + 5}, ...") for i, c in enumerate(colours)]
-    handles += [Patch(color="black", label="compute waits"), Patch(facecolor="white", edgecolor="black", label="read when asked for")]
+    handles += [
+        Patch(color="black", label="compute waits"),
+        Patch(facecolor="white", edgecolor="black", label="read when asked for"),
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pyggml_repkv.cli.parser import byte_size, integer, number
+from pyggml_repkv.cli.parser import byte_size, filled_text, integer, number
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.memory.config import (
     CACHE_TYPES,
@@ -125,7 +125,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
     group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
     group.add_argument(
-        "--kv-dir", metavar="DIR", help="write evicted blocks to a file in DIR instead of keeping them all in RAM"
+        "--kv-dir", metavar="DIR", type=filled_text, help="write evicted blocks to a file in DIR instead of keeping them all in RAM"
     )
     group.add_argument(
         "--kv-ram",
@@ -133,7 +133,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         type=byte_size,
         help="RAM for evicted blocks, as 256M or 2G; the rest stays on disk (in --kv-dir, or in our cache directory)",
     )
-    group.add_argument("--kv-disk-max", metavar="SIZE", type=byte_size, help="most disk for evicted blocks (default: none)")
+    group.add_argument(
+        "--kv-disk-max", metavar="SIZE", type=byte_size, help="most disk for evicted blocks (default: none)"
+    )
     group.add_argument(
         "--cache-type-evicted",
         dest="type_evicted",
@@ -144,8 +146,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefetch",
         choices=PREDICTORS,
-        help="how blocks are foreseen that the next layer will want from disk: what it ranked highest in the last step, "
-        f"its index asked with this layer's input, or both (default: {defaults.prefetch})",
+        help="what is fetched from disk a layer ahead: what the layer ranked highest in the last step, what "
+        f"its index says of this layer's input, or both (default: {defaults.prefetch})",
     )
     group.add_argument(
         "--preset",

@@ -21,7 +21,7 @@ from pyggml_repkv.cli.options import (
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--session",
         metavar="DIR",
+        type=filled_text,
         help="keep what is read and generated in DIR as it goes (with --kv repkv); run again, it goes on from what the "
         "prompt has in common with it",
     )
@@ -247,7 +248,7 @@ def _stream(pieces: Iterable[str]) -> None:
         for piece in pieces:
             output.write(piece)
             last = piece or last
-    except (KeyboardInterrupt, ComputeError):
+    except (KeyboardInterrupt, ComputeError, StoreError):
         _end_line(last)
         raise
     _end_line(last)

@@ -71,8 +71,8 @@ def check_disk(need: DiskNeed, n_tokens: int) -> None:
     """Raises InputError where n_tokens need more disk than there is, or than --kv-disk-max allows."""
     if need.limit and need.total > need.limit:
         raise InputError(
-            f"{n_tokens} tokens need {size(need.total)} on disk and --kv-disk-max is {size(need.limit)}: raise it, give "
-            "fewer tokens, or --cache-type-evicted q8_0"
+            f"{n_tokens} tokens need {size(need.total)} on disk and --kv-disk-max is {size(need.limit)}: raise it, "
+            "give fewer tokens, or --cache-type-evicted q8_0"
         )
     if need.more > need.free:
         raise InputError(

@@ -93,7 +93,9 @@ class Model:
 
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
 
-    def session(self, memory: MemoryConfig | None = None, *, directory: str | os.PathLike[str] | None = None) -> Session:
+    def session(
+        self, memory: MemoryConfig | None = None, *, directory: str | os.PathLike[str] | None = None
+    ) -> Session:
         """A new, empty context. Raises InputError for an unknown policy, ComputeError when memory is short.
 
         directory: where it is kept as it goes (`repkv` only); what is kept there already is taken up by `go_back_to`,

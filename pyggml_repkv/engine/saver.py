@@ -51,7 +51,7 @@ class Saver:
         return self.store.window(self._window_number, entry_bytes(self._memory), m.n_sink, n_ring)
 
     def restore(self, n_past: int, tokens: NDArray[np.int32]) -> Checkpoint:
-        """Puts a checkpoint into the memory, which is still empty, and forgets what came after it. Raises StoreError."""
+        """Puts a checkpoint into the empty memory, and forgets what came after it. Raises StoreError."""
         memory = self._memory
         assert memory.disk is not None
         checkpoint = self.store.load(n_past, memory.config.n_layer)

@@ -33,7 +33,8 @@ FORMAT = 1
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE tokens (first INTEGER PRIMARY KEY, ids BLOB NOT NULL, steps BLOB NOT NULL);
-CREATE TABLE blocks (block INTEGER PRIMARY KEY, first INTEGER NOT NULL, n_tokens INTEGER NOT NULL, offset INTEGER NOT NULL);
+CREATE TABLE blocks (
+    block INTEGER PRIMARY KEY, first INTEGER NOT NULL, n_tokens INTEGER NOT NULL, offset INTEGER NOT NULL);
 CREATE TABLE checkpoints (
     n_past INTEGER PRIMARY KEY, sealed_end INTEGER NOT NULL, n_blocks INTEGER NOT NULL, far_at INTEGER NOT NULL,
     window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL);
@@ -54,7 +55,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What is new since the commit before: a checkpoint, the rows of tokens at `positions` (rising) for the window file,
+    """What is new since the commit before: a checkpoint, the rows of tokens at rising `positions` for the window file,
     all tokens from first_token on with the sizes of the steps that read them, and (block, first, n_tokens, offset) of
     blocks.
     """
@@ -111,8 +112,8 @@ class SessionStore:
 
     def _unusable(self, error: sqlite3.Error) -> InputError:
         return InputError(
-            f"--session {self.folder}: session.db cannot be used ({error}); check permissions and the disk, or move the "
-            "directory away to start anew"
+            f"--session {self.folder}: session.db cannot be used ({error}); check permissions and the disk, or move "
+            "the directory away to start anew"
         )
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
@@ -122,7 +123,9 @@ class SessionStore:
             raise self._unusable(error) from None
         where = f"--session {self.folder}"
         if meta.get("format") != str(FORMAT):
-            raise InputError(f"{where}: its format is version {meta.get('format')}, this program reads version {FORMAT}")
+            raise InputError(
+                f"{where}: its format is version {meta.get('format')}, this program reads version {FORMAT}"
+            )
         if "model" not in meta:
             with self._transaction():
                 for key, value in identity.items():
@@ -134,7 +137,9 @@ class SessionStore:
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
         if other:
-            raise InputError(f"{where}: made with other settings ({', '.join(other)}); give those, or another directory")
+            raise InputError(
+                f"{where}: made with other settings ({', '.join(other)}); give those, or another directory"
+            )
 
     @contextlib.contextmanager
     def _transaction(self) -> Any:
@@ -159,7 +164,9 @@ class SessionStore:
     def tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """All tokens, and the sizes of the steps that read them: int32."""
         rows = self._db.execute("SELECT ids, steps FROM tokens ORDER BY first").fetchall()
-        ids, steps = (np.concatenate([np.empty(0, np.int32), *(np.frombuffer(r[i], np.int32) for r in rows)]) for i in (0, 1))
+        ids, steps = (
+            np.concatenate([np.empty(0, np.int32), *(np.frombuffer(r[i], np.int32) for r in rows)]) for i in (0, 1)
+        )
         return ids.astype(np.int32), steps.astype(np.int32)
 
     def checkpoints(self) -> list[tuple[int, bool, dict[str, Any]]]:
@@ -169,7 +176,8 @@ class SessionStore:
 
     def load(self, n_past: int, n_layer: int) -> Checkpoint:
         row = self._db.execute(
-            "SELECT sealed_end, n_blocks, far_at, window, scores, warm, logits, extra FROM checkpoints WHERE n_past = ?",
+            "SELECT sealed_end, n_blocks, far_at, window, scores, warm, logits, extra FROM checkpoints "
+            "WHERE n_past = ?",
             (n_past,),
         ).fetchone()
         sealed_end, n_blocks, far_at, window, scores, warm, logits, extra = row
@@ -177,11 +185,15 @@ class SessionStore:
             n_past, sealed_end, n_blocks, far_at,
             np.frombuffer(scores, np.float32).reshape(n_layer, -1), np.frombuffer(warm, np.int32).reshape(n_layer, -1),
         )  # fmt: skip
-        return Checkpoint(state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra))
+        return Checkpoint(
+            state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra)
+        )
 
     def headers(self, n_blocks: int, header_bytes: int) -> list[tuple[int, BlockHeader]]:
         """Offset and header of the first blocks. Raises StoreError where one is missing or damaged."""
-        rows = self._db.execute("SELECT block, first, n_tokens, offset FROM blocks WHERE block < ? ORDER BY block", (n_blocks,))
+        rows = self._db.execute(
+            "SELECT block, first, n_tokens, offset FROM blocks WHERE block < ? ORDER BY block", (n_blocks,)
+        )
         found = []
         for block, first, n_tokens, offset in rows.fetchall():
             try:
@@ -284,7 +296,9 @@ def _take_lock(folder: Path) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(lock)
-        raise InputError(f"--session {folder}: another process uses it; wait for it, or give another directory") from None
+        raise InputError(
+            f"--session {folder}: another process uses it; wait for it, or give another directory"
+        ) from None
     return lock
 
 

@@ -36,6 +36,6 @@ class Scheduler(Handle):
 
 
 def python_callback(observe: Observer) -> tuple[int, object]:
-    """A Python function observe(node, ask) -> bool as (address of a C function, what keeps it alive): for inspection."""
+    """observe(node, ask) -> bool, as the address of a C function and what keeps it alive: for inspection."""
     function = g.ggml_backend_sched_eval_callback(lambda node, ask, _: bool(observe(node, bool(ask))))
     return ctypes.cast(function, ctypes.c_void_p).value or 0, function

@@ -73,7 +73,15 @@ class MemoryOps:
         return self._ops.node(g, native.REPKV_RELEVANCE_ONE, self._relevance_shape(index), sources, **counts)
 
     def block_topk(
-        self, g: GraphContext, relevance: Tensor, regions: Tensor, n_top: int, *, kind: str, per_head: bool, n_next: int = 0
+        self,
+        g: GraphContext,
+        relevance: Tensor,
+        regions: Tensor,
+        n_top: int,
+        *,
+        kind: str,
+        per_head: bool,
+        n_next: int = 0,
     ) -> Tensor:
         """-> I32 [1 or K, 1 + n_top], how many blocks and which; its memory is typed F32.
 

@@ -29,7 +29,8 @@ class Arenas:
         """Raises ComputeError where there is not even address space."""
         tensor = self._context.new(type_, shape, name)
         array = lazy_zeros(g.ggml_nbytes(tensor))
-        self._memory[tensor.contents.name] = array.base.obj, 0  # numpy keeps a memoryview of the mapping
+        view: Any = array.base  # a memoryview of the mapping
+        self._memory[tensor.contents.name] = view.obj, 0
         buffer = Buffer.over(array)
         buffer.place(tensor, 0)
         self._buffers.append(buffer)
@@ -48,6 +49,7 @@ class Arenas:
         return self._context.closed
 
     def close(self) -> None:
+        self._memory.clear()
         self._context.close()
         for buffer in self._buffers:
             buffer.close()

@@ -70,9 +70,23 @@ class BlockHeader:
         """Raises StoreError for what is no header, was damaged, or is of a newer format."""
         if len(data) < _HEADER.size or data[:8] != MAGIC:
             raise StoreError("there is no block header")
-        (_, version, n_bytes, block, n_tokens, first, n_layer, flags, type_k, type_v, row_k, row_v, n_extra, _, found) = (
-            _HEADER.unpack_from(data)
-        )
+        (
+            _,
+            version,
+            n_bytes,
+            block,
+            n_tokens,
+            first,
+            n_layer,
+            flags,
+            type_k,
+            type_v,
+            row_k,
+            row_v,
+            n_extra,
+            _,
+            found,
+        ) = _HEADER.unpack_from(data)
         if version != VERSION:
             raise StoreError(f"its format is version {version}, and this program reads version {VERSION}")
         start = _HEADER.size + 8 * n_layer
@@ -106,7 +120,9 @@ class BlockFile:
                 folder.mkdir(parents=True, exist_ok=True)
             self.fd, self.direct = _open(folder, name)
         except OSError as error:
-            raise InputError(f"{self.path}: {error.strerror}; the blocks need a directory that can be written") from None
+            raise InputError(
+                f"{self.path}: {error.strerror}; the blocks need a directory that can be written"
+            ) from None
         if not self.direct:
             log.info("%s has no direct I/O: evicted blocks fill the page cache as well", folder)
 
@@ -115,10 +131,6 @@ class BlockFile:
         stat = os.fstatvfs(self.fd)
         return stat.f_bavail * stat.f_frsize
 
-    @property
-    def size(self) -> int:
-        return os.fstat(self.fd).st_size
-
     def read(self, offset: int, n_bytes: int) -> bytes:
         """n_bytes from offset on, fewer where the file ends. Raises StoreError."""
         start = offset // ALIGN * ALIGN
@@ -126,7 +138,7 @@ class BlockFile:
         want = aligned(offset + n_bytes - start)
         array = np.empty(want + ALIGN, np.uint8)
         shift = -array.ctypes.data % ALIGN
-        view = memoryview(array)[shift : shift + want]
+        view = array[shift : shift + want].data
         done = 0
         try:
             while done < want and (got := os.preadv(self.fd, [view[done:]], start + done)):
@@ -135,15 +147,12 @@ class BlockFile:
             raise StoreError(f"{self.path}: {error.strerror}") from None
         return bytes(view[offset - start : min(done, offset - start + n_bytes)])
 
-    def truncate(self, n_bytes: int) -> None:
-        os.ftruncate(self.fd, n_bytes)
-
     def sync(self) -> None:
         """Makes what was written survive a power cut. Raises StoreError."""
         try:
             os.fdatasync(self.fd)
         except OSError as error:
-            raise StoreError(f"{self.path}: {error.strerror}") from None
+            raise StoreError(f"{self.path}: {error.strerror}", lost=False) from None
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -183,7 +192,7 @@ def _aligned_io_works(fd: int) -> bool:
     array = np.empty(2 * ALIGN, np.uint8)
     shift = -array.ctypes.data % ALIGN
     try:
-        os.preadv(fd, [memoryview(array)[shift : shift + ALIGN]], 0)
+        os.preadv(fd, [array[shift : shift + ALIGN].data], 0)
     except OSError:
         return False
     return True

@@ -70,6 +70,12 @@ class RecordLayout:
         n.file_type_k, n.file_type_v = self.file_types
         (n.k_row_bytes, n.v_row_bytes), (n.file_k_row_bytes, n.file_v_row_bytes) = self.row_bytes, self.file_row_bytes
 
+    def check(self, header: BlockHeader) -> None:
+        """Raises StoreError where a block is not laid out like this."""
+        shape = header.types, header.row_bytes, len(header.checksums)
+        if shape != (self.file_types, self.file_row_bytes, self.n_layer) or not 0 < header.n_tokens <= self.max_tokens:
+            raise StoreError(f"block {header.block} is of another shape")
+
     def block_bytes(self, n_tokens: int) -> int:
         """On disk, with the header and all padding."""
         return int(native.repkv_block_bytes(self.native, n_tokens))
@@ -120,7 +126,7 @@ class BlockStore(Handle):
             self.pointer, block, n_tokens, rotated, first_position, *addresses, into
         ):  # fmt: skip
             if status < 0:
-                self.raise_error()
+                self.raise_error(of_writes=True)
         types, row_bytes = layout.file_types, layout.file_row_bytes
         header = BlockHeader(block, first_position, n_tokens, rotated, types, row_bytes, sums, extra)  # type: ignore[arg-type]
         native.repkv_store_commit(self.pointer, header.pack(layout.header_bytes), self.end)
@@ -139,7 +145,7 @@ class BlockStore(Handle):
         """Waits until every block is written. Raises StoreError where one could not be."""
         while status := native.repkv_store_flush(self.pointer):
             if status < 0:
-                self.raise_error()
+                self.raise_error(of_writes=True)
 
     def require(self, layer: int, blocks: Sequence[int]) -> None:
         """Makes blocks resident, as the hook does between two nodes. Raises StoreError."""
@@ -151,7 +157,9 @@ class BlockStore(Handle):
     def prefetch(self, layer: int, blocks: Sequence[int]) -> None:
         """Starts to fetch blocks, the most wanted first."""
         wanted = np.array(blocks, np.int32)
-        native.repkv_store_prefetch(self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted), 0)
+        native.repkv_store_prefetch(
+            self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted), 0
+        )
 
     def read(self, layer: int, block: int, n_tokens: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """A block's key and value rows in a layer, as in the arenas: uint8 [n_tokens, row bytes]. Raises StoreError."""
@@ -196,9 +204,9 @@ class BlockStore(Handle):
         """Faults for tests: fields of struct repkv_faults."""
         native.repkv_store_inject(self.pointer, native_ffi.new("struct repkv_faults *", faults))
 
-    def raise_error(self) -> None:
-        """Raises what went wrong, if anything did, as a StoreError."""
-        error = native.repkv_store_last_error(self.pointer)
+    def raise_error(self, *, of_writes: bool = False) -> None:
+        """Raises the first failed read or write, if there was one, as a StoreError."""
+        error = native.repkv_store_last_error(self.pointer, of_writes)
         path, reason = self.file.path, _REASONS.get(error.kind) or os.strerror(error.error)
         if error.kind == native.REPKV_IO_WRITE:
             raise StoreError(f"{path}: block {error.block} could not be written: {reason}", lost=False)

@@ -40,7 +40,7 @@ class BoundedMemory(ABC):
     precise_rope = True
 
     places_tensor: Tensor
-    """I32 [n_blocks, 2]: the first row of a block in the store, and its tokens; where all layers have it in one place."""
+    """I32 [n_blocks, 2]: first row of a block in the store, and its tokens; where that is the same in all layers."""
 
     def __init__(self, inputs: PolicyInputs, *, n_stored: int | None, n_tensors: int) -> None:
         """n_stored: how many of the first tokens the store holds, None for all; n_tensors: arenas of the subclass."""
@@ -58,7 +58,6 @@ class BoundedMemory(ABC):
         long_from_the_start = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train
         if inputs.long is not None:
             long_from_the_start = inputs.long
-        self.long = long_from_the_start
         self.far = memory.positions == "far" or long_from_the_start
         # n_past when they began to be far: 0 from the start, -1 not yet.
         self.far_at = 0 if self.far else -1

@@ -32,5 +32,7 @@ def check_cache_types(config: ModelConfig, memory: MemoryConfig) -> None:
         block = g.ggml_blck_size(GGML_CACHE_TYPES[name])
         if config.head_dim % block:
             raise InputError(f"{flag} {name} needs a head size that {block} divides; this model's is {config.head_dim}")
+    if memory.type_evicted and config.n_embd_kv % g.ggml_blck_size(GGML_CACHE_TYPES[memory.type_evicted]):
+        raise InputError(f"--cache-type-evicted {memory.type_evicted} does not fit rows of {config.n_embd_kv} values")
     if not memory.flash_attn and memory.type_v == "q8_0":
         raise InputError("-ctv q8_0 needs flash attention; leave out -fa off, or use f16, bf16 or f32")

@@ -110,8 +110,11 @@ class MemoryConfig:
         for flag, choice, known in choices:
             if choice not in known:
                 raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(filter(None, known))}")
-        if self.on_disk and self.kv != "repkv":
-            raise InputError(f"--kv-dir and --kv-ram are for --kv repkv, which evicts blocks; --kv is {self.kv}")
+        if (self.on_disk or self.kv_disk_max or self.type_evicted) and self.kv in ("full", "window"):
+            raise InputError(
+                "--kv-dir, --kv-ram, --kv-disk-max and --cache-type-evicted are for --kv repkv, which evicts blocks; "
+                f"--kv is {self.kv}"
+            )
 
     @property
     def on_disk(self) -> bool:
@@ -125,9 +128,9 @@ class MemoryConfig:
         """
         return {
             "-b": self.n_batch, "-ctk": self.type_k, "-ctv": self.type_v, "--n-sink": self.n_sink,
-            "--n-local": self.n_local, "--n-dense": self.n_dense, "--block": self.block, "--top-blocks": self.top_blocks,
-            "--chunk-blocks": self.chunk_blocks, "--n-repr": self.n_repr, "--score": self.score,
-            "--n-score": self.n_scoring, "--relevance": self.relevance, "--per-head": self.per_head,
+            "--n-local": self.n_local, "--n-dense": self.n_dense, "--block": self.block,
+            "--top-blocks": self.top_blocks, "--chunk-blocks": self.chunk_blocks,
+            "--n-repr": self.n_repr, "--score": self.score, "--n-score": self.n_scoring, "--relevance": self.relevance, "--per-head": self.per_head,
             "--positions": self.positions, "--cache-type-evicted": self.type_evicted or "as in RAM",
             "far from the start": long,
         }  # fmt: skip

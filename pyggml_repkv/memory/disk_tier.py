@@ -33,6 +33,9 @@ PREDICTORS = {
 }
 
 
+_CHANGED = "a slot was given to another block while it was attended"
+
+
 def default_folder() -> Path:
     """Where blocks go if nobody says: beside the cached models, since temporary folders may lie in RAM."""
     root = os.environ.get("XDG_CACHE_HOME", "")
@@ -82,7 +85,7 @@ class StepHook:
     def check(self) -> None:
         """After each compute that was stopped: raises what the hook met, if that was it."""
         if self._hooks.status == native.REPKV_HOOK_CHANGED:
-            raise ComputeError("a slot was given to another block while it was attended")
+            raise ComputeError(_CHANGED)
         if self._hooks.status == -1:
             self._tier.store.raise_error()
 
@@ -90,6 +93,8 @@ class StepHook:
         """After each whole compute: raises ComputeError if it did not run everywhere, in order."""
         if self._hooks.next != self._hooks.n_points:
             raise ComputeError(f"hooks ran at {self._hooks.next} of {self._hooks.n_points} nodes")
+        if native.repkv_store_audit(self._tier.store.pointer, self._tier.n_layer - 1):
+            raise ComputeError(_CHANGED)
 
 
 class DiskTier:
@@ -108,9 +113,10 @@ class DiskTier:
         n_slots = memory.kv_ram // slot_bytes if memory.kv_ram else max_blocks
         self.n_slots = min(n_slots, max_blocks)
         if self.n_slots < min(n_selected, max_blocks):
+            least = -(-n_selected * slot_bytes // 2**20)
             raise InputError(
-                f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at least "
-                f"{-(-n_selected * slot_bytes // 2**20)}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
+                f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at "
+                f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
         self.predictors = PREDICTORS[memory.prefetch]
         self.n_ahead = min(max(2 * memory.top_blocks, 1), native.REPKV_MAX_AHEAD, self.n_slots)
@@ -150,7 +156,9 @@ class DiskTier:
         """Evicts the next block, the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
         n_bytes = self.store.end + self.layout.block_bytes(end - begin)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
-            raise InputError(f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}")
+            raise InputError(
+                f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}"
+            )
         row, (k_bytes, v_bytes) = begin - self.base, self.layout.row_bytes
         k_rows, v_rows = [a + row * k_bytes for a in self._k], [a + row * v_bytes for a in self._v]
         block = len(self.store.offsets)

@@ -64,6 +64,8 @@ class RepKVMemory(BoundedMemory):
     def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
         memory, scheme = inputs.memory, parse_block(inputs.memory.block)
         if not memory.on_disk and inputs.block_file is None:
+            if memory.kv_disk_max or memory.type_evicted:
+                raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram, --kv-dir or --session")
             return None
         file = inputs.block_file
         if file is None:
@@ -75,7 +77,8 @@ class RepKVMemory(BoundedMemory):
         try:
             return DiskTier(
                 inputs.graph.config, memory, file, max_block=scheme.max_size, max_blocks=self._max_blocks,
-                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=self._n_extra(inputs), n_threads=N_IO_THREADS,
+                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=self._n_extra(inputs),
+                n_threads=N_IO_THREADS,
             )  # fmt: skip
         except BaseException:
             file.close()
@@ -178,6 +181,7 @@ class RepKVMemory(BoundedMemory):
         for block, (offset, header) in enumerate(headers):
             if (header.block, header.first_position) != (block, position):
                 raise StoreError(f"{self.disk.file.path}: block {block} is not where it should be")
+            self.disk.layout.check(header)
             position += header.n_tokens
             self._make_room_for(block)
             unpack_block(self, block, header)

@@ -38,7 +38,7 @@ class WindowFile:
             head[i] = positions[i], checksum(entries[i, _PREFIX:])
         try:
             for begin, end in self._runs(positions):
-                data = memoryview(entries[begin:end]).cast("B")
+                data = entries[begin:end].data.cast("B")
                 done, at = 0, self._offset(int(positions[begin]))
                 while done < len(data):
                     done += os.pwrite(self._fd, data[done:], at + done)
@@ -47,11 +47,11 @@ class WindowFile:
         self.written_bytes += entries.nbytes
 
     def read(self, first: int, end: int) -> Rows:
-        """Rows of the tokens [first, end) as given to `write`. Raises StoreError where they are not what was written."""
+        """Rows of the tokens [first, end) as given to `write`. Raises StoreError where they are something else."""
         entries = np.zeros((end - first, self.entry_bytes), np.uint8)
         try:
             for a, b in self._runs(np.arange(first, end)):
-                data = memoryview(entries[a:b]).cast("B")
+                data = entries[a:b].data.cast("B")
                 done, at = 0, self._offset(first + a)
                 while done < len(data) and (got := os.preadv(self._fd, [data[done:]], at + done)):
                     done += got

@@ -72,8 +72,9 @@ static enum repkv_io_error read_once(struct repkv_file *file, char *buffer, size
             *error = errno;
             return REPKV_IO_READ;
         }
-        if (got == 0) break;
         done += (size_t)got;
+        /* Nothing, or the end of a file that was cut at an odd place: a direct read cannot go on from there. */
+        if (got % REPKV_ALIGN != 0 || got == 0) break;
     }
     if (done < n_bytes) return REPKV_IO_SHORT;
     if (struck && f->read_kind == REPKV_IO_CHECKSUM) buffer[n_bytes / 2] ^= 1;

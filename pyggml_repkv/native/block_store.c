@@ -65,7 +65,7 @@ struct repkv_store {
     pthread_cond_t work, done, to_write, written;
     const float *unrotate;
     struct repkv_store_stats stats;
-    struct repkv_store_error error;
+    struct repkv_store_error read_error, write_error; /* the first of each */
     bool failed_write;
     int32_t n_reading;
     double reading_since;
@@ -75,18 +75,16 @@ struct repkv_store {
     int32_t n_events, max_events;
 };
 
-static double now_ms(void);
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
 
 /* With the lock held. */
 static void record(struct repkv_store *s, enum repkv_event_kind kind, int32_t layer, int32_t block, bool ahead, double begin) {
     if (s->n_events == s->max_events) return;
     s->events[s->n_events++] = (struct repkv_event){(int32_t)kind, layer, block, ahead, begin, now_ms()};
-}
-
-static double now_ms(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
 static void wait_a_while(pthread_cond_t *condition, pthread_mutex_t *lock) {
@@ -145,7 +143,8 @@ static char *rows_of_slot(const struct repkv_store *s, char **rows, int32_t laye
 }
 
 static void remember(struct repkv_store *s, enum repkv_io_error kind, int32_t layer, int32_t block, int error) {
-    if (s->error.kind == REPKV_IO_OK) s->error = (struct repkv_store_error){(int32_t)kind, layer, block, error};
+    struct repkv_store_error *first = kind == REPKV_IO_WRITE ? &s->write_error : &s->read_error;
+    if (first->kind == REPKV_IO_OK) *first = (struct repkv_store_error){(int32_t)kind, layer, block, error};
 }
 
 /* A block's rows of one layer into k and v; called and left with the lock held, which is free meanwhile. */
@@ -400,7 +399,8 @@ void repkv_store_close(struct repkv_store *s) {
 
 static int32_t free_staging(const struct repkv_store *s) {
     for (int32_t i = 0; i < s->config.n_staging; i++) {
-        if (s->staging[i].state == STAGING_FREE) return i;
+        /* One that was put and never committed is as good as free. */
+        if (s->staging[i].state == STAGING_FREE || s->staging[i].state == STAGING_FILLING) return i;
     }
     return -1;
 }
@@ -432,7 +432,6 @@ int repkv_store_put(struct repkv_store *s, int32_t block, int32_t n_tokens, int3
     s->blocks[block] = (struct block){-1, first_position, n_tokens, at, rotated != 0};
     memcpy(s->checksums + (size_t)block * (size_t)layout->n_layer, checksums, (size_t)layout->n_layer * sizeof *checksums);
     s->filling = at;
-    s->n_waiting++;
     pthread_mutex_unlock(&s->lock);
     return 0;
 }
@@ -443,6 +442,7 @@ void repkv_store_commit(struct repkv_store *s, const char *header, int64_t offse
     pthread_mutex_lock(&s->lock);
     staging->offset = offset;
     staging->state = STAGING_FILLED;
+    s->n_waiting++;
     pthread_cond_signal(&s->to_write);
     pthread_mutex_unlock(&s->lock);
 }
@@ -478,7 +478,7 @@ static bool ask(struct repkv_store *s, struct queue *q, int32_t layer, int32_t b
     return true;
 }
 
-static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, bool sure) {
+static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, int32_t n_sure) {
     struct slots *layer = s->layers + layer_index;
     layer->n_prefetches++;
     for (int32_t i = 0; i < n; i++) {
@@ -489,7 +489,7 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     int32_t n_asked = 0;
     for (int32_t i = 0; i < n && slots_trust(layer); i++) {
         if (layer->slot_of[blocks[i]] >= 0) continue;
-        if (!ask(s, &s->ahead, layer_index, blocks[i], sure ? SLOT_ANY : score)) break;
+        if (!ask(s, &s->ahead, layer_index, blocks[i], i < n_sure ? SLOT_ANY : score)) break;
         struct slot *slot = layer->slot + layer->slot_of[blocks[i]];
         slot->score = score;
         slot->kept = layer->n_prefetches;
@@ -501,9 +501,9 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     if (n_asked == 1) pthread_cond_signal(&s->work);
 }
 
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t sure) {
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure) {
     pthread_mutex_lock(&s->lock);
-    prefetch(s, layer, blocks, n, sure != 0);
+    prefetch(s, layer, blocks, n, n_sure);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -577,13 +577,13 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     slots_tick(layer);
     record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
-    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, false);
+    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, 0);
     if (complete != 0 || count_pending(layer, selected, n_rows, stride) > 0) {
         const double start = now_ms();
         while (status == 0) {
             if (complete != 0) complete = ask_for_all(s, layer_index, selected, n_rows, stride);
             struct request r;
-            if (s->error.kind != REPKV_IO_OK && s->error.kind != REPKV_IO_WRITE) status = -1;
+            if (s->read_error.kind != REPKV_IO_OK) status = -1;
             else if (repkv_abort_requested()) status = -2;
             else if (complete == 0 && count_pending(layer, selected, n_rows, stride) == 0) break;
             else if (pop(s, &s->required, &r)) serve(s, own, r);
@@ -667,9 +667,9 @@ void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stat
     pthread_mutex_unlock(&s->lock);
 }
 
-struct repkv_store_error repkv_store_last_error(struct repkv_store *s) {
+struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t of_writes) {
     pthread_mutex_lock(&s->lock);
-    const struct repkv_store_error error = s->error;
+    const struct repkv_store_error error = of_writes ? s->write_error : s->read_error;
     pthread_mutex_unlock(&s->lock);
     return error;
 }

@@ -71,9 +71,9 @@ int repkv_store_flush(struct repkv_store *s);
 int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
                         int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
 
-/* Starts to fetch blocks, best first, as far as they are worth a slot: more than what scores least, or, if they are sure to
- * be wanted, more than whatever was not required last. */
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t sure);
+/* Starts to fetch blocks, best first, as far as they are worth a slot: the first n_sure replace whatever was not required
+ * last, the others what scores less than them. */
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure);
 
 /* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
@@ -89,7 +89,8 @@ void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks)
 int repkv_store_audit(struct repkv_store *s, int32_t layer);
 
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
-struct repkv_store_error repkv_store_last_error(struct repkv_store *s);
+/* The first failed read, or the first failed write. */
+struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t of_writes);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
 
 enum repkv_event_kind {

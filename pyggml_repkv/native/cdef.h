@@ -113,13 +113,13 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 int repkv_store_flush(struct repkv_store *s);
 int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
                         int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t sure);
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure);
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
 void repkv_store_unrotate(struct repkv_store *s, const float *table);
 void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks);
 int repkv_store_audit(struct repkv_store *s, int32_t layer);
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
-struct repkv_store_error repkv_store_last_error(struct repkv_store *s);
+struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t of_writes);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
 enum repkv_event_kind {
     REPKV_EVENT_SELECTED, REPKV_EVENT_WAIT, REPKV_EVENT_READ, REPKV_EVENT_STAGED, REPKV_EVENT_WRITE, ...

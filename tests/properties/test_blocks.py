@@ -1,9 +1,8 @@
 """Blocks do not depend on the steps, failed ones included."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pyggml_repkv.memory.blocks import FixedBlocks, SemanticBlocks
 from pyggml_repkv.memory.boundaries import LOOKAHEAD, BoundaryScores

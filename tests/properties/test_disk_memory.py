@@ -126,9 +126,7 @@ def test_a_block_that_is_lost_again_and_again_is_an_error(model, monkeypatch):
 
     monkeypatch.setattr(BlockStore, "__init__", broken)
     with model.session(replace(MEMORY, kv_ram=SMALL)) as session, pytest.raises(StoreError, match="could not be read"):
-        session.prefill(TOKENS[:400])
-        for token in TOKENS[400:600]:
-            session.decode(token)
+        read(session, 400, 200)
 
 
 @pytest.mark.parametrize("nth", range(1, 12, 2))

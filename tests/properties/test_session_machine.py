@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.memory.config import MemoryConfig
@@ -94,7 +101,11 @@ class SessionMachine(RuleBasedStateMachine):
         self._cut_steps()
 
     @precondition(lambda self: self.session.n_past > 60)
-    @rule(which=st.sampled_from(["blocks.kv", "window-0.kv", "window-1.kv"]), at=st.floats(0, 0.999), bit=st.integers(0, 7))
+    @rule(
+        which=st.sampled_from(["blocks.kv", "window-0.kv", "window-1.kv"]),
+        at=st.floats(0, 0.999),
+        bit=st.integers(0, 7),
+    )
     def damage(self, which, at, bit):
         self.session.save(self.logits)
         before = self.session.n_past

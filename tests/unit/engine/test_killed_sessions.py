@@ -35,13 +35,16 @@ CONFIG = GenerationConfig(n_predict=70, ignore_eos=True, sampling=SamplingConfig
 
 def write(directory):
     # One run: takes up what is there, reads on, generates, saves. -> tokens, how many were read before
-    with Model.load(model_path, threads=1, repack=False) as model, model.session(MEMORY, directory=directory) as session:
+    loaded = Model.load(model_path, threads=1, repack=False)
+    with loaded as model, model.session(MEMORY, directory=directory) as session:
         generation = Generation(session, model.tokenizer, PROMPT, CONFIG)
         def cut_off(extra):
-            return extra.get("n_prompt") == len(PROMPT) and extra["settings"] == generation.identity() and not extra["finished"]
+            same = extra.get("n_prompt") == len(PROMPT) and extra["settings"] == generation.identity()
+            return same and not extra["finished"]
         resumed = session.go_back_to(PROMPT, cut_off)
         text = session.tokens[len(PROMPT):]
-        begun = Begun(min(resumed.n_past, len(PROMPT)), resumed.logits, tuple(text), resumed.extra["sampler"] if text else None)
+        n_read, sampler = min(resumed.n_past, len(PROMPT)), resumed.extra["sampler"] if text else None
+        begun = Begun(n_read, resumed.logits, tuple(text), sampler)
         generation = Generation(session, model.tokenizer, PROMPT, CONFIG, begun=begun)
         session.keep_with_saves(generation.saved)
         for _ in generation:
@@ -91,7 +94,8 @@ for n in range(n_kills):
     furthest.append(n_before)
     assert got == want, (n, n_before, got, want)
     shutil.rmtree(directory)
-print(json.dumps({"killed": killed, "taken_up": sum(n > 0 for n in furthest), "checked": len(furthest), "max": max(furthest)}))
+taken_up = sum(n > 0 for n in furthest)
+print(json.dumps({"killed": killed, "taken_up": taken_up, "checked": len(furthest), "max": max(furthest)}))
 """
 
 

@@ -136,9 +136,12 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
 
 
 def topk(
-    x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2
-) -> list[list[int]]:
-    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row."""
+    x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2,
+    n_next: int = 0, n_wanted: int | None = None,
+) -> list:  # fmt: skip
+    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row; with n_next, pairs of
+    these and of those that rank next.
+    """
     n_blocks, n_head = x.shape
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
     n_groups = -(-n_blocks // LANES) + 1
@@ -151,12 +154,14 @@ def topk(
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
     regions = np.zeros(9, np.int32)
-    regions[6], regions[8] = n_blocks, n_top
+    regions[6], regions[8] = n_blocks, n_top if n_wanted is None else n_wanted
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
     node = MemoryOps(bench.ops).block_topk(
-        bench.graph, relevance, bench.tensor(regions, g.GGML_TYPE_I32), n_top, kind=kind, per_head=per_head
+        bench.graph, relevance, bench.tensor(regions, g.GGML_TYPE_I32), n_top, kind=kind, per_head=per_head, n_next=n_next
     )
-    rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top)
+    rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top + bool(n_next) + n_next)
+    if n_next:
+        return [(r[1 : 1 + r[0]].tolist(), r[2 + n_top : 2 + n_top + r[1 + n_top]].tolist()) for r in rows]
     return [row[1 : 1 + row[0]].tolist() for row in rows]
 
 
@@ -182,6 +187,21 @@ def test_blocks_are_those_with_the_most_weight(data, n_blocks, n_head_kv, group,
         # Sums may differ in the last bit, so what was chosen must be as good as the best, not the same.
         best = np.sort(weight)[::-1][: len(got)]
         assert np.allclose(np.sort(weight[got])[::-1], best, atol=1e-5)
+
+
+@given(
+    seed=st.integers(0, 999), n_blocks=st.integers(1, 60), n_top=st.integers(1, 20), n_wanted=st.integers(0, 25),
+    n_next=st.integers(1, 20), per_head=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_what_ranks_next_is_named_best_first(seed, n_blocks, n_top, n_wanted, n_next, per_head):
+    x = np.random.default_rng(seed).permutation(n_blocks * 2).astype(np.float32).reshape(n_blocks, 2)
+    weights = x.T if per_head else x.sum(1)[None]
+    n_attended = min(n_top, n_wanted)
+    for (chosen, others), w in zip(topk(x, n_top, "max", 2, per_head, 2, n_next, n_wanted), weights, strict=True):
+        order = np.argsort(-w, kind="stable").tolist()
+        assert chosen == sorted(order[:n_attended])
+        assert others == (order[n_attended : n_attended + n_next] if n_attended else [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
