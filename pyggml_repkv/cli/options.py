@@ -125,7 +125,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
     group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
     group.add_argument(
-        "--kv-dir", metavar="DIR", type=filled_text, help="write evicted blocks to a file in DIR instead of keeping them all in RAM"
+        "--kv-dir",
+        metavar="DIR",
+        type=filled_text,
+        help="write evicted blocks to a file in DIR instead of keeping them all in RAM",
     )
     group.add_argument(
         "--kv-ram",

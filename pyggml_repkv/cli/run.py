@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.options import (
@@ -21,11 +21,11 @@ from pyggml_repkv.cli.options import (
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
-from pyggml_repkv.errors import ComputeError, InputError, StoreError
+from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
 from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
-    from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig, Progress
+    from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
 
@@ -113,8 +113,9 @@ def main(args: argparse.Namespace) -> int:
         if args.verbose_prompt:
             _list_tokens(tokens, model)
         with progress.notices(quiet=args.quiet), _session(args, model, len(tokens)) as session:
+            generation = _begin(args, model, session, tokens)
             _say_budget(args, session, len(tokens))
-            _generate(args, model, session, prompt, tokens)
+            _generate(args, model, session, prompt, generation)
     return 0
 
 
@@ -188,19 +189,29 @@ def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
     )
 
 
-def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: str, tokens: list[int]) -> None:
-    from pyggml_repkv.cli import report
+def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
+    """With --session, from where it and this run have all in common."""
     from pyggml_repkv.engine.generate import Generation
 
-    generation = Generation(session, model.tokenizer, tokens, _config(args))
-    if args.session is not None:
-        begun = _take_up(args, session, generation, tokens)
-        generation = Generation(session, model.tokenizer, tokens, _config(args), begun=begun)
-        session.keep_with_saves(generation.saved)
+    if args.session is None:
+        return Generation(session, model.tokenizer, tokens, _config(args))
+    generation = session.continue_text(tokens, _config(args))
+    if generation.begun.tokens:
+        _note(args, f"session: its text was cut off after {len(generation.begun.tokens)} tokens; going on")
+    elif generation.begun.n_read:
+        _note(args, f"session: {generation.begun.n_read} of the prompt's {len(tokens)} tokens were read before")
+    return generation
+
+
+def _generate(
+    args: argparse.Namespace, model: Model, session: Session, prompt: str, generation: Generation
+) -> None:  # fmt: skip
+    from pyggml_repkv.cli import report
+
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
-        with _bar(args, len(tokens)) as move:
+        with _bar(args, generation.n_unread) as move:
             generation.prefill(move)
         if args.json:
             for _ in generation:
@@ -209,36 +220,20 @@ def _generate(args: argparse.Namespace, model: Model, session: Session, prompt: 
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
         if args.session is not None:
-            session.save(generation.logits)
+            # Where it was stopped halfway, the save before is the last good one.
+            with suppress(RepkvError):
+                session.save()
         _say_timings(args, generation, model, session)
         raise
     result = generation.result()
     if args.session is not None:
-        session.save(generation.logits)
+        session.save()
     if args.json:
         output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c")
     _say_timings(args, generation, model, session)
-
-
-def _take_up(args: argparse.Namespace, session: Session, generation: Generation, tokens: list[int]) -> Begun:
-    """Goes back to where the session and this run have all in common."""
-    from pyggml_repkv.engine.generate import Begun
-
-    def was_cut_off(extra: dict[str, object]) -> bool:
-        known = extra.get("n_prompt") == len(tokens) and extra.get("settings") == generation.identity()
-        return known and not extra.get("finished")
-
-    resumed = session.go_back_to(tokens, was_cut_off)
-    generated = session.tokens[len(tokens) :]
-    if generated:
-        _note(args, f"session: its text was cut off after {len(generated)} tokens; going on")
-    elif resumed.n_past:
-        _note(args, f"session: {resumed.n_past} of the prompt's {len(tokens)} tokens were read before")
-    sampler = cast("dict[str, Any]", resumed.extra["sampler"]) if generated else None
-    return Begun(min(resumed.n_past, len(tokens)), resumed.logits, tuple(generated), sampler)
 
 
 def _stream(pieces: Iterable[str]) -> None:

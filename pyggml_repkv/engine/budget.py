@@ -76,8 +76,8 @@ def check_disk(need: DiskNeed, n_tokens: int) -> None:
         )
     if need.more > need.free:
         raise InputError(
-            f"{n_tokens} tokens need {size(need.more)} on disk and {need.folder} has {size(need.free)} free: give a "
-            "--kv-dir on a larger disk, fewer tokens, or --cache-type-evicted q8_0"
+            f"{n_tokens} tokens need {size(need.more)} on disk and {need.folder} has {size(need.free)} free: use a "
+            "directory on a larger disk, give fewer tokens, or --cache-type-evicted q8_0"
         )
 
 

@@ -228,11 +228,21 @@ class Generation:
         )
 
     @property
-    def logits(self) -> NDArray[np.float32] | None:
-        """After the last token that was read."""
-        return self._logits
+    def n_unread(self) -> int:
+        """Prompt tokens that are still to be read."""
+        return len(self._prompt) - self._begun_with.n_read
 
-    def identity(self) -> dict[str, Any]:
+    @property
+    def begun(self) -> Begun:
+        """What there was before it."""
+        return self._begun_with
+
+    def was_cut_off(self, saved: Mapping[str, Any]) -> bool:
+        """Whether `saved` is the state of this very text before its end."""
+        same = saved.get("n_prompt") == len(self._prompt) and saved.get("settings") == self._identity()
+        return same and not saved.get("finished")
+
+    def _identity(self) -> dict[str, Any]:
         """What must be equal for another run to go on with this text."""
         config = self.config
         return {"ignore_eos": config.ignore_eos, "stop": list(config.stop), **asdict(config.sampling)}
@@ -242,7 +252,7 @@ class Generation:
         unread = n_past - len(self._prompt) < len(self._tokens)
         return {
             "n_prompt": len(self._prompt),
-            "settings": self.identity(),
+            "settings": self._identity(),
             "sampler": self._sampler_before if unread else self.sampler.state(),
             "finished": self._finish_reason,
         }

@@ -123,7 +123,11 @@ class Model:
         return session
 
     def resume(self, directory: str | os.PathLike[str], memory: MemoryConfig | None = None) -> Session:
-        """The session that is kept in a directory, as of its newest save. Raises as `session` does."""
+        """The session that is kept in a directory, as of its newest save. Raises as `session` does; InputError where
+        there is none.
+        """
+        if not (Path(directory) / "session.db").is_file():
+            raise InputError(f"{directory}: there is no session")
         session = self.session(memory or MemoryConfig(kv="repkv"), directory=directory)
         try:
             session.go_back_to(None, lambda _: False)

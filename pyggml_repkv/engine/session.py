@@ -7,11 +7,12 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
 from pyggml_repkv.engine import budget
-from pyggml_repkv.engine.generate import Generation, GenerationConfig
+from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.saver import SAVE_EVERY, Saver
 from pyggml_repkv.engine.session_store import SessionStore, common_prefix
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
@@ -22,7 +23,7 @@ from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
-MayResume = Callable[[dict[str, object]], bool]
+MayResume = Callable[[dict[str, Any]], bool]
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Resumed:
 
     n_past: int
     logits: np.ndarray | None
-    extra: dict[str, object]
+    extra: dict[str, Any]
 
 
 # Tokens between two looks at how much memory is left: reading it takes some 50 microseconds.
@@ -69,8 +70,9 @@ class Session:
         self._store = store
         self._saver = Saver(store, self.policy) if store and isinstance(self.policy, RepKVMemory) else None
         self._n_steps_saved = self._prompt_end = 0
-        # False: what is read from now on is not kept, and the directory stays as it is.
+        # False: nothing is saved from now on; what the directory has beyond this point may be overwritten.
         self.saving = True
+        self._logits: np.ndarray | None = None
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._begun = False
         self._lock = backend.lock
@@ -130,7 +132,7 @@ class Session:
         assert logits is not None
         # A prompt's end is where the next one is most likely to part from it.
         self._prompt_end = self.n_past
-        self._save(logits[0], wait=True)
+        self._save(wait=True)
         return logits[0]
 
     def read(self, tokens: Sequence[int]) -> None:
@@ -162,6 +164,21 @@ class Session:
         tokens = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
         return Generation(self, self._tokenizer, tokens, config)
 
+    def continue_text(self, prompt: Sequence[int], config: GenerationConfig | None = None) -> Generation:
+        """`generate`, from what a kept session has of the prompt, or of a text after it that was cut off.
+
+        Call it before anything was read; from then on saves hold the state of the text. `save` once it is over.
+        """
+        generation = Generation(self, self._tokenizer, list(prompt), config)
+        resumed = self.go_back_to(prompt, generation.was_cut_off)
+        text = tuple(self._tokens[len(prompt) : self.n_past])
+        begun = Begun(
+            min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra["sampler"] if text else None
+        )
+        generation = Generation(self, self._tokenizer, list(prompt), config, begun=begun)
+        self.save_also(generation.saved)
+        return generation
+
     def stats(self) -> dict[str, object]:
         """The `kv` object of `run --json`."""
         return self.policy.stats(self.n_past)
@@ -172,44 +189,55 @@ class Session:
             outputs = "all"
         self._check_room(self.n_past + len(chunk))
         logits = self._run(outputs, chunk)
-        self._save_if_due(len(chunk), logits)
+        self._save_if_due(len(chunk))
         return logits
 
-    def _save_if_due(self, n_tokens: int, logits: np.ndarray | None) -> None:
-        if self._saver is None or not self.saving:
+    def _save_if_due(self, n_tokens: int) -> None:
+        if self._saver is None:
             return
         n_new = self.n_past - self._saver.saved
         if n_new >= (SAVE_EVERY if n_tokens == 1 else 1):
             # Waiting where the file could not take twice as much without losing what the save before needs.
-            self._save(None if logits is None else logits[-1], wait=n_new >= max(self.n_batch, SAVE_EVERY))
+            self._save(wait=n_new >= max(self.n_batch, SAVE_EVERY))
 
     def _run(self, outputs: Outputs, chunk: np.ndarray) -> np.ndarray | None:
         """One step, after reading everything again where blocks of it were lost."""
-        if self._store is not None and not self._begun:
-            # Nobody asked for what the directory has.
-            self._store.rewind(0, 0)
         self._begun = True
         try:
-            logits = self._plans.run(outputs, chunk, self.n_past)
+            return self._run_once(outputs, chunk)
         except StoreError as error:
             if not error.lost:
                 raise
             log.warning("%s: reading its %d tokens again", error, self.n_past)
             self._read_again(self._tokens, self._steps)
-            logits = self._plans.run(outputs, chunk, self.n_past)
-        self._count(chunk)
+            return self._run_once(outputs, chunk)
+
+    def _run_once(self, outputs: Outputs, chunk: np.ndarray) -> np.ndarray | None:
+        n_past = self.n_past
+        try:
+            logits = self._plans.run(outputs, chunk, n_past)
+            self._tokens[n_past:] = array("i", chunk.tolist())
+            self._steps.append(len(chunk))
+            self._logits = None if logits is None else logits[-1].copy()
+            self.n_past += len(chunk)
+        except BaseException:
+            # Interrupted between the compute and here, too, the step counts as not done.
+            if self.n_past == n_past:
+                self.policy.undo_step()
+                while sum(self._steps) > n_past:
+                    self._steps.pop()
+            raise
         return logits
 
-    def _count(self, chunk: np.ndarray) -> None:
-        self.n_past += len(chunk)
-        self._tokens.extend(chunk.tolist())
-        self._steps.append(len(chunk))
+    def _read_again(self, tokens: Sequence[int], steps: Sequence[int]) -> None:
+        """Makes the memory anew from tokens, in the same steps. Raises what reading raises.
 
-    def _read_again(self, tokens: Sequence[int], steps: Sequence[int]) -> np.ndarray | None:
-        """Makes the memory anew from tokens, in the same steps -> logits of the last. Raises what reading raises."""
+        What the directory knows of them stays until the new memory has them all.
+        """
         ids, sizes = np.array(tokens, np.int32), list(steps)
         if self._saver is not None:
             self._saver.close()
+            self._saver = None
         with self._lock:
             self._plans.close()
             self.policy.close()
@@ -217,38 +245,39 @@ class Session:
             self._store.start_anew()
         self.policy = self._make_policy()
         self._plans = PlanCache(self._graph, self.policy, self._backend)
-        self._saver = Saver(self._store, self.policy) if self._store and isinstance(self.policy, RepKVMemory) else None
         self.n_past, self._n_steps_saved = 0, 0
         self._tokens, self._steps = array("i"), array("i")
-        logits = None
         for i, size in enumerate(sizes, 1):
             chunk = ids[self.n_past : self.n_past + size]
-            logits = self._plans.run("all" if size == 1 else "last" if i == len(sizes) else "none", chunk, self.n_past)
-            self._count(chunk)
-            self._save_if_due(size, logits)
-        return None if logits is None else logits[-1]
+            self._run_once("all" if size == 1 else "last" if i == len(sizes) else "none", chunk)
+        if self._store is not None and isinstance(self.policy, RepKVMemory):
+            self._saver = Saver(self._store, self.policy)
 
-    def _save(self, logits: np.ndarray | None, *, wait: bool) -> None:
-        if self._saver is None or not self.saving or (self.n_past == self._saver.saved and logits is None):
+    def _save(self, *, wait: bool, again: bool = False) -> None:
+        """again: also where nothing was read since, because what goes with the save may be new."""
+        if self._saver is None or not self.saving or (self.n_past == self._saver.saved and not again):
             return
-        new = np.array(self._tokens[self._saver.saved :], np.int32)
+        new = np.array(self._tokens[self._saver.saved : self.n_past], np.int32)
         steps = self._steps[self._n_steps_saved :].tolist()
         extra = {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
-        if self._saver.offer(self.n_past, new, steps, None if logits is None else logits.copy(), extra, wait=wait):
+        if self._saver.offer(self.n_past, new, steps, self._logits, extra, wait=wait):
             self._n_steps_saved = len(self._steps)
 
-    def save(self, logits: np.ndarray | None = None) -> None:
+    def save(self) -> None:
         """Saves what was read since the last save, and waits until it is on disk.
 
-        logits: of the last token, so that a session that goes on here needs not ask for them. Raises InputError where
-        the session has no directory, StoreError where saving failed.
+        Raises InputError where the session has no directory, StoreError where saving failed, ComputeError where the
+        memory was stopped halfway, so that the save before is the last good one.
         """
+        if self._closed:
+            raise InputError("the session is closed")
         if self._saver is None:
             raise InputError("the session is not kept anywhere: open it with a directory")
-        self._save(logits, wait=True)
+        if self.n_past > 0:
+            self._save(wait=True, again=True)
         self._saver.finish()
 
-    def keep_with_saves(self, extra: Callable[[int], dict[str, object]]) -> None:
+    def save_also(self, extra: Callable[[int], dict[str, object]]) -> None:
         """What extra(n_past) returns, as JSON, is part of every save from now on."""
         self._extra = extra
 
@@ -256,8 +285,8 @@ class Session:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
 
         may_resume(extra of the newest): whether a save beyond the prompt may be taken, as when its text was being
-        continued. Where
-        nothing fits, the session is empty and what was saved is forgotten. What cannot be restored is read again.
+        continued. Where nothing fits, the session is empty, and what was saved is forgotten with the next save. What
+        cannot be restored is read again. Raises InputError where -c is too small for it.
         """
         if self._saver is None or self._store is None or self._begun:
             raise InputError("only a session that was opened with a directory can go back, and only before it reads")
@@ -270,22 +299,29 @@ class Session:
             fits = n_past <= prefix and (has_logits or prompt is None or n_past < len(prompt))
             if not fits and not (goes_on and has_logits):
                 continue
-            sizes = steps[: int(np.searchsorted(np.cumsum(steps), n_past, side="right"))]
-            try:
-                checkpoint = self._saver.restore(n_past, tokens[:n_past])
-            except StoreError as error:
-                if not error.lost:
-                    raise
-                log.warning("%s: reading its %d tokens again", error, n_past)
-                logits = self._read_again(tokens[:n_past].tolist(), sizes.tolist())
-                self._prompt_end = n_past
-                self._save(logits, wait=True)
-                return Resumed(n_past, logits, extra)
-            self.n_past, self._tokens = n_past, array("i", tokens[:n_past].tolist())
-            self._steps, self._n_steps_saved = array("i", sizes.tolist()), len(sizes)
-            return Resumed(n_past, checkpoint.logits, extra)
-        self._store.rewind(0, 0)
+            if n_past > self.n_ctx:
+                raise InputError(f"--session {self._store.folder} has {n_past} tokens: give -c {n_past} or more")
+            self._restore(n_past, tokens[:n_past], steps, extra)
+            return Resumed(n_past, self._logits, extra)
         return Resumed(0, None, {})
+
+    def _restore(self, n_past: int, tokens: np.ndarray, steps: np.ndarray, extra: dict[str, object]) -> None:
+        assert self._saver is not None
+        sizes = steps[: int(np.searchsorted(np.cumsum(steps), n_past, side="right"))]
+        prompt_end = extra.get("n_prompt")
+        self._prompt_end = prompt_end if isinstance(prompt_end, int) else 0
+        try:
+            checkpoint = self._saver.restore(n_past, tokens)
+        except StoreError as error:
+            if not error.lost:
+                raise
+            log.warning("%s: reading its %d tokens again", error, n_past)
+            self._read_again(tokens.tolist(), sizes.tolist())
+            self._extra = lambda _: extra
+            self._save(wait=True)
+            return
+        self.n_past, self._tokens, self._logits = n_past, array("i", tokens.tolist()), checkpoint.logits
+        self._steps, self._n_steps_saved = array("i", sizes.tolist()), len(sizes)
 
     def _check_room(self, n_tokens: int) -> None:
         """Linux promises memory that it does not have and kills the process that uses it, so ask first."""

@@ -11,11 +11,13 @@ A checkpoint names only bytes that are on disk already, so whatever kills the pr
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError, StoreError
-from pyggml_repkv.memory.block_file import BlockFile, BlockHeader
+from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, checksum
 from pyggml_repkv.memory.repkv_state import RepKVState
 from pyggml_repkv.memory.window_file import WindowFile
 
@@ -32,12 +34,14 @@ FORMAT = 1
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE tokens (first INTEGER PRIMARY KEY, ids BLOB NOT NULL, steps BLOB NOT NULL);
+CREATE TABLE tokens (
+    first INTEGER PRIMARY KEY, ids BLOB NOT NULL, steps BLOB NOT NULL, checksum INTEGER NOT NULL);
 CREATE TABLE blocks (
     block INTEGER PRIMARY KEY, first INTEGER NOT NULL, n_tokens INTEGER NOT NULL, offset INTEGER NOT NULL);
 CREATE TABLE checkpoints (
     n_past INTEGER PRIMARY KEY, sealed_end INTEGER NOT NULL, n_blocks INTEGER NOT NULL, far_at INTEGER NOT NULL,
-    window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL);
+    window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL,
+    checksum INTEGER NOT NULL);
 """
 
 
@@ -57,7 +61,7 @@ class Checkpoint:
 class Commit:
     """What is new since the commit before: a checkpoint, the rows of tokens at rising `positions` for the window file,
     all tokens from first_token on with the sizes of the steps that read them, and (block, first, n_tokens, offset) of
-    blocks.
+    all blocks from first_block on. What the directory has from there on is forgotten.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +70,7 @@ class Commit:
     first_token: int
     tokens: NDArray[np.int32]
     steps: NDArray[np.int32]
+    first_block: int
     blocks: list[tuple[int, int, int, int]]
 
 
@@ -78,24 +83,17 @@ class SessionStore:
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder = folder
-        self._lock = _take_lock(folder)
+        # Also where nobody closes it: the lock must not outlive the object.
+        self._unlock = weakref.finalize(self, os.close, _take_lock(folder))
+        self._db: sqlite3.Connection | None = None
+        self._synced_window = -1
         try:
             self._db = self._open_db()
             self._check_identity(identity)
             self.blocks = BlockFile(folder, "blocks.kv")
-            self._sync_folder()
         except BaseException:
-            os.close(self._lock)
+            self.close()
             raise
-
-    def _sync_folder(self) -> None:
-        """The names of new files survive a power cut, too."""
-        with contextlib.suppress(OSError):
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
 
     def _open_db(self) -> sqlite3.Connection:
         path = self.folder / "session.db"
@@ -110,30 +108,40 @@ class SessionStore:
             raise self._unusable(error) from None
         return db
 
-    def _unusable(self, error: sqlite3.Error) -> InputError:
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The database; what is wrong with it becomes one line."""
+        if self._db is None:
+            raise InputError("the session is closed")
+        try:
+            yield self._db
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> InputError:
         return InputError(
             f"--session {self.folder}: session.db cannot be used ({error}); check permissions and the disk, or move "
             "the directory away to start anew"
         )
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
-        try:
-            meta = dict(self._db.execute("SELECT key, value FROM meta"))
-        except sqlite3.Error as error:
-            raise self._unusable(error) from None
         where = f"--session {self.folder}"
-        if meta.get("format") != str(FORMAT):
-            raise InputError(
-                f"{where}: its format is version {meta.get('format')}, this program reads version {FORMAT}"
-            )
-        if "model" not in meta:
-            with self._transaction():
-                for key, value in identity.items():
-                    self._db.execute("INSERT INTO meta VALUES (?, ?)", (key, json.dumps(value)))
-            return
+        with self._reading() as db:
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            if meta.get("format") != str(FORMAT):
+                found = meta.get("format")
+                raise InputError(f"{where}: its format is version {found}, this program reads version {FORMAT}")
+            if not db.execute("SELECT 1 FROM checkpoints LIMIT 1").fetchone():
+                # Nothing depends on what was said before.
+                values = [("format", str(FORMAT)), *((key, json.dumps(value)) for key, value in identity.items())]
+                with _transaction(db):
+                    db.execute("DELETE FROM meta")
+                    db.executemany("INSERT INTO meta VALUES (?, ?)", values)
+                return
         if json.loads(meta["model"]) != identity["model"]:
             raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
         before, now = json.loads(meta["settings"]), json.loads(json.dumps(identity["settings"]))
+        # A session stays what it was begun as.
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
         if other:
@@ -141,49 +149,45 @@ class SessionStore:
                 f"{where}: made with other settings ({', '.join(other)}); give those, or another directory"
             )
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Any:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
-
     def meta(self, key: str) -> Any:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        with self._reading() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            return None if row is None else json.loads(row[0])
 
     def keep_meta(self, key: str, value: Any) -> Any:
         """What was said of a key first: now, or by an earlier process."""
-        self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
+        with self._reading() as db:
+            db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
         return self.meta(key)
 
     def tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """All tokens, and the sizes of the steps that read them: int32."""
-        rows = self._db.execute("SELECT ids, steps FROM tokens ORDER BY first").fetchall()
-        ids, steps = (
-            np.concatenate([np.empty(0, np.int32), *(np.frombuffer(r[i], np.int32) for r in rows)]) for i in (0, 1)
-        )
-        return ids.astype(np.int32), steps.astype(np.int32)
+        ids, steps = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        with self._reading() as db:
+            for new_ids, new_steps, found in db.execute("SELECT ids, steps, checksum FROM tokens ORDER BY first"):
+                if _checksum(new_ids, new_steps) != found:
+                    raise ValueError("its tokens are damaged")
+                ids.append(np.frombuffer(new_ids, np.int32))
+                steps.append(np.frombuffer(new_steps, np.int32))
+        return np.concatenate(ids), np.concatenate(steps)
 
     def checkpoints(self) -> list[tuple[int, bool, dict[str, Any]]]:
         """(n_past, whether it has logits, extra), the newest first."""
         query = "SELECT n_past, logits IS NOT NULL, extra FROM checkpoints ORDER BY n_past DESC"
-        return [(n_past, bool(has_logits), json.loads(extra)) for n_past, has_logits, extra in self._db.execute(query)]
+        with self._reading() as db:
+            return [(n_past, bool(has_logits), json.loads(extra)) for n_past, has_logits, extra in db.execute(query)]
 
     def load(self, n_past: int, n_layer: int) -> Checkpoint:
-        row = self._db.execute(
-            "SELECT sealed_end, n_blocks, far_at, window, scores, warm, logits, extra FROM checkpoints "
-            "WHERE n_past = ?",
-            (n_past,),
-        ).fetchone()
-        sealed_end, n_blocks, far_at, window, scores, warm, logits, extra = row
+        """Raises StoreError where the checkpoint is damaged."""
+        columns = "sealed_end, n_blocks, far_at, window, scores, warm, logits, extra, checksum"
+        with self._reading() as db:
+            row = db.execute(f"SELECT {columns} FROM checkpoints WHERE n_past = ?", (n_past,)).fetchone()
+            sealed_end, n_blocks, far_at, window, scores, warm, logits, extra, found = row
+        if _checksum(scores, warm, logits) != found:
+            raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged")
+        values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
         state = RepKVState(
-            n_past, sealed_end, n_blocks, far_at,
-            np.frombuffer(scores, np.float32).reshape(n_layer, -1), np.frombuffer(warm, np.int32).reshape(n_layer, -1),
+            n_past, sealed_end, n_blocks, far_at, values, np.frombuffer(warm, np.int32).reshape(n_layer, -1)
         )  # fmt: skip
         return Checkpoint(
             state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra)
@@ -191,11 +195,11 @@ class SessionStore:
 
     def headers(self, n_blocks: int, header_bytes: int) -> list[tuple[int, BlockHeader]]:
         """Offset and header of the first blocks. Raises StoreError where one is missing or damaged."""
-        rows = self._db.execute(
-            "SELECT block, first, n_tokens, offset FROM blocks WHERE block < ? ORDER BY block", (n_blocks,)
-        )
+        query = "SELECT block, first, n_tokens, offset FROM blocks WHERE block < ? ORDER BY block"
+        with self._reading() as db:
+            rows = db.execute(query, (n_blocks,)).fetchall()
         found = []
-        for block, first, n_tokens, offset in rows.fetchall():
+        for block, first, n_tokens, offset in rows:
             try:
                 header = BlockHeader.unpack(self.blocks.read(offset, header_bytes))
             except StoreError as error:
@@ -215,25 +219,10 @@ class SessionStore:
         except OSError as error:
             raise InputError(f"--session {self.folder}: window-{number}.kv: {error.strerror}") from None
 
-    def rewind(self, n_past: int, n_blocks: int) -> None:
-        """Forgets what came after; n_past 0 forgets everything but whose session it is."""
-        with self._transaction():
-            self._db.execute("DELETE FROM checkpoints WHERE n_past > ?", (n_past,))
-            self._db.execute("DELETE FROM blocks WHERE block >= ?", (n_blocks,))
-            row = self._db.execute(
-                "SELECT first, ids, steps FROM tokens WHERE first < ? ORDER BY first DESC LIMIT 1", (n_past,)
-            ).fetchone()
-            self._db.execute("DELETE FROM tokens WHERE first >= ?", (n_past,))
-            if row is not None:
-                # Checkpoints and rows of tokens end together, so this only drops what was never named by one.
-                first, ids, steps = row[0], np.frombuffer(row[1], np.int32), np.frombuffer(row[2], np.int32)
-                kept = int(np.searchsorted(np.cumsum(steps), n_past - first, side="right"))
-                values = ids[: n_past - first].tobytes(), steps[:kept].tobytes(), first
-                self._db.execute("UPDATE tokens SET ids = ?, steps = ? WHERE first = ?", values)
-
     def start_anew(self) -> None:
-        """Forgets everything but whose session it is; the block file was closed with the memory that used it."""
-        self.rewind(0, 0)
+        """For a memory that is made anew; the block file was closed with the one before. What is known stays so until
+        the first save.
+        """
         self.blocks = BlockFile(self.folder, "blocks.kv")
 
     def commit(self, commit: Commit, window: WindowFile, spacing: int) -> None:
@@ -241,49 +230,83 @@ class SessionStore:
 
         Checkpoints nearer than `spacing` to the one after them are dropped, but for those at the end of a prompt.
         """
-        state = commit.checkpoint.state
+        state, logits, number = commit.checkpoint.state, commit.checkpoint.logits, commit.checkpoint.window
         window.write(commit.positions, commit.rows)
         window.sync()
         self.blocks.sync()
-        if commit.first_token == 0 or commit.checkpoint.window:
-            self._sync_folder()
-        logits = commit.checkpoint.logits
+        if number != self._synced_window:
+            _sync_folder(self.folder)
+            self._synced_window = number
+        blobs = [a if a is None else a.tobytes() for a in (state.scores, state.warm, logits)]
+        tokens = commit.tokens.tobytes(), commit.steps.tobytes()
+        point = state.n_past, state.sealed_end, state.n_blocks, state.far_at, number
         try:
-            with self._transaction():
-                tokens = commit.tokens.tobytes(), commit.steps.tobytes()
+            with self._reading() as db, _transaction(db):
+                db.execute("DELETE FROM tokens WHERE first >= ?", (commit.first_token,))
+                db.execute("DELETE FROM blocks WHERE block >= ?", (commit.first_block,))
+                db.execute("DELETE FROM checkpoints WHERE n_past > ?", (commit.first_token,))
                 if len(commit.tokens):
-                    self._db.execute("INSERT INTO tokens VALUES (?, ?, ?)", (commit.first_token, *tokens))
-                self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", commit.blocks)
-                self._db.execute(
-                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (
-                        state.n_past, state.sealed_end, state.n_blocks, state.far_at, commit.checkpoint.window,
-                        state.scores.tobytes(), state.warm.tobytes(), None if logits is None else logits.tobytes(),
-                        json.dumps(commit.checkpoint.extra),
-                    ),
-                )  # fmt: skip
-                self._prune(commit.checkpoint, window, spacing)
-        except sqlite3.Error as error:
-            raise StoreError(f"{self.folder}: session.db could not be written: {error}", lost=False) from None
+                    values = commit.first_token, *tokens, _checksum(*tokens)
+                    db.execute("INSERT INTO tokens VALUES (?, ?, ?, ?)", values)
+                db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", commit.blocks)
+                extra = json.dumps(commit.checkpoint.extra)
+                db.execute(
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (*point, *blobs, extra, _checksum(*blobs)),
+                )
+                self._prune(db, commit.checkpoint, window, spacing)
+        except InputError as error:
+            raise StoreError(str(error), lost=False) from None
         for path in self.folder.glob("window-*.kv"):
             if path != window.path:
                 path.unlink(missing_ok=True)
 
-    def _prune(self, newest: Checkpoint, window: WindowFile, spacing: int) -> None:
+    def _prune(self, db: sqlite3.Connection, newest: Checkpoint, window: WindowFile, spacing: int) -> None:
         """Also drops checkpoints whose tokens the window no longer has."""
         first_kept = newest.state.n_past - window.n_ring
-        self._db.execute("DELETE FROM checkpoints WHERE window <> ? OR sealed_end < ?", (newest.window, first_kept))
+        db.execute("DELETE FROM checkpoints WHERE window <> ? OR sealed_end < ?", (newest.window, first_kept))
         following = newest.state.n_past
         for n_past, _, extra in self.checkpoints()[1:]:
             if following - n_past < spacing and n_past != extra.get("n_prompt"):
-                self._db.execute("DELETE FROM checkpoints WHERE n_past = ?", (n_past,))
+                db.execute("DELETE FROM checkpoints WHERE n_past = ?", (n_past,))
             else:
                 following = n_past
 
     def close(self) -> None:
+        if self._db is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.close()
+            self._db = None
+        if hasattr(self, "blocks"):
+            self.blocks.close()
+        self._unlock()
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
         with contextlib.suppress(sqlite3.Error):
-            self._db.close()
-        os.close(self._lock)
+            db.execute("ROLLBACK")
+        raise
+
+
+def _checksum(*blobs: bytes | None) -> int:
+    """Of bytes one after another, as SQLite's signed integer."""
+    return int(np.uint64(checksum(b"".join(blob or b"" for blob in blobs))).astype(np.int64))
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names of new files survive a power cut, too."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _take_lock(folder: Path) -> int:
@@ -294,8 +317,10 @@ def _take_lock(folder: Path) -> int:
         raise InputError(f"--session {folder}: {error.strerror}; it must be a directory that can be written") from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(lock)
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise InputError(f"--session {folder}: its file system has no locks ({error.strerror})") from None
         raise InputError(
             f"--session {folder}: another process uses it; wait for it, or give another directory"
         ) from None

@@ -157,6 +157,11 @@ class BoundedMemory(ABC):
             self.n_select(n_past, n_tokens), self.store_base,
         )  # fmt: skip
 
+    @property
+    def torn(self) -> bool:
+        """Whether it was stopped halfway and is no longer of use."""
+        return self._torn
+
     def undo_step(self) -> None:  # noqa: B027
         """Rows beyond n_past are written again before they are read."""
 

@@ -127,13 +127,24 @@ class MemoryConfig:
         `far from the start` is not compared: a session stays what it was begun as.
         """
         return {
-            "-b": self.n_batch, "-ctk": self.type_k, "-ctv": self.type_v, "--n-sink": self.n_sink,
-            "--n-local": self.n_local, "--n-dense": self.n_dense, "--block": self.block,
-            "--top-blocks": self.top_blocks, "--chunk-blocks": self.chunk_blocks,
-            "--n-repr": self.n_repr, "--score": self.score, "--n-score": self.n_scoring, "--relevance": self.relevance, "--per-head": self.per_head,
-            "--positions": self.positions, "--cache-type-evicted": self.type_evicted or "as in RAM",
+            "-b": self.n_batch,
+            "-ctk": self.type_k,
+            "-ctv": self.type_v,
+            "--n-sink": self.n_sink,
+            "--n-local": self.n_local,
+            "--n-dense": self.n_dense,
+            "--block": self.block,
+            "--top-blocks": self.top_blocks,
+            "--chunk-blocks": self.chunk_blocks,
+            "--n-repr": self.n_repr,
+            "--score": self.score,
+            "--n-score": self.n_scoring,
+            "--relevance": self.relevance,
+            "--per-head": self.per_head,
+            "--positions": self.positions,
+            "--cache-type-evicted": self.type_evicted or "as in RAM",
             "far from the start": long,
-        }  # fmt: skip
+        }
 
     @property
     def n_scoring(self) -> int:

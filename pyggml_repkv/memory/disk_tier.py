@@ -59,6 +59,7 @@ class StepHook:
         self._tier = tier
         self._hooks = native_ffi.new("struct repkv_hooks *")
         self._points: Any = None
+        self._last_layer = -1
         self.callback = int(native_ffi.cast("uintptr_t", native.repkv_eval_hook_address()))
         self.userdata = int(native_ffi.cast("uintptr_t", self._hooks))
 
@@ -73,6 +74,7 @@ class StepHook:
             c_point.node = native_ffi.cast("void *", _address(point.node))
             c_point.layer, c_point.n_top = point.layer, point.n_top
             c_point.kind = native.REPKV_HOOK_SPECULATED if point.speculated else native.REPKV_HOOK_SELECTED
+        self._last_layer = max((point.layer for point in points if not point.speculated), default=-1)
         hooks, tier = self._hooks, self._tier
         hooks.store, hooks.points, hooks.n_points = tier.store.pointer, self._points, len(points)
         hooks.n_layer, hooks.predictors, hooks.n_ahead = tier.n_layer, tier.predictors, tier.n_ahead
@@ -93,7 +95,8 @@ class StepHook:
         """After each whole compute: raises ComputeError if it did not run everywhere, in order."""
         if self._hooks.next != self._hooks.n_points:
             raise ComputeError(f"hooks ran at {self._hooks.next} of {self._hooks.n_points} nodes")
-        if native.repkv_store_audit(self._tier.store.pointer, self._tier.n_layer - 1):
+        # The layers before were checked by the hook itself.
+        if self._last_layer >= 0 and native.repkv_store_audit(self._tier.store.pointer, self._last_layer):
             raise ComputeError(_CHANGED)
 
 

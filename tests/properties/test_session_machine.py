@@ -65,6 +65,9 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.session.n_past < N_TOKENS - 20)
     @rule(n=st.integers(1, 12))
     def decode(self, n):
+        self._decode(n)
+
+    def _decode(self, n):
         for _ in range(n):
             self.logits = self.session.decode(TOKENS[self.session.n_past]).copy()
             self.steps.append(1)
@@ -72,14 +75,14 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.session.n_past > 0)
     @rule()
     def save(self):
-        self.session.save(self.logits)
+        self.session.save()
 
     @precondition(lambda self: self.session.n_past > 0)
     @rule(save=st.booleans())
     def leave_and_come_back(self, save):
         """Without saving, all but what was saved on the way is lost."""
         if save:
-            self.session.save(self.logits)
+            self.session.save()
         before = self.session.n_past
         self.session.close()
         self.session = self.model.resume(self.folder, self.kept)
@@ -91,7 +94,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(back=st.integers(0, 200))
     def another_prompt(self, back):
         """Goes back to where a prompt that parts from what was read still agrees with it."""
-        self.session.save(self.logits)
+        self.session.save()
         prefix = max(0, self.session.n_past - back)
         self.session.close()
         self.session = self.model.session(self.kept, directory=self.folder)
@@ -99,6 +102,9 @@ class SessionMachine(RuleBasedStateMachine):
         assert resumed.n_past == self.session.n_past <= prefix
         assert self.session.tokens == TOKENS[: resumed.n_past]
         self._cut_steps()
+        # Only a save forgets what the directory had.
+        self._decode(1)
+        self.session.save()
 
     @precondition(lambda self: self.session.n_past > 60)
     @rule(
@@ -107,7 +113,7 @@ class SessionMachine(RuleBasedStateMachine):
         bit=st.integers(0, 7),
     )
     def damage(self, which, at, bit):
-        self.session.save(self.logits)
+        self.session.save()
         before = self.session.n_past
         self.session.close()
         path = self.folder / which

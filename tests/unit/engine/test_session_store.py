@@ -218,13 +218,13 @@ def test_a_session_that_is_opened_and_not_taken_up_starts_anew(model, folder):
 @pytest.mark.parametrize("n_before", [0, 3, 40])
 @pytest.mark.parametrize("temp", [0.0, 0.9])
 def test_an_interrupted_text_goes_on_with_the_tokens_it_would_have_had(model, tmp_path, monkeypatch, n_before, temp):
-    from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
+    from pyggml_repkv.engine.generate import GenerationConfig
     from pyggml_repkv.engine.sampling import SamplingConfig
     from pyggml_repkv.engine.session import Session
 
     config = GenerationConfig(n_predict=60, ignore_eos=True, sampling=SamplingConfig(temp=temp, seed=3))
     with model.session(MEMORY) as session:
-        whole = Generation(session, model.tokenizer, TOKENS[:100], config)
+        whole = session.generate(TOKENS[:100], config)
         list(whole)
     decode = Session.decode
 
@@ -234,17 +234,117 @@ def test_an_interrupted_text_goes_on_with_the_tokens_it_would_have_had(model, tm
         return decode(self, token)
 
     with model.session(MEMORY, directory=tmp_path / "s") as session, monkeypatch.context() as patch:
-        generation = Generation(session, model.tokenizer, TOKENS[:100], config)
-        session.keep_with_saves(generation.saved)
+        generation = session.continue_text(TOKENS[:100], config)
         patch.setattr(Session, "decode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(generation)
-        session.save(generation.logits)
+        session.save()
     with model.session(MEMORY, directory=tmp_path / "s") as session:
-        resumed = session.go_back_to(TOKENS[:100], lambda extra: not extra["finished"])
-        text = session.tokens[100:]
-        assert len(text) == n_before
-        begun = Begun(100, resumed.logits, tuple(text), resumed.extra["sampler"])
-        again = Generation(session, model.tokenizer, TOKENS[:100], config, begun=begun)
+        again = session.continue_text(TOKENS[:100], config)
+        assert len(again.begun.tokens) == n_before
         assert "".join(again) == whole.result().text
         assert again.result().tokens == whole.result().tokens
+
+
+def test_a_smaller_context_than_what_is_kept_is_refused(model, folder):
+    with pytest.raises(InputError, match="has 300 tokens: give -c 300 or more"):
+        model.resume(folder, replace(MEMORY, n_ctx=200))
+    goes_on(model, folder)
+
+
+def test_a_directory_without_a_session_is_not_made_into_one(model, tmp_path):
+    with pytest.raises(InputError, match="there is no session"):
+        model.resume(tmp_path / "nothing", MEMORY)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_an_empty_session_is_bound_to_nothing(model, tmp_path):
+    with model.session(MEMORY, directory=tmp_path / "s"):
+        pass
+    with model.session(replace(MEMORY, n_local=96), directory=tmp_path / "s") as session:
+        session.prefill(TOKENS[:100])
+
+
+def test_a_memory_that_was_stopped_halfway_is_not_saved(model, folder, monkeypatch):
+    from pyggml_repkv.errors import ComputeError
+    from pyggml_repkv.memory.disk_tier import DiskTier
+
+    def interrupted(self, *args, **options):
+        raise KeyboardInterrupt
+
+    with model.resume(folder, MEMORY) as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(DiskTier, "seal", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.read(TOKENS[300:400])
+        with pytest.raises(ComputeError, match="not saved"):
+            session.save()
+        n_past = session.n_past
+    with model.resume(folder, MEMORY) as session, model.session(MEMORY) as fresh:
+        assert session.n_past == n_past
+        fresh.prefill(TOKENS[:300])
+        if n_past > 300:
+            fresh.read(TOKENS[300:n_past])
+        assert np.array_equal(session.decode(7), fresh.decode(7))
+
+
+def test_after_a_failed_save_nothing_is_saved_any_more(model, folder, monkeypatch):
+    from pyggml_repkv.memory.window_file import WindowFile
+
+    write, calls = WindowFile.write, []
+
+    def once_full(self, positions, rows):
+        calls.append(1)
+        if len(calls) == 1:
+            raise StoreError("no space left", lost=False)
+        write(self, positions, rows)
+
+    monkeypatch.setattr(WindowFile, "write", once_full)
+    with model.resume(folder, MEMORY) as session:
+        session.read(TOKENS[300:340])
+        for _ in range(3):
+            with pytest.raises(StoreError, match="no space left"):
+                session.save()
+        assert len(calls) == 1
+    assert np.array_equal(goes_on(model, folder), logits_after(model, 10))
+
+
+def test_a_session_that_nobody_closes_gives_its_lock_back(model, folder):
+    import gc
+
+    model.resume(folder, MEMORY)
+    gc.collect()
+    goes_on(model, folder)
+
+
+@pytest.mark.parametrize("page", range(1, 12))
+def test_damage_inside_the_database_is_one_line_or_harmless(model, folder, page):
+    path = folder / "session.db"
+    data = bytearray(path.read_bytes())
+    at = 4096 * page
+    if at >= len(data):
+        pytest.skip("the database is smaller")
+    data[at : at + 4096] = bytes(b ^ 0x55 for b in data[at : at + 4096])
+    path.write_bytes(data)
+    try:
+        got = goes_on(model, folder)
+    except InputError as error:
+        got = str(error)
+    if isinstance(got, str):
+        assert "session.db cannot be used" in got
+        assert "\n" not in got
+    else:
+        assert np.array_equal(got, logits_after(model, 10))
+
+
+def test_a_closed_session_gives_its_memory_back(model):
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    for _ in range(20):
+        with model.session(replace(MEMORY, n_ctx=2**20, kv_ram=10**8)) as session:
+            for arena in session.policy.k_store:
+                session.policy.arenas._memory[arena.contents.name][0].write(bytes(10**6))
+    assert resident() - before < 20 * 10**6

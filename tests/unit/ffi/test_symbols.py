@@ -8,7 +8,7 @@ from pyggml_repkv.ffi import library
 from pyggml_repkv.ffi.symbols import SYMBOLS
 
 PACKAGE = Path(pyggml_repkv.__file__).parent
-TYPES = {"ggml_custom_op_t", "ggml_init_params", "ggml_tensor"}
+TYPES = {"ggml_backend_sched_eval_callback", "ggml_custom_op_t", "ggml_init_params", "ggml_tensor"}
 
 
 def test_symbols_are_those_in_use():

@@ -157,7 +157,13 @@ def topk(
     regions[6], regions[8] = n_blocks, n_top if n_wanted is None else n_wanted
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
     node = MemoryOps(bench.ops).block_topk(
-        bench.graph, relevance, bench.tensor(regions, g.GGML_TYPE_I32), n_top, kind=kind, per_head=per_head, n_next=n_next
+        bench.graph,
+        relevance,
+        bench.tensor(regions, g.GGML_TYPE_I32),
+        n_top,
+        kind=kind,
+        per_head=per_head,
+        n_next=n_next,
     )
     rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top + bool(n_next) + n_next)
     if n_next:
