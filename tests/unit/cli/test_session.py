@@ -1,0 +1,50 @@
+"""`run --session` from a shell: Ctrl-C, then the same command again."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.subprocesses import ROOT
+
+N_PREDICT = 900
+
+
+@pytest.fixture
+def command(tiny_model):
+    model = tiny_model(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ctx=256, seed=1)
+    flags = ["--n-local", "64", "--n-sink", "4", "--block", "fixed:16", "--top-blocks", "4", "--chunk-blocks", "4"]
+    flags += ["-n", str(N_PREDICT), "--seed", "3", "--ignore-eos", "--kv-ram", "1M", "--n-dense", "0", "-t", "1"]
+    return [sys.executable, "-m", "pyggml_repkv", "run", "-m", str(model), "--kv", "repkv", "-p", "the and in", *flags]
+
+
+def run(command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=False)
+
+
+def test_a_text_stopped_by_ctrl_c_comes_out_whole_the_second_time(command, tmp_path):
+    plain = run(command)
+    assert plain.returncode == 0
+    kept = [*command, "--session", str(tmp_path / "kept")]
+    process = subprocess.Popen(kept, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    begun = process.stdout.read(300)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+    assert plain.stdout.startswith((begun + rest).rstrip(b"\n")[:-4])  # the last character may have been cut
+    assert len(begun + rest) < len(plain.stdout)
+    again = run(kept)
+    assert again.returncode == 0, again.stderr
+    assert b"going on" in again.stderr
+    assert again.stdout == plain.stdout
+
+
+def test_a_prompt_that_was_read_is_not_read_again(command, tmp_path):
+    # Where positions become far on the way, nothing from before can be gone back to.
+    kept = [*command, "--positions", "far", "--session", str(tmp_path / "kept")]
+    first, second = run(kept), run(kept)
+    assert first.stdout == second.stdout
+    assert b"tokens were read before" in second.stderr
+    assert b"/     0 tokens" in second.stderr
