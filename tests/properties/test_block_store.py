@@ -292,3 +292,39 @@ def test_a_header_comes_back_or_is_refused(header, at, bit):
         BlockHeader.unpack(bytes(damaged))
     with pytest.raises(StoreError):
         BlockHeader.unpack(data[:-1])
+
+
+def test_a_put_that_was_interrupted_leaves_nothing_to_wait_for(tmp_path, monkeypatch):
+    rng = np.random.default_rng(1)
+
+    def interrupted(self, n_bytes):
+        raise KeyboardInterrupt
+
+    with StoreBench(tmp_path) as bench:
+        bench.put(10, rng)
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockHeader, "pack", interrupted)
+            for _ in range(20):
+                with pytest.raises(KeyboardInterrupt):
+                    bench.put(10, rng)
+        bench.store.flush()
+        bench.position = 10
+        bench.put(12, rng)
+        bench.store.flush()
+        assert np.array_equal(bench.store.read(0, 1, 12)[0], bench.blocks[1][0][0])
+
+
+def test_a_failed_read_after_a_failed_write_is_said_too(tmp_path):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2) as bench:
+        for _ in range(3):
+            bench.put(10, rng)
+        bench.store.flush()
+        bench.store.inject(write_at=4, read_at=1, keep=1, error=errno.EIO, read_kind=native.REPKV_IO_READ)
+        bench.put(10, rng)
+        with pytest.raises(StoreError, match="block 3 could not be written") as raised:
+            bench.store.flush()
+        assert not raised.value.lost
+        with pytest.raises(StoreError, match="block 1 of layer 0 could not be read") as raised:
+            bench.store.require(0, [1])
+        assert raised.value.lost

@@ -348,3 +348,10 @@ def test_a_closed_session_gives_its_memory_back(model):
             for arena in session.policy.k_store:
                 session.policy.arenas._memory[arena.contents.name][0].write(bytes(10**6))
     assert resident() - before < 20 * 10**6
+
+
+def test_the_disk_that_a_session_has_is_not_asked_for_again(model, folder):
+    with model.resume(folder, MEMORY) as session:
+        need = session.disk_need(300)
+        assert 0 < need.total
+        assert need.more <= session.policy.disk.layout.block_bytes(16)
