@@ -353,5 +353,5 @@ def test_a_closed_session_gives_its_memory_back(model):
 def test_the_disk_that_a_session_has_is_not_asked_for_again(model, folder):
     with model.resume(folder, MEMORY) as session:
         need = session.disk_need(300)
-        assert 0 < need.total
+        assert need.total > 0
         assert need.more <= session.policy.disk.layout.block_bytes(16)
