@@ -8,7 +8,7 @@ import pytest
 
 from tests.subprocesses import ROOT
 
-N_PREDICT = 900
+N_PREDICT = 1500
 
 
 @pytest.fixture
