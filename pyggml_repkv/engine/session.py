@@ -83,7 +83,7 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """What has been read."""
-        return self._tokens.tolist()
+        return self._tokens[: self.n_past].tolist()
 
     @property
     def n_ctx(self) -> int:
