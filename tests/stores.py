@@ -40,7 +40,7 @@ class StoreBench:
             self.file, self.layout, n_slots=self.n_slots, max_blocks=MAX_BLOCKS, n_threads=self.n_threads,
             first_row=FIRST_ROW, k_rows=[a[0].ctypes.data for a in self.arenas],
             v_rows=[a[1].ctypes.data for a in self.arenas], places=[p.ctypes.data for p in self.places],
-            debug=self.debug,
+            debug=self.debug, memory=(self.arenas, self.places),
         )  # fmt: skip
         self.position = 0
 

@@ -88,12 +88,14 @@ class RecordLayout:
 
 class BlockStore(Handle):
     """k_rows, v_rows: addresses of each layer's arenas, whose slots begin at row first_row; places: those of each
-    layer's table of (row, n_tokens) by block. All must outlive the store.
+    layer's table of (row, n_tokens) by block; memory: what owns all these, kept until the threads of the store are
+    gone, also where nobody closes it.
     """
 
     def __init__(
         self, file: BlockFile, layout: RecordLayout, *, n_slots: int, max_blocks: int, n_threads: int, first_row: int,
         k_rows: Sequence[int], v_rows: Sequence[int], places: Sequence[int], debug: bool,
+        memory: object,
     ) -> None:  # fmt: skip
         config = native_ffi.new("struct repkv_store_config *")
         config.layout = layout.native[0]
@@ -103,7 +105,8 @@ class BlockStore(Handle):
         pointer = native.repkv_store_open(config, _addresses(k_rows), _addresses(v_rows), tables)
         if pointer == native_ffi.NULL:
             raise ComputeError(f"not enough memory or threads for a store of {max_blocks} blocks")
-        super().__init__(pointer, native.repkv_store_close, keep=file)
+        self._kept = [file, memory]
+        super().__init__(pointer, native.repkv_store_close, keep=self._kept)
         self.file, self.layout, self.n_slots = file, layout, n_slots
         self.end = 0
         """Where the next block is written."""
@@ -171,6 +174,7 @@ class BlockStore(Handle):
 
     def unrotate(self, table: NDArray[np.float32]) -> None:
         """From now on rotated keys are turned back by table [n_positions, rope_dim] as they come from disk."""
+        self._kept.append(table)
         native.repkv_store_unrotate(self.pointer, native_ffi.cast("float *", table.ctypes.data))
 
     def resident(self, layer: int) -> NDArray[np.int32]:

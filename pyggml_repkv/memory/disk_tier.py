@@ -152,7 +152,7 @@ class DiskTier:
         self.store = BlockStore(
             self.file, self.layout, n_slots=self.n_slots, max_blocks=self._max_blocks, n_threads=self._n_threads,
             first_row=self.n_sink + self.n_open, k_rows=self._k, v_rows=self._v,
-            places=[as_array(t, np.uint8).ctypes.data for t in self.places], debug=self._memory.kv_debug,
+            places=[as_array(t, np.uint8).ctypes.data for t in self.places], debug=self._memory.kv_debug, memory=arenas,
         )  # fmt: skip
 
     def seal(self, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:

@@ -312,8 +312,10 @@ def test_after_a_failed_save_nothing_is_saved_any_more(model, folder, monkeypatc
 def test_a_session_that_nobody_closes_gives_its_lock_back(model, folder):
     import gc
 
-    model.resume(folder, MEMORY)
-    gc.collect()
+    for _ in range(20):
+        # Its threads are still reading then, into memory that must outlive them.
+        model.resume(folder, replace(MEMORY, prefetch="both")).policy.disk.store.inject(delay_us=2000)
+        gc.collect()
     goes_on(model, folder)
 
 
