@@ -17,6 +17,7 @@ class Layer:
     values: list[Array] = field(default_factory=list)
     scores: list[Array] = field(default_factory=list)  # [K] per token
     representatives: list[list[list[int]]] = field(default_factory=list)  # per block, per key head
+    kept: list[list[int]] = field(default_factory=list)  # what the last token chose, per key head or once
 
 
 class RepKVOracle:
@@ -89,7 +90,10 @@ class RepKVOracle:
         if first + n <= self.n_dense:
             n_top = len(self.blocks)
         far_keys = layer.keys if self.far else layer.rotated
-        chosen = self.select(layer, far_keys, q_far.mean(1), n_top)
+        chosen = self.select(layer, far_keys, q_far.mean(1), n_top, layer.kept if n == 1 else [])
+        kept, layer.kept = layer.kept, chosen if n == 1 and 0 < n_top < len(self.blocks) else []
+        if m.late and n == 1 and kept and layer.kept:
+            chosen = kept
         self.selected.append(chosen)
         sealed_end = self.bounds[len(self.blocks)]
         out = np.empty((n, spec.n_head, spec.head_dim))
@@ -117,8 +121,10 @@ class RepKVOracle:
         for t, share in zip(window, (p / p.sum(1, keepdims=True)).sum(0), strict=True):
             layer.scores[t][kv] += share
 
-    def select(self, layer: Layer, keys: list[Array], q: Array, n_top: int) -> list[list[int]]:
-        """Per key head, or once for all: the blocks with the highest sum over heads of their relevance."""
+    def select(self, layer: Layer, keys: list[Array], q: Array, n_top: int, kept: list[list[int]]) -> list[list[int]]:
+        """Per key head, or once for all: the blocks with the highest sum over heads of their relevance; those that were
+        kept have an advantage.
+        """
         n_blocks, n_head_kv = len(self.blocks), self.spec.n_head_kv
         if n_blocks <= n_top:
             return [list(range(n_blocks))] * n_head_kv
@@ -133,4 +139,10 @@ class RepKVOracle:
             p = np.exp(x - x.max(0))
             x = p / p.sum(0)
         rows = x.reshape(n_blocks, n_head_kv, group).sum(2) if self.memory.per_head else x.sum(1)[:, None]
+        n_heads = self.spec.n_head // rows.shape[1]
+        for row, before in zip(rows.T, kept, strict=False):
+            if self.memory.relevance == "lse":
+                row[before] *= np.exp(self.memory.sticky)
+            else:
+                row[before] += self.memory.sticky * n_heads
         return [sorted(np.argsort(-row, kind="stable")[:n_top].tolist()) for row in rows.T]

@@ -13,15 +13,16 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from _engines import model_path, run_tool, say, write_table
+from repkv_depth_worker import memory_of
 
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer
+from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
@@ -49,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--text", metavar="FILE", required=True, help="a text of more than --tokens tokens")
     parser.add_argument("--session", metavar="DIR", required=True, help="where the blocks are; taken up if it is there")
+    parser.add_argument(
+        "--ours", metavar="FLAGS", default="--kv repkv", help="what is remembered, in RAM and on disk: flags of `run`"
+    )
     parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536)
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, help="default: a tenth of the keys and values")
     parser.add_argument(
@@ -60,14 +64,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def memory_in_ram(flags: str) -> MemoryConfig:
+    """Flags of `run` -> what they say, without a length. Raises InputError where it is not repkv, or not in RAM."""
+    memory = memory_of(flags)
+    if memory.kv != "repkv" or memory.on_disk or memory.kv_disk_max or memory.type_evicted:
+        raise InputError(f"--ours {flags!r}: it must say --kv repkv, and nothing of disks")
+    return memory
+
+
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     predictors = args.prefetch.split(",")
     if not set(predictors) <= set(PREDICTORS):
         raise InputError(f"--prefetch {args.prefetch}: it must be some of {', '.join(PREDICTORS)}")
+    memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
         tokens = _tokens(args, model)
-        memory = MemoryConfig(kv="repkv", n_ctx=len(tokens) + 1024)
+        memory = replace(memory, n_ctx=len(tokens) + 1024)
         with model.session(memory) as in_ram:
             say(f"reading {args.tokens} tokens with all blocks in RAM")
             speed = {"in RAM": _read(in_ram, tokens[: args.tokens])}
@@ -77,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
             speed["on disk"] = _prepare(args, model, memory, tokens)
             done = _measure(args, model, memory, in_ram, tokens, predictors)
     result = {
+        "ours": args.ours,
         "tokens": args.tokens,
         "kv_bytes": stats["ram_bytes"],
         "kv_ram": kv_ram,
@@ -93,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 def _tokens(args: argparse.Namespace, model: Model) -> list[int]:
     n_needed = args.tokens + args.rounds * (N_WARM + args.n)
     # More than enough characters; tokenizing a library would take minutes.
-    tokens = model.tokenizer.encode(Path(args.text).read_text("utf-8", errors="replace")[: 16 * n_needed])
+    tokens = model.tokenizer.encode(read_text_file(args.text, "--text")[: 16 * n_needed])
     if len(tokens) < n_needed:
         raise InputError(f"--text {args.text} has {len(tokens)} tokens, {n_needed} are needed")
     return tokens[:n_needed]
@@ -180,7 +194,9 @@ def _print(result: dict[str, Any]) -> None:
         shares = f"{ratio:.2f}", f"{there:.1f} %", f"{hidden:.1f} %", f"{megabytes:.2f}"
         rows.append(("on disk", name, f"{_median(runs):.2f}", *shares, equal))
     speed = ", ".join(f"{name} {value:.0f}" for name, value in result["prefill_per_second"].items() if value)
-    output.write(f"{result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram ")
+    output.write(
+        f"{result['ours']}: {result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram "
+    )
     output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at tokens/s: {speed}; ")
     output.write(f"taken up in {median(result['resume_s']):.2f} s\n\n")
     write_table(HEADER, rows, n_left=2)

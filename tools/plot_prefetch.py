@@ -10,18 +10,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from _engines import model_path, run_tool, say
+from bench_disk import memory_in_ram
 
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer
+from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.block_store import Event
-from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from pyggml_repkv.memory.config import PREDICTORS
 from pyggml_repkv.memory.repkv import RepKVMemory
 
 N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--session", metavar="DIR", required=True, help="a session that has read some of the text")
+    parser.add_argument("--ours", metavar="FLAGS", default="--kv repkv", help="with which flags of `run` it was read")
     parser.add_argument("--text", metavar="FILE", required=True, help="the text")
     parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536, help="where it goes on")
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, default=byte_size("144M"), help="(default: 144M)")
@@ -46,10 +48,11 @@ def main(argv: Sequence[str]) -> int:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
+    memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
-        text = Path(args.text).read_text("utf-8", errors="replace")[: 16 * (args.tokens + 4096)]
+        text = read_text_file(args.text, "--text")[: 16 * (args.tokens + 4096)]
         tokens = model.tokenizer.encode(text)
-        memory = MemoryConfig(kv="repkv", n_ctx=args.tokens + 4096, kv_ram=args.kv_ram, prefetch=args.prefetch)
+        memory = replace(memory, n_ctx=args.tokens + 4096, kv_ram=args.kv_ram, prefetch=args.prefetch)
         with model.session(memory, directory=args.session) as session:
             session.saving = False
             if session.go_back_to(tokens[: args.tokens], lambda _: False).n_past != args.tokens:

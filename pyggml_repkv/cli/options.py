@@ -125,6 +125,19 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
     group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
     group.add_argument(
+        "--sticky",
+        metavar="NATS",
+        type=number(0, 50),
+        help="by how much a block that the last token attended ranks higher for the next one, so that fewer are "
+        f"exchanged and read (default: {defaults.sticky:g})",
+    )
+    group.add_argument(
+        "--late",
+        action="store_true",
+        default=None,
+        help="a token attends the blocks that the one before it selected, so that reads have a whole token's time",
+    )
+    group.add_argument(
         "--kv-dir",
         metavar="DIR",
         type=filled_text,

@@ -34,7 +34,11 @@ def memory(kv: dict[str, Any]) -> str:
     prefetch = kv.get("prefetch", {})
     if kv.get("disk_bytes") and prefetch.get("required"):
         there = 100 * prefetch["hits"] / prefetch["required"]
-        parts += [f"{size(kv['disk_bytes'])} on disk", f"{there:.1f} % of the blocks were there when asked for"]
+        parts += [
+            f"{size(kv['disk_bytes'])} on disk",
+            f"{there:.1f} % of the blocks were there when asked for",
+            f"{prefetch.get('wait_ms', 0) / 1e3:.1f} s of waiting for the others",
+        ]
     return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"
 
 

@@ -30,7 +30,7 @@ from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, checksum
 from pyggml_repkv.memory.repkv_state import RepKVState
 from pyggml_repkv.memory.window_file import WindowFile
 
-FORMAT = 1
+FORMAT = 2
 
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -40,8 +40,8 @@ CREATE TABLE blocks (
     block INTEGER PRIMARY KEY, first INTEGER NOT NULL, n_tokens INTEGER NOT NULL, offset INTEGER NOT NULL);
 CREATE TABLE checkpoints (
     n_past INTEGER PRIMARY KEY, sealed_end INTEGER NOT NULL, n_blocks INTEGER NOT NULL, far_at INTEGER NOT NULL,
-    window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, logits BLOB, extra TEXT NOT NULL,
-    checksum INTEGER NOT NULL);
+    window INTEGER NOT NULL, scores BLOB NOT NULL, warm BLOB NOT NULL, kept BLOB NOT NULL, logits BLOB,
+    extra TEXT NOT NULL, checksum INTEGER NOT NULL);
 """
 
 
@@ -179,15 +179,17 @@ class SessionStore:
 
     def load(self, n_past: int, n_layer: int) -> Checkpoint:
         """Raises StoreError where the checkpoint is damaged."""
-        columns = "sealed_end, n_blocks, far_at, window, scores, warm, logits, extra, checksum"
+        columns = "sealed_end, n_blocks, far_at, window, scores, warm, kept, logits, extra, checksum"
         with self._reading() as db:
             row = db.execute(f"SELECT {columns} FROM checkpoints WHERE n_past = ?", (n_past,)).fetchone()
-            sealed_end, n_blocks, far_at, window, scores, warm, logits, extra, found = row
-        if _checksum(scores, warm, logits) != found:
+            sealed_end, n_blocks, far_at, window, scores, warm, kept, logits, extra, found = row
+        if _checksum(scores, warm, kept, logits) != found:
             raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged")
         values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
+        warm_blocks, selection = (np.frombuffer(blob, np.int32) for blob in (warm, kept))
         state = RepKVState(
-            n_past, sealed_end, n_blocks, far_at, values, np.frombuffer(warm, np.int32).reshape(n_layer, -1)
+            n_past, sealed_end, n_blocks, far_at, values, warm_blocks.reshape(n_layer, -1),
+            selection.reshape(n_layer, -1) if len(selection) else selection,
         )  # fmt: skip
         return Checkpoint(
             state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra)
@@ -237,7 +239,7 @@ class SessionStore:
         if number != self._synced_window:
             _sync_folder(self.folder)
             self._synced_window = number
-        blobs = [a if a is None else a.tobytes() for a in (state.scores, state.warm, logits)]
+        blobs = [a if a is None else a.tobytes() for a in (state.scores, state.warm, state.kept, logits)]
         tokens = commit.tokens.tobytes(), commit.steps.tobytes()
         point = state.n_past, state.sealed_end, state.n_blocks, state.far_at, number
         try:
@@ -251,7 +253,7 @@ class SessionStore:
                 db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", commit.blocks)
                 extra = json.dumps(commit.checkpoint.extra)
                 db.execute(
-                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (*point, *blobs, extra, _checksum(*blobs)),
                 )
                 self._prune(db, commit.checkpoint, window, spacing)

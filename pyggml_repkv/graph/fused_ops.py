@@ -111,9 +111,9 @@ class FusedOps:
         sources: list[Tensor],
         n_matrices: int = 0,
         n_biases: int = 0,
-        **counts: int,
+        **values: float,
     ) -> Tensor:
-        """One op of `enum repkv_op`; `counts` are fields of struct repkv_op_params."""
+        """One op of `enum repkv_op`; `values` are fields of struct repkv_op_params."""
         c = self.config
         params = native_ffi.new("struct repkv_op_params *")
         params.eps, params.scale = c.norm_eps, c.head_dim**-0.5
@@ -125,8 +125,8 @@ class FusedOps:
             c.rope_dim,
         )
         params.n_threads = self.n_threads
-        for name, count in counts.items():
-            setattr(params, name, count)
+        for name, value in values.items():
+            setattr(params, name, value)
         params.scratch = native_ffi.cast("char *", self._scratch.ctypes.data)
         params.scratch_stride = self._scratch_stride
         _SCRATCH_OF[params] = self._scratch

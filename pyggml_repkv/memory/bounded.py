@@ -30,6 +30,9 @@ from pyggml_repkv.memory.policy import DiskNeed, Form, PolicyInputs, StepAttenti
 # short question at its end asks.
 N_SINGLE = 16
 
+# Of `regions`: in which half of its memory a step finds the selection of the last token, -1 for none.
+KEPT = 10
+
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +87,7 @@ class BoundedMemory(ABC):
             self.disk.open(self.arenas, self.k_store, self.v_store)
         self._torn = False
         self.local_base = 0
-        self.regions = np.zeros(10, np.int32)
+        self.regions = np.zeros(11, np.int32)
         # Set before the first step: queries and selections stay readable after each (`last_step`).
         self.observed = False
         self.last_step: BoundedStep | None = None
@@ -157,7 +160,7 @@ class BoundedMemory(ABC):
         sink_end = min(self.memory.n_sink, start)
         self.regions[:] = (
             n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far,
-            self.n_select(n_past, n_tokens), self.store_base,
+            self.n_select(n_past, n_tokens), self.store_base, -1,
         )  # fmt: skip
 
     @property

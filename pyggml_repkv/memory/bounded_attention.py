@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
 
 _FUSED = "graphs of bounded memories are planned for fused nodes only"
-_N_REGIONS = 10
+_N_REGIONS = 11
 
 
 class BoundedStep(UnobservedStep, ABC):
@@ -83,8 +83,8 @@ class BoundedStep(UnobservedStep, ABC):
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
-    def _hook_at(self, selected: Tensor, layer: int) -> None:
-        self._hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max))
+    def _hook_at(self, selected: Tensor, layer: int, *, late: bool = False) -> None:
+        self._hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late))
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
@@ -170,7 +170,7 @@ class BoundedOne(BoundedStep):
         if self._memory.observed:
             self._relevance.append(self._observe(selected.contents.src[0]))
         arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
-        self._hook_at(selected, layer)
+        self._hook_at(selected, layer, late=m.memory.late and m.memory.prefetch != "none")
         return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, m.places(layer), self._regions])
 
     def fill(self, n_past: int) -> None:

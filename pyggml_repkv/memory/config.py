@@ -20,7 +20,7 @@ PREDICTORS = ("none", "reuse", "speculate", "both")
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
     "n_sink", "n_local", "n_dense", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance",
-    "per_head", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
+    "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
 )  # fmt: skip
 
 # Measured on the demo model: docs/repkv.md.
@@ -43,8 +43,9 @@ class MemoryConfig:
     beyond it top_blocks in a one-token step and chunk_blocks in a chunk, of each layer; n_repr: representative tokens
     of a block and key head; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
     or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
-    key head selects its own blocks; positions: exact, far, or auto (exact until the sequence outgrows the trained
-    context; far from the start, and nothing dense, if n_ctx says that it will).
+    key head selects its own blocks; sticky: by how many nats a block that the last token selected ranks higher for the
+    next one; late: a token attends what the one before it selected; positions: exact, far, or auto (exact until the
+    sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for one of ours if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
@@ -70,6 +71,8 @@ class MemoryConfig:
     n_score: int = 0
     relevance: str = "lse"
     per_head: bool = False
+    sticky: float = 0.0
+    late: bool = False
     positions: str = "auto"
     kv_dir: str = ""
     kv_ram: int = 0
@@ -94,6 +97,7 @@ class MemoryConfig:
             ("--chunk-blocks", self.chunk_blocks, 0, 4096),
             ("--n-repr", self.n_repr, 1, 64),
             ("--n-score", self.n_score, 0, self.n_local),
+            ("--sticky", self.sticky, 0, 50),
             ("--kv-ram", self.kv_ram, 0, 2**50),
             ("--kv-disk-max", self.kv_disk_max, 0, 2**60),
         )
@@ -121,6 +125,11 @@ class MemoryConfig:
         """Whether evicted blocks are written to a file."""
         return bool(self.kv_dir or self.kv_ram)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether a token's selection matters to the next one's."""
+        return self.late or self.sticky > 0
+
     def identity(self, *, long: bool) -> dict[str, object]:
         """What a saved session depends on, by names that a user knows. long: far from the start because n_ctx says so.
 
@@ -141,6 +150,8 @@ class MemoryConfig:
             "--n-score": self.n_scoring,
             "--relevance": self.relevance,
             "--per-head": self.per_head,
+            "--sticky": self.sticky,
+            "--late": self.late,
             "--positions": self.positions,
             "--cache-type-evicted": self.type_evicted or "as in RAM",
             "far from the start": long,

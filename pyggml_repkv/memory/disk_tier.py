@@ -44,12 +44,15 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """A node of a graph at which the hook runs; n_top: how many blocks a row of it selects at most."""
+    """A node of a graph at which the hook runs; n_top: how many blocks a row of it selects at most; late: whether what
+    it keeps is attended by the next token.
+    """
 
     node: Tensor
     layer: int
     speculated: bool
     n_top: int
+    late: bool = False
 
 
 class StepHook:
@@ -72,7 +75,7 @@ class StepHook:
         self._points = native_ffi.new("struct repkv_hook_point[]", len(points))
         for c_point, point in zip(self._points, points, strict=True):
             c_point.node = native_ffi.cast("void *", _address(point.node))
-            c_point.layer, c_point.n_top = point.layer, point.n_top
+            c_point.layer, c_point.n_top, c_point.late = point.layer, point.n_top, point.late
             c_point.kind = native.REPKV_HOOK_SPECULATED if point.speculated else native.REPKV_HOOK_SELECTED
         self._last_layer = max((point.layer for point in points if not point.speculated), default=-1)
         hooks, tier = self._hooks, self._tier
@@ -121,7 +124,8 @@ class DiskTier:
                 f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at "
                 f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
-        self.predictors = PREDICTORS[memory.prefetch]
+        # What is certain need not be guessed.
+        self.predictors = native.REPKV_PREDICT_NONE if memory.late else PREDICTORS[memory.prefetch]
         self.n_ahead = min(max(2 * memory.top_blocks, 1), native.REPKV_MAX_AHEAD, self.n_slots)
         self.ranked = np.zeros((config.n_layer, 1 + self.n_ahead), np.int32)
         self.n_rows = memory.n_sink + n_open + self.n_slots * max_block
@@ -137,8 +141,8 @@ class DiskTier:
         return min(n_attended, self.n_ahead) if self.predictors & native.REPKV_PREDICT_REUSE else 0
 
     def n_speculated(self, n_attended: int) -> int:
-        """How many of those that a layer may select are fetched: half more than it will, as the guess is not sure."""
-        return min(max(2, n_attended + n_attended // 2), self.n_ahead)
+        """How many of those that a layer may select are fetched: no more than it will, as a read for nothing costs."""
+        return min(max(2, n_attended), self.n_ahead)
 
     @property
     def speculates(self) -> bool:

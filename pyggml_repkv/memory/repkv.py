@@ -19,7 +19,7 @@ from pyggml_repkv.memory.arenas import as_array, as_rows
 from pyggml_repkv.memory.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.blocks import Blocks, FixedBlocks, SemanticBlocks, parse_block
 from pyggml_repkv.memory.boundaries import LOOKAHEAD
-from pyggml_repkv.memory.bounded import N_SINGLE, BoundedMemory
+from pyggml_repkv.memory.bounded import KEPT, N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
 from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
@@ -27,6 +27,8 @@ from pyggml_repkv.memory.repkv_state import RepKVState, pack_block, unpack_block
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
+
+_NOTHING = np.empty(0, np.int32)
 
 
 class RepKVMemory(BoundedMemory):
@@ -40,7 +42,7 @@ class RepKVMemory(BoundedMemory):
     def __init__(self, inputs: PolicyInputs) -> None:
         memory, config = inputs.memory, inputs.graph.config
         self.block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
-        super().__init__(inputs, n_stored=None, n_tensors=2 * config.n_layer + 2)
+        super().__init__(inputs, n_stored=None, n_tensors=3 * config.n_layer + 2)
         self.blocks = _make_blocks(inputs)
         n_groups = self._max_blocks // LANES
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
@@ -59,7 +61,14 @@ class RepKVMemory(BoundedMemory):
         self._group_bytes: int = config.n_layer * self.index[0].contents.nb[1]  # of the index, 16 blocks
         # Which tokens stand for each block; longer than there are blocks.
         self.chosen = np.empty((0, config.n_layer, config.n_head_kv, memory.n_repr), np.int32)
-        self._undo: tuple[int, list[NDArray[np.float32]]] | None = None
+        # What the last token selected, in one of two halves: the other is written meanwhile, so that a step that fails
+        # can be taken back. -1: there is nothing to hold on to, as after a chunk.
+        self._kept_half = -1
+        n_rows = config.n_head_kv if memory.per_head else 1
+        shape = (2, n_rows, 1 + self.n_top_max)
+        self.kept_tensors = [self.arenas.new(g.GGML_TYPE_I32, shape, f"kept-{i}") for i in layers if memory.keeps]
+        self._kept = [as_array(t, np.int32).reshape(shape) for t in self.kept_tensors]
+        self._undo: tuple[int, int, list[NDArray[np.float32]]] | None = None
 
     def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
         memory, scheme = inputs.memory, parse_block(inputs.memory.block)
@@ -106,7 +115,10 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance_one(context, q, index, rope, regions, regions, n_repr=m.n_repr, kind=m.relevance)
         set_name(relevance, "block_relevance_ahead", layer)
         n_next = self.disk.n_speculated(m.top_blocks if n_tokens == 1 else m.chunk_blocks) - 1
-        ranked = self.ops.block_topk(context, relevance, regions, 1, kind=m.relevance, per_head=False, n_next=n_next)
+        kept = self.kept_tensors[layer] if m.keeps and not m.per_head else None
+        ranked = self.ops.block_topk(
+            context, relevance, regions, 1, kind=m.relevance, per_head=False, n_next=n_next, sticky=m.sticky, kept=kept
+        )
         set_name(ranked, "block_topk_ahead", layer)
         return ranked
 
@@ -120,7 +132,7 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance(
             context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, layer, m.chunk_blocks)
+        return self._top(context, relevance, regions, layer, m.chunk_blocks, None)
 
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
@@ -132,14 +144,19 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance_one(
             context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, layer, m.top_blocks)
+        kept = self.kept_tensors[layer] if m.keeps else None
+        return self._top(context, relevance, regions, layer, m.top_blocks, kept)
 
-    def _top(self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, n_attended: int) -> Tensor:
+    def _top(
+        self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, n_attended: int,
+        kept: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         set_name(relevance, "block_relevance", layer)
         m = self.memory
         selected = self.ops.block_topk(
             context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
-            n_next=self.disk.n_next(n_attended) if self.disk is not None else 0,
+            n_next=self.disk.n_next(n_attended) if self.disk is not None else 0, sticky=m.sticky, kept=kept, keeps=True,
+            late=m.late and kept is not None,
         )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected
@@ -148,6 +165,10 @@ class RepKVMemory(BoundedMemory):
         # What the last step would have taken back is settled now, however far this one comes.
         self._undo = None
         super().begin_step(tokens, n_past)
+        if self._kept:
+            one = len(tokens) == 1
+            self.regions[KEPT] = self._kept_half if one else -1
+            self._kept_half = int(self._kept_half == 0) if one else -1
 
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         self.blocks.append(tokens.tolist(), n_past)
@@ -162,7 +183,7 @@ class RepKVMemory(BoundedMemory):
                 self.disk.seal(begin, end, rotated=not self.far, extra=extra)
         if self.disk is not None:
             self._forget_scores()
-        self._remember_scores(n_past, len(tokens))
+        self._remember(n_past, len(tokens))
         return self.blocks.sealed_end, self.blocks.n_blocks
 
     def _make_room_for(self, block: int) -> None:
@@ -202,8 +223,20 @@ class RepKVMemory(BoundedMemory):
                 self._index_block(block)
         for scores, values in zip(self.scores, state.scores, strict=True):
             scores[state.sealed_end : state.n_past] = values.reshape(-1, self.config.n_head_kv)
+        self.kept_selection = state.kept
         for layer, blocks in enumerate(state.warm):
             self.disk.store.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
+
+    @property
+    def kept_selection(self) -> NDArray[np.int32]:
+        """What the last token selected if that matters to the next one: int32 [n_layer, 1 or K, 1 + n], else empty."""
+        return np.stack([kept[self._kept_half] for kept in self._kept]) if self._kept_half >= 0 else _NOTHING
+
+    @kept_selection.setter
+    def kept_selection(self, selection: NDArray[np.int32]) -> None:
+        self._kept_half = 0 if len(selection) else -1
+        for kept, values in zip(self._kept, selection, strict=False):
+            kept[0] = values.reshape(kept[0].shape)
 
     def representatives(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""
@@ -260,14 +293,15 @@ class RepKVMemory(BoundedMemory):
 
     def undo_step(self) -> None:
         if self._undo is not None:
-            first, saved = self._undo
+            first, self._kept_half, saved = self._undo
             for scores, values in zip(self.scores, saved, strict=True):
                 scores[first : first + len(values)] = values
             self._undo = None
 
-    def _remember_scores(self, n_past: int, n_tokens: int) -> None:
+    def _remember(self, n_past: int, n_tokens: int) -> None:
         first = max(0, n_past - self.memory.n_scoring)
-        self._undo = first, [scores[first : n_past + n_tokens].copy() for scores in self.scores]
+        saved = [scores[first : n_past + n_tokens].copy() for scores in self.scores]
+        self._undo = first, self._kept_half, saved
 
     def _forget_scores(self) -> None:
         """Gives the memory of scores back that nobody will change or ask for: those of blocks on disk."""
@@ -353,7 +387,7 @@ class RepKVMemory(BoundedMemory):
         }
 
     def close(self) -> None:
-        self.scores, self.index_arrays, self._undo = [], [], None
+        self.scores, self.index_arrays, self._kept, self._undo = [], [], [], None
         self._places = np.empty((0, 2), np.int32)
         super().close()
 

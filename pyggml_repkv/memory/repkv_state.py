@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class RepKVState:
     """After n_past tokens. scores: float32 [n_layer, n_past - sealed_end, K]; far_at: n_past when older tokens began to
-    be seen from one distance, 0 from the start, -1 not yet; warm: int32 [n_layer, n], blocks worth fetching first.
+    be seen from one distance, 0 from the start, -1 not yet; warm: int32 [n_layer, n], blocks worth fetching first;
+    kept: int32 [n_layer, 1 or K, 1 + n], what the last token selected if the next one holds on to it, else empty.
     """
 
     n_past: int
@@ -32,6 +33,7 @@ class RepKVState:
     far_at: int
     scores: NDArray[np.float32]
     warm: NDArray[np.int32]
+    kept: NDArray[np.int32]
 
 
 def entry_bytes(memory: RepKVMemory) -> int:
@@ -47,7 +49,7 @@ def take_state(memory: RepKVMemory, n_past: int) -> RepKVState:
     end, n_layer = memory.blocks.sealed_end, memory.config.n_layer
     scores = np.stack([s[end:n_past] for s in memory.scores]) if n_past > end else np.empty((n_layer, 0, 0), np.float32)
     warm = np.stack([memory.disk.store.resident(i) for i in range(n_layer)])
-    return RepKVState(n_past, end, memory.blocks.n_blocks, memory.far_at, scores, warm)
+    return RepKVState(n_past, end, memory.blocks.n_blocks, memory.far_at, scores, warm, memory.kept_selection)
 
 
 def take_rows(memory: RepKVMemory, positions: NDArray[np.int64]) -> NDArray[np.uint8]:

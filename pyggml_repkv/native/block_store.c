@@ -478,7 +478,8 @@ static bool ask(struct repkv_store *s, struct queue *q, int32_t layer, int32_t b
     return true;
 }
 
-static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, int32_t n_sure) {
+/* certain: they will be required, whatever was foreseen wrongly of late. */
+static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, int32_t n_sure, bool certain) {
     struct slots *layer = s->layers + layer_index;
     layer->n_prefetches++;
     for (int32_t i = 0; i < n; i++) {
@@ -487,7 +488,7 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     }
     const double score = SLOT_PREFETCH_SCORE * layer->weight;
     int32_t n_asked = 0;
-    for (int32_t i = 0; i < n && slots_trust(layer); i++) {
+    for (int32_t i = 0; i < n && (certain || slots_trust(layer)); i++) {
         if (layer->slot_of[blocks[i]] >= 0) continue;
         if (!ask(s, &s->ahead, layer_index, blocks[i], i < n_sure ? SLOT_ANY : score)) break;
         struct slot *slot = layer->slot + layer->slot_of[blocks[i]];
@@ -503,7 +504,13 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
 
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure) {
     pthread_mutex_lock(&s->lock);
-    prefetch(s, layer, blocks, n, n_sure);
+    prefetch(s, layer, blocks, n, n_sure, false);
+    pthread_mutex_unlock(&s->lock);
+}
+
+void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n) {
+    pthread_mutex_lock(&s->lock);
+    prefetch(s, layer, blocks, n, n, true);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -577,7 +584,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     slots_tick(layer);
     record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
-    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, 0);
+    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, 0, false);
     if (complete != 0 || count_pending(layer, selected, n_rows, stride) > 0) {
         const double start = now_ms();
         while (status == 0) {

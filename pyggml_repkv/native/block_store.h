@@ -75,6 +75,9 @@ int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *sel
  * last, the others what scores less than them. */
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure);
 
+/* Starts to fetch blocks that the layer's next requirement will name. */
+void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
+
 /* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
 

@@ -18,6 +18,8 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    float sticky;
+    int32_t late;
     int32_t n_score;
     int32_t n_repr;
     int32_t n_top;
@@ -141,6 +143,7 @@ struct repkv_hook_point {
     int32_t layer;
     int32_t kind;
     int32_t n_top;
+    int32_t late;
 };
 
 struct repkv_hooks {

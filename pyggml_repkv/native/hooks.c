@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "compute.h"
+#include "regions.h"
 
 static int32_t *list_of(int32_t *lists, const struct repkv_hooks *h, int32_t layer) {
     return lists + (size_t)layer * (size_t)(1 + h->n_ahead);
@@ -51,6 +52,15 @@ static void on_speculated(struct repkv_hooks *h, const struct ggml_tensor *node,
     repkv_store_prefetch(h->store, point.layer, list + 1, list[0], n_sure);
 }
 
+/* The sources of a node that keeps what it selects are as of repkv_block_topk. */
+static void fetch_kept(struct repkv_hooks *h, const struct ggml_tensor *node, int32_t layer) {
+    const struct ggml_tensor *kept = node->src[3];
+    const int half = kept_half(regions_of(node->src[1])[KEPT]);
+    int32_t list[1 + REPKV_MAX_AHEAD] = {0};
+    for (int64_t r = 0; r < node->ne[1]; r++) add_new(h, list, kept_row(kept, half, r) + 1, kept_row(kept, half, r)[0]);
+    if (list[0] > 0) repkv_store_fetch(h->store, layer, list + 1, list[0]);
+}
+
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
     const int32_t *selected = node->data, layer = point.layer;
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
@@ -62,6 +72,7 @@ static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, st
     int32_t *ranked = list_of(h->ranked, h, layer);
     ranked[0] = 0;
     add_ranking(h, ranked, node, point.n_top);
+    if (point.late) fetch_kept(h, node, layer);
     return status;
 }
 

@@ -24,6 +24,7 @@ struct repkv_hook_point {
     int32_t layer;
     int32_t kind;
     int32_t n_top; /* most blocks that a row of it selects; what else it ranked follows */
+    int32_t late;  /* what it kept is attended by the next token: fetched from now on */
 };
 
 struct repkv_hooks {

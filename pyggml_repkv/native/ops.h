@@ -18,6 +18,8 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    float sticky;  /* block_topk: advantage of a block that the last token selected, in nats */
+    int32_t late;  /* block_topk: what is attended is what the last token selected */
     int32_t n_score; /* score_acc: how many later queries score a key */
     int32_t n_repr;  /* relevance: representatives per block and key head */
     int32_t n_top;   /* block_topk, attend_memory: most blocks that can be selected */

@@ -203,19 +203,39 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
     }
 }
 
-/* selected[0] = how many, then the best blocks by the summed weight of heads [h0, h1), ascending; next[0], if next is not
- * NULL, how many of the next best, then which, best first. */
-static void select_blocks(const struct repkv_op_params *p, int32_t *selected, int n_top, int32_t *next, int n_next,
-                          const float *x, int64_t n_padded, int n_blocks, const float *max, const float *scale, int h0, int h1, float *best) {
-    const int n_best = n_top + n_next;
-    int n = 0;
-    for (int first = 0; first < n_blocks; first += LANES) {
-        f32x16 weight = splat16(0.0f);
-        for (int h = h0; h < h1; h++) {
-            const f32x16 v = load16(x + h * n_padded + first);
-            weight += p->relevance == REPKV_LSE ? select16(above16(v, splat16(LOWEST)), exp16(v - max[h]), splat16(0.0f)) * scale[h] : v;
+/* One row of a selection: the weights of its heads [h0, h1), and where it goes. */
+struct row_of_blocks {
+    const float *x, *max, *scale;
+    int64_t n_padded;
+    int n_blocks, h0, h1;
+    int32_t *selected, *next; /* NULL: those that rank next are not asked for */
+    int n_top, n_next;
+    const int32_t *kept; /* what the last token selected, ascending; NULL: nothing */
+};
+
+static inline f32x16 weights_of(const struct repkv_op_params *p, const struct row_of_blocks *r, int first) {
+    f32x16 weight = splat16(0.0f);
+    for (int h = r->h0; h < r->h1; h++) {
+        const f32x16 v = load16(r->x + h * r->n_padded + first);
+        weight += p->relevance == REPKV_LSE ? select16(above16(v, splat16(LOWEST)), exp16(v - r->max[h]), splat16(0.0f)) * r->scale[h] : v;
+    }
+    return weight;
+}
+
+/* selected[0] = how many, then the best blocks, ascending; next[0] = how many of the next best, then which, best first. */
+static void select_blocks(const struct repkv_op_params *p, const struct row_of_blocks *r, float *best) {
+    const int n_best = r->n_top + r->n_next;
+    int32_t *selected = r->selected;
+    const float factor = p->relevance == REPKV_LSE ? expf(p->sticky) : 1.0f;
+    const float bonus = p->relevance == REPKV_LSE ? 0.0f : p->sticky * (float)(r->h1 - r->h0);
+    int n = 0, at_kept = 1;
+    for (int first = 0; first < r->n_blocks; first += LANES) {
+        f32x16 weight = weights_of(p, r, first);
+        const int n_lanes = r->n_blocks - first < LANES ? r->n_blocks - first : LANES;
+        for (; r->kept != NULL && at_kept <= r->kept[0] && r->kept[at_kept] < first + n_lanes; at_kept++) {
+            const int b = r->kept[at_kept] - first;
+            weight[b] = weight[b] * factor + bonus;
         }
-        const int n_lanes = n_blocks - first < LANES ? n_blocks - first : LANES;
         for (int b = 0; b < n_lanes; b++) {
             /* A short sorted list, best first; an equal later block comes after. */
             if (n == n_best && !(weight[b] > best[n - 1])) continue;
@@ -228,13 +248,13 @@ static void select_blocks(const struct repkv_op_params *p, int32_t *selected, in
             selected[1 + at] = first + b;
         }
     }
-    if (next != NULL) {
+    if (r->next != NULL) {
         /* The count goes where one of those that are moved may lie. */
-        const int32_t n_moved = n > n_top ? n - n_top : 0;
-        memmove(next + 1, selected + 1 + n_top, (size_t)n_moved * sizeof *next);
-        next[0] = n_moved;
+        const int32_t n_moved = n > r->n_top ? n - r->n_top : 0;
+        memmove(r->next + 1, selected + 1 + r->n_top, (size_t)n_moved * sizeof *selected);
+        r->next[0] = n_moved;
     }
-    if (n > n_top) n = n_top;
+    if (n > r->n_top) n = r->n_top;
     selected[0] = n;
     /* Ascending, so that memory is read in order and sums do not depend on the ranking. */
     for (int i = 1; i < n; i++) {
@@ -247,28 +267,39 @@ static void select_blocks(const struct repkv_op_params *p, int32_t *selected, in
 
 void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const int32_t *regions = regions_of(dst->src[1]);
+    const struct ggml_tensor *kept = dst->src[2], *keeps = kept ? dst->src[3] : NULL;
     const float *x = dst->src[0]->data;
-    const int n_blocks = regions_of(dst->src[1])[N_BLOCKS];
+    const int n_blocks = regions[N_BLOCKS], last = kept ? regions[KEPT] : -1;
     const int n_rows = p->per_head ? p->n_head_kv : 1, heads = p->n_head / n_rows;
     const int64_t n_padded = (dst->src[0]->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
     float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
     if (ith >= n_rows) return;
-    const int wanted = regions_of(dst->src[1])[N_SELECT];
-    int n_top = wanted < p->n_top ? wanted : p->n_top;
+    int n_top = regions[N_SELECT] < p->n_top ? regions[N_SELECT] : p->n_top;
     if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
     int n_next = p->n_next;
     if (n_top + n_next > MAX_SELECTED) n_next = n_top < MAX_SELECTED ? MAX_SELECTED - n_top : 0;
-    if (n_blocks > n_top && n_top > 0) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
+    const bool chooses = n_blocks > n_top && n_top > 0;
+    if (chooses) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
     for (int r = ith; r < n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
         int32_t *next = p->n_next > 0 ? selected + 1 + p->n_top : NULL;
         if (next != NULL) next[0] = 0;
-        if (n_blocks > n_top && n_top > 0) {
-            select_blocks(p, selected, n_top, next, n_next, x, n_padded, n_blocks, max, scale, r * heads, (r + 1) * heads, best);
+        if (chooses) {
+            const struct row_of_blocks row = {x, max, scale, n_padded, n_blocks, r * heads, (r + 1) * heads, selected, next,
+                                              n_top, n_next, last >= 0 ? kept_row(kept, last, r) : NULL};
+            select_blocks(p, &row, best);
         } else {
             selected[0] = n_blocks < n_top ? n_blocks : n_top;
             for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;
         }
+        if (keeps == NULL) continue;
+        int32_t *now = kept_row(keeps, kept_half(last), r);
+        const int32_t *before = last >= 0 ? kept_row(kept, last, r) : NULL;
+        now[0] = 0;
+        if (!chooses) continue;
+        memcpy(now, selected, (size_t)(1 + selected[0]) * sizeof *now);
+        if (p->late && before != NULL && before[0] > 0) memcpy(selected, before, (size_t)(1 + before[0]) * sizeof *now);
     }
 }
 

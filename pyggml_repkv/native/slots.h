@@ -41,9 +41,9 @@ static const double SLOT_DECAY = 0.9, SLOT_PREFETCH_SCORE = 0.5;
 static const double SLOT_ANY = 1e300, SLOT_REQUIRED = 1e301;
 
 /* Whether to fetch ahead at all. A read under compute takes a core from it, and the disk from whoever waits for another
- * read, so not where more than a quarter of the last ones were for nothing. Now and then it is tried again. */
+ * read, so not where more than two in five of the last ones were for nothing. Now and then it is tried again. */
 static inline bool slots_trust(const struct slots *s) {
-    return s->used * 4 >= s->judged * 3 || s->n_prefetches % SLOT_RETRY == 0;
+    return s->used * 5 >= s->judged * 3 || s->n_prefetches % SLOT_RETRY == 0;
 }
 
 static inline void slots_judge(struct slots *s, struct slot *slot, bool used) {

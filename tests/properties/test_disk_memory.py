@@ -50,6 +50,8 @@ def memories(draw):
         n_repr=draw(st.integers(1, 4)),
         positions=positions,
         per_head=draw(st.booleans()),
+        sticky=draw(st.sampled_from([0.0, 1.0])),
+        late=draw(st.booleans()),
         type_k=draw(st.sampled_from(["f16", "q8_0", "f32"])),
         type_v=draw(st.sampled_from(["f16", "q8_0", "f32"])),
         relevance=draw(st.sampled_from(["lse", "mean"])),
@@ -93,7 +95,7 @@ def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memor
 
 MEMORY = MemoryConfig(
     kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, kv_debug=True,
+    chunk_blocks=3, sticky=0.5, kv_debug=True,
 )  # fmt: skip
 SMALL = slot_bytes(MEMORY) * 4
 

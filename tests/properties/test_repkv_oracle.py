@@ -42,6 +42,8 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "n_score": draw(st.integers(1, n_local)),
         "relevance": draw(st.sampled_from(["lse", "lse", "mean", "max"])),
         "per_head": draw(st.booleans()),
+        "sticky": draw(st.sampled_from([0.0, 0.0, 0.3, 1.5])),
+        "late": draw(st.sampled_from([False, False, True])),
         "positions": positions,
     }
     return MemoryConfig(**{**values, **fixed})

@@ -111,8 +111,8 @@ def change(folder, sql):
 
 
 def test_a_newer_format_is_refused(model, folder):
-    change(folder, "UPDATE meta SET value = '2' WHERE key = 'format'")
-    with pytest.raises(InputError, match="its format is version 2, this program reads version 1"):
+    change(folder, "UPDATE meta SET value = '3' WHERE key = 'format'")
+    with pytest.raises(InputError, match="its format is version 3, this program reads version 2"):
         model.resume(folder, MEMORY)
 
 

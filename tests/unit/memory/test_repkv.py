@@ -48,6 +48,35 @@ def test_a_step_that_failed_counts_once(model, monkeypatch, n_tokens):
         assert np.array_equal(session.prefill(TOKENS[250:330]), fresh.prefill(TOKENS[250:330]))
 
 
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_what_a_failed_step_selected_is_not_held_on_to(model, monkeypatch, n_tokens):
+    whole_compute = Backend.compute
+
+    def compute_and_fail(backend, graph):
+        whole_compute(backend, graph)
+        raise KeyboardInterrupt
+
+    memory = replace(MEMORY, sticky=20.0)
+    with model.session(memory) as session, model.session(memory) as fresh, model.session(MEMORY) as loose:
+        for s in (session, fresh, loose):
+            s.prefill(TOKENS[:200])
+        held = session.policy.kept_selection[..., :4].copy()
+        assert (held[..., 0] == 3).all()
+        with monkeypatch.context() as patch:
+            patch.setattr(Backend, "compute", compute_and_fail)
+            with pytest.raises(KeyboardInterrupt):
+                session.prefill_all(TOKENS[300 : 300 + n_tokens])
+        assert np.array_equal(session.policy.kept_selection[..., :4], held)
+        for token in TOKENS[200:206]:
+            logits = [s.decode(token).copy() for s in (session, fresh, loose)]
+            assert np.array_equal(logits[0], logits[1])
+        assert not np.array_equal(logits[0], logits[2])
+        # So large an advantage keeps what was selected for as long as only single tokens are read.
+        assert np.array_equal(session.policy.kept_selection[..., :4], held)
+        session.read(TOKENS[206:246])
+        assert session.policy.kept_selection.size == 0
+
+
 def test_the_window_moves_and_the_numbers_add_up(model):
     with model.session(MEMORY) as session:
         session.prefill(TOKENS)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.graph.memory_ops import MemoryOps
+from pyggml_repkv.memory.arenas import as_array
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
 
 # Few distinct values, so that ties are common.
@@ -84,7 +85,7 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
     n_head = n_head_kv * group
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=d), n_threads)
     ops = MemoryOps(bench.ops)
-    regions = np.zeros(9, np.int32)
+    regions = np.zeros(11, np.int32)
     regions[1], regions[6] = n_tokens, n_blocks
     index = bench.tensor(
         blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
@@ -119,7 +120,7 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
     clean = blocks.keys.copy()
     blocks.index[0, 0, 1, :, 4] = poison
     bench = Bench(config(n_head=1, n_head_kv=1, head_dim=32), 2)
-    regions = np.zeros(9, np.int32)
+    regions = np.zeros(11, np.int32)
     regions[1], regions[6] = 40, 20
     q = np.abs(rng.normal(size=(40, 32))).astype(np.float32)
     node = MemoryOps(bench.ops).relevance(
@@ -137,10 +138,11 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
 
 def topk(
     x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2,
-    n_next: int = 0, n_wanted: int | None = None,
+    n_next: int = 0, n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0,
 ) -> list:  # fmt: skip
     """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row; with n_next, pairs of
-    these and of those that rank next.
+    these and of those that rank next. kept: what the last token selected, ascending, by row; the node must put its own
+    selection beside it.
     """
     n_blocks, n_head = x.shape
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
@@ -153,8 +155,14 @@ def topk(
         if part.size:
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
-    regions = np.zeros(9, np.int32)
+    regions = np.zeros(11, np.int32)
     regions[6], regions[8] = n_blocks, n_top if n_wanted is None else n_wanted
+    n_rows = n_head_kv if per_head else 1
+    halves = np.full((2, n_rows, 1 + n_top), -7, np.int32)
+    regions[10] = -1 if kept is None else 1
+    for row, blocks in zip(halves[1], kept or [], strict=False):
+        row[: 1 + len(blocks)] = [len(blocks), *blocks]
+    kept_tensor = bench.tensor(halves, g.GGML_TYPE_I32)
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
     node = MemoryOps(bench.ops).block_topk(
         bench.graph,
@@ -164,8 +172,16 @@ def topk(
         kind=kind,
         per_head=per_head,
         n_next=n_next,
+        sticky=sticky,
+        kept=kept_tensor,
+        keeps=True,
     )
     rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top + bool(n_next) + n_next)
+    after = as_array(kept_tensor, np.int32).reshape(halves.shape)
+    assert (after[1] == halves[1]).all()
+    chose = 0 < (n_top if n_wanted is None else min(n_top, n_wanted)) < n_blocks
+    for now, row in zip(after[0], rows, strict=True):
+        assert now[: 1 + now[0]].tolist() == (row[: 1 + row[0]].tolist() if chose else [0])
     if n_next:
         return [(r[1 : 1 + r[0]].tolist(), r[2 + n_top : 2 + n_top + r[1 + n_top]].tolist()) for r in rows]
     return [row[1 : 1 + row[0]].tolist() for row in rows]
@@ -208,6 +224,30 @@ def test_what_ranks_next_is_named_best_first(seed, n_blocks, n_top, n_wanted, n_
         order = np.argsort(-w, kind="stable").tolist()
         assert chosen == sorted(order[:n_attended])
         assert others == (order[n_attended : n_attended + n_next] if n_attended else [])
+
+
+@given(
+    seed=st.integers(0, 999), n_blocks=st.integers(1, 60), n_top=st.integers(1, 20), kind=st.sampled_from(KINDS),
+    per_head=st.booleans(), sticky=st.sampled_from([0.0, 0.4, 3.0, 50.0]), n_threads=st.integers(1, 3),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_kept_blocks_rank_higher(seed, n_blocks, n_top, kind, per_head, sticky, n_threads):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n_blocks, 4)).astype(np.float32)
+    n_kept = min(n_top, n_blocks)
+    kept = [sorted(rng.choice(n_blocks, rng.integers(0, n_kept + 1), replace=False).tolist()) for _ in range(2)]
+    kept = kept[: 2 if per_head else 1]
+    p = x.astype(np.float64)
+    if kind == "lse":
+        p = np.exp(p) / np.exp(p).sum(0)
+    weights = p.reshape(n_blocks, 2, 2).sum(2).T if per_head else p.sum(1)[None]
+    rows = topk(x, n_top, kind, 2, per_head, n_threads, kept=kept, sticky=sticky)
+    for got, weight, before in zip(rows, weights, kept, strict=True):
+        weight[before] = (
+            weight[before] * np.exp(sticky) if kind == "lse" else weight[before] + sticky * 4 / len(weights)
+        )
+        best = np.sort(weight)[::-1][: len(got)]
+        assert np.allclose(np.sort(weight[got])[::-1], best, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
