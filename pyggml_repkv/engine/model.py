@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pyggml_repkv.engine.session import Session
-from pyggml_repkv.engine.session_store import SessionStore
+from pyggml_repkv.engine.session_store import SessionStore, kept_settings
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
@@ -104,6 +104,8 @@ class Model:
         if self.backend.closed:
             raise InputError("the model is closed")
         memory = memory or MemoryConfig()
+        if directory is not None and memory.kv_dir:
+            raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
         store = None if directory is None else self._open_store(Path(directory), memory)
         long = None if store is None else bool(store.meta("settings")["far from the start"])
 
@@ -113,8 +115,9 @@ class Model:
 
         try:
             session = Session(
-                self.graph, self.backend, self.tokenizer, memory, self.weight_bytes, make_policy=make, store=store
-            )
+                self.graph, self.backend, self.tokenizer, memory, self.weight_bytes, make_policy=make, store=store,
+                open_store=lambda folder, is_long: self._open_store(folder, memory, long=is_long),
+            )  # fmt: skip
         except BaseException:
             if store is not None:
                 store.close()
@@ -123,12 +126,15 @@ class Model:
         return session
 
     def resume(self, directory: str | os.PathLike[str], memory: MemoryConfig | None = None) -> Session:
-        """The session that is kept in a directory, as of its newest save. Raises as `session` does; InputError where
-        there is none.
+        """The session that is kept in a directory, as of its newest save.
+
+        memory: settings that must be those it was made with, and where blocks go now; None: as it was made, without a
+        limit on RAM. Raises as `session` does; InputError where there is none.
         """
         if not (Path(directory) / "session.db").is_file():
             raise InputError(f"{directory}: there is no session")
-        session = self.session(memory or MemoryConfig(kv="repkv"), directory=directory)
+        memory = memory or MemoryConfig.from_identity(kept_settings(Path(directory)))
+        session = self.session(memory, directory=directory)
         try:
             session.go_back_to(None, lambda _: False)
         except BaseException:
@@ -136,12 +142,12 @@ class Model:
             raise
         return session
 
-    def _open_store(self, folder: Path, memory: MemoryConfig) -> SessionStore:
+    def _open_store(self, folder: Path, memory: MemoryConfig, *, long: bool | None = None) -> SessionStore:
+        """long: far from the start; None: as the length says."""
         if memory.kv != "repkv":
             raise InputError(f"--session keeps what --kv repkv remembers; --kv is {memory.kv}")
-        if memory.kv_dir:
-            raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
-        long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
+        if long is None:
+            long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
         return SessionStore(folder, {"model": self.fingerprint, "settings": memory.identity(long=long)})
 
     @cached_property

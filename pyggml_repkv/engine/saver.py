@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.engine.session_store import Checkpoint, Commit, SessionStore
 from pyggml_repkv.errors import ComputeError, RepkvError, StoreError
+from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.boundaries import LOOKAHEAD
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.disk_tier import DiskTier
 from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.memory.repkv_state import entry_bytes, put_rows, take_rows, take_state
@@ -24,6 +26,13 @@ SAVE_EVERY = 32
 
 # How far behind its end a session can go back to without reading everything again, at least.
 N_BACK = 1024
+
+
+def ring_tokens(m: MemoryConfig) -> int:
+    """Of the window file: what the newest checkpoint needs must outlast what the next one writes; and what older ones
+    need, N_BACK more.
+    """
+    return m.n_local + parse_block(m.block).max_size + LOOKAHEAD + 3 * max(m.n_batch, SAVE_EVERY) + N_BACK
 
 
 class _Save(threading.Thread):
@@ -61,9 +70,7 @@ class Saver:
 
     def _open_window(self) -> WindowFile:
         m = self._memory.memory
-        # What the newest checkpoint needs must outlast what the next one writes; and what older ones need, N_BACK more.
-        n_ring = m.n_local + self._disk.layout.max_tokens + LOOKAHEAD + 3 * max(m.n_batch, SAVE_EVERY) + N_BACK
-        n_ring = self.store.keep_meta("n_ring", n_ring)
+        n_ring = self.store.keep_meta("n_ring", ring_tokens(m))
         return self.store.window(self._window_number, entry_bytes(self._memory), m.n_sink, n_ring)
 
     def restore(self, n_past: int, tokens: NDArray[np.int32]) -> Checkpoint:

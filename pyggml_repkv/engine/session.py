@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +17,7 @@ import numpy as np
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.saver import SAVE_EVERY, Saver
+from pyggml_repkv.engine.session_copy import save_copy
 from pyggml_repkv.engine.session_store import SessionStore, common_prefix
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
@@ -57,8 +61,11 @@ class Session:
         weight_bytes: int,
         make_policy: Callable[[], Policy],
         store: SessionStore | None = None,
+        open_store: Callable[[Path, bool], SessionStore] | None = None,
     ) -> None:
-        """make_policy: makes an empty memory, also in place of one whose blocks were lost; store: where it is kept."""
+        """make_policy: makes an empty memory, also in place of one whose blocks were lost; store: where it is kept;
+        open_store: opens another directory for it, given whether it is far from the start.
+        """
         self.n_past = 0
         self.n_batch = memory.n_batch
         self._graph, self._backend, self._make_policy = graph, backend, make_policy
@@ -67,7 +74,7 @@ class Session:
         self._plans = PlanCache(graph, self.policy, backend)
         # What was read, and in steps of how many tokens: reading it again gives the same memory.
         self._tokens, self._steps = array("i"), array("i")
-        self._store = store
+        self._store, self._open_store = store, open_store
         self._saver = Saver(store, self.policy) if store and isinstance(self.policy, RepKVMemory) else None
         self._n_steps_saved = self._prompt_end = 0
         # False: nothing is saved from now on; what the directory has beyond this point may be overwritten.
@@ -263,19 +270,36 @@ class Session:
         if self._saver.offer(self.n_past, new, steps, self._logits, extra, wait=wait):
             self._n_steps_saved = len(self._steps)
 
-    def save(self) -> None:
+    def save(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Saves what was read since the last save, and waits until it is on disk.
 
-        Raises InputError where the session has no directory, StoreError where saving failed, ComputeError where the
-        memory was stopped halfway, so that the save before is the last good one.
+        directory: another than the session is kept in, if it is: a copy of it all, which `Model.resume` takes up.
+        Raises InputError where there is no directory, or another session in it; StoreError where saving failed;
+        ComputeError where the memory was stopped halfway, so that the save before is the last good one.
         """
         if self._closed:
             raise InputError("the session is closed")
+        here = None if self._store is None else self._store.folder
+        if directory is not None and (here is None or Path(directory).resolve() != here.resolve()):
+            self._save_copy(Path(directory))
+            return
         if self._saver is None:
-            raise InputError("the session is not kept anywhere: open it with a directory")
+            raise InputError("the session is not kept anywhere: say in which directory")
         if self.n_past > 0:
             self._save(wait=True, again=True)
         self._saver.finish()
+
+    def _save_copy(self, folder: Path) -> None:
+        if not isinstance(self.policy, RepKVMemory) or self._open_store is None:
+            raise InputError(f"only sessions of --kv repkv can be saved; --kv is {self.policy.name}")
+        if self.n_past == 0:
+            raise InputError("the session is empty: there is nothing to save")
+        with contextlib.closing(self._open_store(folder, self.policy.long)) as store:
+            if store.checkpoints():
+                raise InputError(f"{folder} has a session already: give another directory")
+            extra = {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
+            tokens, steps = np.array(self._tokens[: self.n_past], np.int32), np.array(self._steps, np.int32)
+            save_copy(self.policy, store, tokens, steps, self._logits, extra)
 
     def save_also(self, extra: Callable[[int], dict[str, object]]) -> None:
         """What extra(n_past) returns, as JSON, is part of every save from now on."""

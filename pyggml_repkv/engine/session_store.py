@@ -74,6 +74,17 @@ class Commit:
     blocks: list[tuple[int, int, int, int]]
 
 
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """What the session in a directory was made with. Raises InputError where there is none that can be read."""
+    try:
+        with contextlib.closing(sqlite3.connect(folder / "session.db")) as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'settings'").fetchone()
+            settings: dict[str, Any] = json.loads(row[0])
+            return settings
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        raise InputError(f"{folder}: session.db cannot be used ({error})") from None
+
+
 class SessionStore:
     """Opens the directory or makes it.
 

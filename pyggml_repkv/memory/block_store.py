@@ -58,7 +58,7 @@ class RecordLayout:
     ) -> None:
         width = config.n_embd_kv
         self.n_layer, self.max_tokens, self.n_extra = config.n_layer, max_tokens, n_extra
-        self.file_types = tuple(int(GGML_CACHE_TYPES[name]) for name in file_types)
+        self.types, self.file_types = (tuple(int(GGML_CACHE_TYPES[n]) for n in names) for names in (types, file_types))
         self.row_bytes = tuple(int(g.ggml_row_size(GGML_CACHE_TYPES[name], width)) for name in types)
         self.file_row_bytes = tuple(int(g.ggml_row_size(t, width)) for t in self.file_types)
         self.header_bytes = header_bytes(config.n_layer, n_extra)
@@ -66,7 +66,7 @@ class RecordLayout:
         n = self.native
         n.n_layer, n.max_tokens, n.header_bytes = config.n_layer, max_tokens, self.header_bytes
         n.n_head_kv, n.head_dim, n.rope_dim = config.n_head_kv, config.head_dim, config.rope_dim
-        n.type_k, n.type_v = (int(GGML_CACHE_TYPES[name]) for name in types)
+        n.type_k, n.type_v = self.types
         n.file_type_k, n.file_type_v = self.file_types
         (n.k_row_bytes, n.v_row_bytes), (n.file_k_row_bytes, n.file_v_row_bytes) = self.row_bytes, self.file_row_bytes
 

@@ -61,6 +61,7 @@ class BoundedMemory(ABC):
         long_from_the_start = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train
         if inputs.long is not None:
             long_from_the_start = inputs.long
+        self.long = long_from_the_start
         self.far = memory.positions == "far" or long_from_the_start
         # n_past when they began to be far: 0 from the start, -1 not yet.
         self.far_at = 0 if self.far else -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from pyggml_repkv.errors import InputError
 
@@ -22,6 +23,28 @@ MEMORY_FIELDS = (
     "n_sink", "n_local", "n_dense", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance",
     "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
 )  # fmt: skip
+
+# What the results of a session depend on, by the names that a user knows.
+_IDENTITY = {
+    "-b": "n_batch",
+    "-ctk": "type_k",
+    "-ctv": "type_v",
+    "--n-sink": "n_sink",
+    "--n-local": "n_local",
+    "--n-dense": "n_dense",
+    "--block": "block",
+    "--top-blocks": "top_blocks",
+    "--chunk-blocks": "chunk_blocks",
+    "--n-repr": "n_repr",
+    "--score": "score",
+    "--n-score": "n_score",
+    "--relevance": "relevance",
+    "--per-head": "per_head",
+    "--sticky": "sticky",
+    "--late": "late",
+    "--positions": "positions",
+}
+_AS_IN_RAM = "as in RAM"
 
 # Measured on the demo model: docs/repkv.md.
 PRESETS: dict[str, dict[str, int | str]] = {
@@ -135,27 +158,23 @@ class MemoryConfig:
 
         `far from the start` is not compared: a session stays what it was begun as.
         """
+        values = {flag: getattr(self, field) for flag, field in _IDENTITY.items()}
         return {
-            "-b": self.n_batch,
-            "-ctk": self.type_k,
-            "-ctv": self.type_v,
-            "--n-sink": self.n_sink,
-            "--n-local": self.n_local,
-            "--n-dense": self.n_dense,
-            "--block": self.block,
-            "--top-blocks": self.top_blocks,
-            "--chunk-blocks": self.chunk_blocks,
-            "--n-repr": self.n_repr,
-            "--score": self.score,
+            **values,
             "--n-score": self.n_scoring,
-            "--relevance": self.relevance,
-            "--per-head": self.per_head,
-            "--sticky": self.sticky,
-            "--late": self.late,
-            "--positions": self.positions,
-            "--cache-type-evicted": self.type_evicted or "as in RAM",
+            "--cache-type-evicted": self.type_evicted or _AS_IN_RAM,
             "far from the start": long,
         }
+
+    @classmethod
+    def from_identity(cls, settings: dict[str, Any]) -> MemoryConfig:
+        """The reverse, for any length. Raises InputError for settings of another program."""
+        evicted = settings.get("--cache-type-evicted", _AS_IN_RAM)
+        try:
+            values = {field: settings[flag] for flag, field in _IDENTITY.items()}
+            return cls(kv="repkv", **values, type_evicted="" if evicted == _AS_IN_RAM else evicted)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the session's settings are not complete: {error}") from None
 
     @property
     def n_scoring(self) -> int:

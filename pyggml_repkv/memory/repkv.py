@@ -23,7 +23,7 @@ from pyggml_repkv.memory.bounded import KEPT, N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
 from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
-from pyggml_repkv.memory.repkv_state import RepKVState, pack_block, unpack_block
+from pyggml_repkv.memory.repkv_state import RepKVState, extra_bytes, pack_block, unpack_block
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
@@ -83,23 +83,17 @@ class RepKVMemory(BoundedMemory):
         # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
         # move less often.
         n_open = memory.n_local + scheme.max_size + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        # Only a session that goes on elsewhere needs it.
+        n_extra = 0 if inputs.block_file is None else extra_bytes(inputs.graph.config, memory)
         try:
             return DiskTier(
                 inputs.graph.config, memory, file, max_block=scheme.max_size, max_blocks=self._max_blocks,
-                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=self._n_extra(inputs),
+                n_selected=n_rows * self.n_top_max, n_open=n_open, n_extra=n_extra,
                 n_threads=N_IO_THREADS,
             )  # fmt: skip
         except BaseException:
             file.close()
             raise
-
-    def _n_extra(self, inputs: PolicyInputs) -> int:
-        """Bytes of a block's header for what only a session that goes on elsewhere needs."""
-        if inputs.block_file is None:
-            return 0
-        n_repr, type_bytes = inputs.memory.n_repr, 4 if inputs.memory.type_k == "f32" else 2
-        config = inputs.graph.config
-        return config.n_layer * config.n_head_kv * n_repr * (4 + config.head_dim * type_bytes)
 
     @property
     def _max_blocks(self) -> int:

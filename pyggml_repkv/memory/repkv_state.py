@@ -15,6 +15,8 @@ from pyggml_repkv.errors import StoreError
 from pyggml_repkv.graph.memory_ops import LANES
 from pyggml_repkv.memory.arenas import as_rows
 from pyggml_repkv.memory.block_file import BlockHeader
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.repkv import RepKVMemory
@@ -38,17 +40,22 @@ class RepKVState:
 
 def entry_bytes(memory: RepKVMemory) -> int:
     """Bytes of a token's rows."""
-    assert memory.disk is not None
-    k_bytes, v_bytes = memory.disk.layout.row_bytes
+    k_bytes, v_bytes = (as_rows(arena).shape[1] for arena in (memory.k_store[0], memory.v_store[0]))
     return memory.config.n_layer * (2 * k_bytes + v_bytes)
+
+
+def extra_bytes(config: ModelConfig, memory: MemoryConfig) -> int:
+    """Bytes that `pack_block` takes."""
+    type_bytes = 4 if memory.type_k == "f32" else 2
+    return config.n_layer * config.n_head_kv * memory.n_repr * (4 + config.head_dim * type_bytes)
 
 
 def take_state(memory: RepKVMemory, n_past: int) -> RepKVState:
     """A copy."""
-    assert memory.disk is not None
     end, n_layer = memory.blocks.sealed_end, memory.config.n_layer
     scores = np.stack([s[end:n_past] for s in memory.scores]) if n_past > end else np.empty((n_layer, 0, 0), np.float32)
-    warm = np.stack([memory.disk.store.resident(i) for i in range(n_layer)])
+    disk = memory.disk
+    warm = np.stack([disk.store.resident(i) for i in range(n_layer)]) if disk else np.empty((n_layer, 0), np.int32)
     return RepKVState(n_past, end, memory.blocks.n_blocks, memory.far_at, scores, warm, memory.kept_selection)
 
 

@@ -1,0 +1,121 @@
+"""A session that was in RAM, or in a file without a name, saved whole: what goes on from it is the same to the bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import ComputeError, InputError, StoreError
+from pyggml_repkv.memory.block_store import BlockStore
+from pyggml_repkv.memory.config import MemoryConfig
+
+TOKENS = np.random.default_rng(8).integers(0, 280, 500).tolist()
+MEMORY = MemoryConfig(
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
+    chunk_blocks=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from tests.tiny_models import TinySpec, write_tiny_model
+
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    write_tiny_model(path, TinySpec(n_layer=2, n_ctx=200, head_dim=32))
+    with Model.load(path, threads=2, repack=False) as loaded:
+        yield loaded
+
+
+def decode(session, first, n):
+    return np.array([session.decode(t).copy() for t in TOKENS[first : first + n]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kv_ram": 2**20},
+        {"n_ctx": 0},  # far positions from the middle of the text on
+        {"n_ctx": 0, "kv_ram": 2**20},
+        {"positions": "exact", "type_k": "q8_0", "type_v": "f32"},
+        {"per_head": True, "sticky": 0.7, "late": True, "block": "semantic:16-24"},
+    ],
+)
+def test_what_was_saved_goes_on_the_same(model, tmp_path, options):
+    memory = replace(MEMORY, **options)
+    with model.session(memory) as session:
+        session.prefill(TOKENS[:300])
+        decode(session, 300, 10)
+        session.save(tmp_path / "kept")
+        want = decode(session, 310, 30)
+        with model.resume(tmp_path / "kept", None if options else memory) as kept:
+            assert kept.n_past == 310
+            assert kept.tokens == TOKENS[:310]
+            assert np.array_equal(decode(kept, 310, 30), want)
+            kept.save()
+        # From then on it is kept as it goes.
+        with model.resume(tmp_path / "kept") as again:
+            assert again.n_past == 340
+            assert np.array_equal(decode(again, 340, 10), decode(session, 340, 10))
+
+
+def test_a_short_session_has_no_blocks_yet(model, tmp_path):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:10])
+        session.save(tmp_path)
+        with model.resume(tmp_path) as kept:
+            assert np.array_equal(decode(kept, 10, 5), decode(session, 10, 5))
+
+
+def test_a_kept_session_is_copied_elsewhere(model, tmp_path):
+    with model.session(MEMORY, directory=tmp_path / "a") as session:
+        session.prefill(TOKENS[:200])
+        session.save(tmp_path / "b")
+        session.save(tmp_path / "a" / ".." / "a")
+        want = decode(session, 200, 5)
+    with model.resume(tmp_path / "b") as copy:
+        assert np.array_equal(decode(copy, 200, 5), want)
+
+
+def test_what_cannot_be_saved_says_why(model, tmp_path):
+    with model.session(MEMORY) as session:
+        with pytest.raises(InputError, match="the session is empty"):
+            session.save(tmp_path / "a")
+        session.prefill(TOKENS[:200])
+        with pytest.raises(InputError, match="say in which directory"):
+            session.save()
+        session.save(tmp_path / "a")
+        with pytest.raises(InputError, match="has a session already"):
+            session.save(tmp_path / "a")
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match="must be a directory"):
+            session.save(tmp_path / "file")
+        session.policy._torn = True
+        with pytest.raises(ComputeError, match="is not saved"):
+            session.save(tmp_path / "b")
+    with pytest.raises(InputError, match="closed"):
+        session.save(tmp_path / "c")
+    with model.session(MemoryConfig(n_ctx=64)) as session:
+        session.prefill(TOKENS[:10])
+        with pytest.raises(InputError, match="only sessions of --kv repkv"):
+            session.save(tmp_path / "d")
+    with model.session(replace(MEMORY, kv_ram=2**20, type_evicted="q8_0")) as session:
+        session.prefill(TOKENS[:10])
+        with pytest.raises(InputError, match="rounded again"):
+            session.save(tmp_path / "e")
+
+
+def test_a_copy_that_failed_leaves_no_session(model, tmp_path, monkeypatch):
+    def fail(store):
+        raise StoreError("the disk is full", lost=False)
+
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:200])
+        with monkeypatch.context() as patch:
+            patch.setattr(BlockStore, "flush", fail)
+            with pytest.raises(StoreError, match="the disk is full"):
+                session.save(tmp_path)
+        session.save(tmp_path)
+        with model.resume(tmp_path) as kept:
+            assert np.array_equal(decode(kept, 200, 5), decode(session, 200, 5))
