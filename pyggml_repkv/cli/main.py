@@ -16,6 +16,7 @@ PROG = "python -m pyggml_repkv"
 COMMANDS = {
     "run": "continue a prompt, or answer one with --chat",
     "eval": "measure what a KV memory retrieves",
+    "graph": "show, prove and compare the graphs that ggml computes",
 }
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.

@@ -124,7 +124,7 @@ def load_model(args: argparse.Namespace) -> Model:
     from pyggml_repkv.engine.model import Model
 
     return Model.load(
-        _model_path(args),
+        model_path(args),
         threads=args.threads or default_threads(),
         # Memory policies other than `full` read matrices as they lie in the file.
         repack=not args.no_repack and args.kv == "full",
@@ -132,7 +132,8 @@ def load_model(args: argparse.Namespace) -> Model:
     )
 
 
-def _model_path(args: argparse.Namespace) -> str | Path:
+def model_path(args: argparse.Namespace) -> str | Path:
+    """-m, or the demo model, which is made where it is not there yet."""
     if args.model is not None:
         return str(args.model)
     from pyggml_repkv.model.demo import demo_model_path

@@ -47,7 +47,7 @@ class Plan:
 
     def __init__(self, model: GraphModel, policy: Policy, key: PlanKey, cb: NameTensor) -> None:
         n_tokens = key.shape.n_tokens
-        self._key = key
+        self.key = key
         self._make_rope = model.precise_rope_table if policy.precise_rope else model.rope_table
         self.context = GraphContext(64 * model.config.n_layer + 256)
         g = self.context
@@ -110,7 +110,7 @@ class Plan:
             tensor_array(self._output_rows)[...] = len(tokens) - 1
         if self._rope_table is not None and self._rope_table.contents.data:
             table = tensor_array(self._rope_table)
-            lanes = 1 if self._key.shape.form == "one" else PANEL * n_panels(len(tokens))
+            lanes = 1 if self.key.shape.form == "one" else PANEL * n_panels(len(tokens))
             angles = self._make_rope(np.arange(n_past, n_past + lanes))  # [rope_dim, lanes]
             table[...] = angles.reshape(table.shape) if lanes == 1 else _into_panels(angles)
         self.attention.fill(n_past)
@@ -118,9 +118,9 @@ class Plan:
     def read(self) -> np.ndarray:
         """Logits float32 [n_outputs, n_vocab]; a view that the next compute overwrites, but for packed ones."""
         assert self.logits is not None
-        if self._key.shape.form == "packed" and self._key.outputs == "all":
+        if self.key.shape.form == "packed" and self.key.outputs == "all":
             packed = tensor_array(self.logits).reshape(-1, self.logits.contents.ne[1], PANEL)
-            return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[: self._key.shape.n_tokens]
+            return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[: self.key.shape.n_tokens]
         return tensor_array(self.logits).reshape(-1, self.logits.contents.ne[0])
 
 

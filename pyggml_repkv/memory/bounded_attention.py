@@ -29,7 +29,7 @@ class BoundedStep(UnobservedStep, ABC):
     def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
         self._memory, self._g, self._n_tokens = memory, context, n_tokens
         self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
-        self._hook_points: list[HookPoint] = []
+        self.hook_points: list[HookPoint] = []
         if memory.disk is not None:
             self.hook = StepHook(memory.disk)
         self._selected: list[Tensor] = []
@@ -54,7 +54,7 @@ class BoundedStep(UnobservedStep, ABC):
         assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
         tensor_array(self._regions)[...] = self._memory.regions
         if isinstance(self.hook, StepHook) and not self.hook.observes:
-            self.hook.observe(self._hook_points)
+            self.hook.observe(self.hook_points)
         self._memory.last_step = self
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
@@ -77,14 +77,14 @@ class BoundedStep(UnobservedStep, ABC):
         q = m.ops.speculate(self._g, x, m.graph.weights.layers[layer + 1], self._regions)
         set_name(q, "Qspec", layer + 1)
         ranked = self._g.expand(m.rank_ahead(self._g, q, self._rope, self._regions, layer + 1, self._n_tokens))
-        self._hook_points.append(HookPoint(ranked, layer + 1, speculated=True, n_top=1))
+        self.hook_points.append(HookPoint(ranked, layer + 1, speculated=True, n_top=1))
 
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
     def _hook_at(self, selected: Tensor, layer: int, *, late: bool = False) -> None:
-        self._hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late))
+        self.hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late))
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
@@ -142,7 +142,8 @@ class BoundedChunk(BoundedStep):
             tensor_array(self._store_cells)[...] = (n_past - self._memory.store_base, self._n_tokens)
         if hasattr(self, "_rope"):
             m = self._memory
-            tensor_array(self._rope)[1] = m.far_table if m.far else m.near_table(n_past + self._n_tokens // 2)
+            # The first row is for ops that rotate what is near, of which there is none here.
+            tensor_array(self._rope)[...] = m.far_table if m.far else m.near_table(n_past + self._n_tokens // 2)
 
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         near, far = (self._unpacked(q) for q in self._queries[layer])

@@ -1,0 +1,241 @@
+"""`graph`: shows the static graph of a step, proves things about it, and compares two."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
+from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
+from pyggml_repkv.cli.run import memory_config, model_path
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import InputError, RepkvError
+
+if TYPE_CHECKING:
+    from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
+    from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
+
+EXAMPLES = {
+    "dump": """
+examples:
+  %(prog)s --phase decode --layer 0
+  %(prog)s --kv repkv --phase prefill --name 'block_*' --json
+  %(prog)s -m model.gguf --exact-graph --svg graph.svg
+""",
+    "verify": """
+examples:
+  %(prog)s --kv repkv --kv-ram 256M --prefetch both
+  %(prog)s --phase decode --json
+
+exit code 1 and the offending nodes where a rule is broken; docs/graph.md says what the rules are
+""",
+    "diff": """
+examples:
+  %(prog)s 'full' 'repkv' --phase decode
+  %(prog)s '--kv full' '--kv repkv --kv-ram 256M --late'
+  %(prog)s before.json after.json
+""",
+}
+
+
+def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds `graph` and its tasks."""
+    parser = subparsers.add_parser(
+        "graph",
+        usage="%(prog)s TASK [options]",
+        description="Shows what ggml computes in a step: from the file's shapes, without reading its weights.",
+        epilog="`%(prog)s TASK --help` lists the options of a task.",
+        formatter_class=HelpFormatter,
+    )
+    tasks = parser.add_subparsers(title="tasks", dest="task", metavar="TASK", required=True, parser_class=Parser)
+    dump = _add_task(tasks, "dump", "the nodes as a table, JSON, Graphviz or SVG")
+    group = dump.add_argument_group("output")
+    group.add_argument("--layer", metavar="N", type=integer(0, 9999), help="only this layer's nodes")
+    group.add_argument("--name", metavar="GLOB", help="only nodes with such a name, as 'Qcur*'")
+    group.add_argument("--op", metavar="GLOB", help="only nodes with such an op, as 'repkv.*' or mul_mat")
+    group.add_argument("--leaves", action="store_true", help="inputs, weights and memories too")
+    group.add_argument("--json", action="store_true", help="print one JSON object (docs/graph.md has the schema)")
+    group.add_argument("--dot", action="store_true", help="print Graphviz's language")
+    group.add_argument("--svg", metavar="FILE", help="write a picture")
+    verify = _add_task(tasks, "verify", "proves that effects happen in order and nothing is overwritten while needed")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    diff = _add_task(tasks, "diff", "what a graph has that another has not")
+    diff.add_argument("a", metavar="A", help="a dump (FILE.json), a policy, or flags as '--kv repkv -b 256'")
+    diff.add_argument("b", metavar="B", help="the other")
+    diff.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_task(tasks: argparse._SubParsersAction[Any], name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = tasks.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES[name],
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    _add_graph_options(parser)
+    return parser
+
+
+def _add_graph_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("graph")
+    group.add_argument(
+        "--phase",
+        choices=("prefill", "decode"),
+        default="decode",
+        help="a chunk of -b tokens, or one (default: decode)",
+    )
+    group.add_argument(
+        "-d", "--depth", metavar="N", type=integer(0, 2**30), default=0,
+        help="tokens that were read before (default: 0); with it, flops are those at that depth",
+    )  # fmt: skip
+    group.add_argument("--repack", action="store_true", help="with weights repacked, as `run` has them with --kv full")
+    add_model_options(parser)
+    add_context_options(parser)
+    add_memory_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs a task -> its exit code. Raises RepkvError."""
+    tasks: dict[str, Callable[[argparse.Namespace], int]] = {"dump": _dump, "verify": _verify, "diff": _diff}
+    return tasks[args.task](args)
+
+
+def _built(args: argparse.Namespace) -> BuiltGraph:
+    from pyggml_repkv.inspect.builder import BuiltGraph
+
+    args.quiet = True
+    return BuiltGraph(model_path(args), _wanted(args))
+
+
+def _wanted(args: argparse.Namespace) -> Wanted:
+    from pyggml_repkv.inspect.builder import Wanted
+
+    n_ctx = args.ctx_size
+    if not n_ctx and args.kv == "full" and args.depth:
+        n_ctx = args.depth + args.batch_size
+    return Wanted(
+        args.phase, memory_config(args, n_ctx), args.depth, args.threads or default_threads(),
+        exact=args.exact_graph, repack=args.repack and not args.no_repack,
+    )  # fmt: skip
+
+
+def _dump(args: argparse.Namespace) -> int:
+    from pyggml_repkv.inspect import table
+
+    if args.json + args.dot + bool(args.svg) > 1:
+        raise InputError("--json, --dot and --svg: give one of them")
+    with _built(args) as built:
+        snapshot = built.snapshot()
+    if args.json:
+        output.write(json.dumps(snapshot.as_json()) + "\n")
+        return 0
+    nodes = [t for t in snapshot.nodes if _is_shown(args, t)]
+    if not nodes:
+        raise InputError("no node is like that; without --layer, --name and --op all are shown")
+    if args.dot:
+        output.write(table.as_dot(snapshot, nodes))
+    elif args.svg:
+        _write_file(args.svg, table.as_svg(snapshot, nodes))
+    else:
+        leaves = snapshot.leaves if args.leaves else ()
+        output.write(table.as_table(table.HEADER, table.rows_of(snapshot, [*leaves, *nodes])))
+        output.log(_summary(snapshot, len(nodes)))
+    return 0
+
+
+def _is_shown(args: argparse.Namespace, t: TensorInfo) -> bool:
+    return (
+        (args.layer is None or t.layer == args.layer)
+        and (args.name is None or fnmatch.fnmatchcase(t.name, args.name))
+        and (args.op is None or fnmatch.fnmatchcase(t.op, args.op))
+    )
+
+
+def _summary(s: Snapshot, n_shown: int) -> str:
+    shown = f"{n_shown} of {len(s.nodes)} nodes" if n_shown != len(s.nodes) else f"{n_shown} nodes"
+    flops = sum(t.flops for t in s.nodes) / 1e6
+    return (
+        f"{shown}, {len(s.leaves)} leaves, {len(s.hooks)} hook points; compute buffer {s.compute_bytes / 1e6:.2f} MB, "
+        f"{flops:.0f} Mflop\n"
+    )
+
+
+def _write_file(name: str, text: str) -> None:
+    try:
+        Path(name).write_text(text, "utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RepkvError(f"{name}: {reason}") from None
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pyggml_repkv.inspect.inputs import unfilled_inputs
+    from pyggml_repkv.inspect.verify import RULES, verify
+
+    with _built(args) as built:
+        snapshot = built.snapshot()
+        findings = [*verify(snapshot), *unfilled_inputs(built)]
+    if args.json:
+        done = {
+            **snapshot.about,
+            "ok": not findings,
+            "rules": [*RULES, "inputs"],
+            "findings": [{"rule": f.rule, "message": f.message, "nodes": list(f.ids)} for f in findings],
+        }
+        output.write(json.dumps(done) + "\n")
+    else:
+        for finding in findings:
+            output.write(f"{finding.rule}: {finding.message}\n")
+        if not findings:
+            n_effects = sum(bool(t.writes) for t in snapshot.nodes)
+            output.write(
+                f"ok: {len(snapshot.nodes)} nodes, {n_effects} with effects, {len(snapshot.hooks)} hook points; rules: "
+                f"{', '.join([*RULES, 'inputs'])}\n"
+            )
+    return 1 if findings else 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from pyggml_repkv.inspect.diff import diff, summary
+
+    a, b = (_side(args, text) for text in (args.a, args.b))
+    changes, numbers = diff(a, b), summary(a, b)
+    if args.json:
+        listed = [
+            {"kind": c.kind, "name": c.name, "layers": list(c.layers), "what": c.what} for c in changes
+        ]  # fmt: skip
+        output.write(json.dumps({"a": a.about, "b": b.about, "changes": listed, "numbers": numbers}) + "\n")
+        return 0
+    for change in changes:
+        output.write(change.line())
+    for name, (before, after) in numbers.items():
+        if before != after:
+            output.write(f"  {name}: {before} -> {after}\n")
+    if not changes:
+        output.write("no difference\n")
+    return 0
+
+
+def _side(args: argparse.Namespace, text: str) -> Snapshot:
+    """A dump, a policy's name, or flags that are put after the common ones."""
+    from pyggml_repkv.inspect.snapshot import Snapshot
+
+    if text.endswith(".json"):
+        try:
+            return Snapshot.from_json(json.loads(Path(text).read_text("utf-8")))
+        except OSError as error:
+            raise InputError(f"{text}: {error.strerror}; give a file that `graph dump --json` wrote") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{text}: no dump of a graph ({error})") from None
+    parser = Parser(prog="graph diff", add_help=False)
+    _add_graph_options(parser)
+    flags = shlex.split(text) if text.startswith("-") else ["--kv", text]
+    for name, value in vars(args).items():
+        if name not in ("a", "b", "json", "task", "command", "version"):
+            parser.set_defaults(**{name: value})
+    with _built(parser.parse_args(flags)) as built:
+        return built.snapshot()

@@ -1,0 +1,136 @@
+"""What a ggml graph is made of, as plain values: nodes in order, and the tensors that they read and no node makes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.library import g, native, native_ffi
+
+# Of enum repkv_op.
+OUR_OPS = (
+    "norm_linear", "attend", "attn_out", "gate_up", "linear_add", "pack", "norm_packed", "matmul", "matmul_add",
+    "matmul_gate_up", "store_kv", "attend_chunk", "store_far", "score_acc", "score_acc_one", "score_attention",
+    "score_attention_one", "relevance", "relevance_one", "block_topk", "attend_memory", "attend_memory_one",
+    "mean_packed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """shape in numpy order, without leading ones; sources, view_of: addresses, view_of that of what it lies in, 0 for
+    none; buffer: a number for the memory that it lies in, offset: where in it, -1 where it has none yet.
+    """
+
+    address: int
+    name: str
+    op: str
+    type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+    sources: tuple[int, ...]
+    view_of: int
+    buffer: int
+    offset: int
+    is_input: bool
+    is_output: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RawGraph:
+    """leaves: by address, in the order in which nodes first read them."""
+
+    nodes: tuple[RawTensor, ...]
+    leaves: dict[int, RawTensor]
+
+
+def read_graph(context: GraphContext) -> RawGraph:
+    """The graph as it is now: call it after allocation to see where tensors lie."""
+    graph = context.graph
+    pointers = [g.ggml_graph_node(graph, i) for i in range(g.ggml_graph_n_nodes(graph))]
+    nodes = tuple(_read(pointer) for pointer in pointers)
+    made = {node.address for node in nodes}
+    leaves: dict[int, RawTensor] = {}
+    for pointer in pointers:
+        for source in _reached(pointer):
+            address = address_of(source)
+            if address not in made and address not in leaves:
+                leaves[address] = _read(source)
+    return RawGraph(nodes, leaves)
+
+
+def graph_inputs(context: GraphContext) -> list[Tensor]:
+    """What must be filled before each compute, as far as a node reads it."""
+    graph, found = context.graph, {}
+    for i in range(g.ggml_graph_n_nodes(graph)):
+        for source in _reached(g.ggml_graph_node(graph, i)):
+            if source.contents.flags & g.GGML_TENSOR_FLAG_INPUT:
+                found[address_of(source)] = source
+    return list(found.values())
+
+
+def _reached(pointer: Tensor) -> Iterator[Tensor]:
+    """What a node reads, and what these are views of."""
+    for source in _sources(pointer):
+        yield source
+        if source.contents.view_src:
+            yield source.contents.view_src
+    if pointer.contents.view_src:
+        yield pointer.contents.view_src
+
+
+def _sources(pointer: Tensor) -> list[Tensor]:
+    return [source for source in pointer.contents.src if source]
+
+
+def address_of(pointer: Tensor) -> int:
+    """What identifies a tensor in a RawGraph."""
+    return ctypes.cast(pointer, ctypes.c_void_p).value or 0
+
+
+def _read(pointer: Tensor) -> RawTensor:
+    t = pointer.contents
+    shape = [int(n) for n in reversed(t.ne)]
+    while len(shape) > 1 and shape[0] == 1:
+        shape.pop(0)
+    return RawTensor(
+        address=address_of(pointer),
+        name=t.name.decode("utf-8", errors="replace"),
+        op=_op(t),
+        type=g.ggml_type_name(t.type).decode(),
+        shape=tuple(shape),
+        n_bytes=int(g.ggml_nbytes(pointer)),
+        sources=tuple(address_of(source) for source in _sources(pointer)),
+        view_of=address_of(t.view_src) if t.view_src else 0,
+        buffer=int(t.buffer or 0),
+        offset=_offset(t),
+        is_input=bool(t.flags & g.GGML_TENSOR_FLAG_INPUT),
+        is_output=bool(t.flags & g.GGML_TENSOR_FLAG_OUTPUT),
+    )
+
+
+def _offset(t: Any) -> int:
+    if not t.buffer or not t.data:
+        return -1
+    return int(t.data - (g.ggml_backend_buffer_get_base(t.buffer) or 0))
+
+
+def _op(t: Any) -> str:
+    """ggml's name of the op in small letters, `repkv.` and the name for one of ours, "" for a leaf."""
+    if t.op == g.GGML_OP_NONE:
+        return ""
+    if t.op == g.GGML_OP_CUSTOM:
+        # struct ggml_custom_op_params begins with the function.
+        low, high = (n & 0xFFFFFFFF for n in t.op_params[:2])
+        return _our_ops().get(low | high << 32, "custom")
+    return str(g.ggml_op_name(t.op).decode().lower())
+
+
+@cache
+def _our_ops() -> dict[int, str]:
+    ops = {name: getattr(native, f"REPKV_{name.upper()}") for name in OUR_OPS}
+    return {int(native_ffi.cast("uintptr_t", native.repkv_op_address(i))): f"repkv.{name}" for name, i in ops.items()}
