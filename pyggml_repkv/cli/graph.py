@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output
+from pyggml_repkv.cli import graph_run, output
 from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
 from pyggml_repkv.cli.run import memory_config, model_path
@@ -41,6 +41,21 @@ examples:
   %(prog)s '--kv full' '--kv repkv --kv-ram 256M --late'
   %(prog)s before.json after.json
 """,
+    "html": """
+examples:
+  %(prog)s --kv repkv --phase decode -o graph.html
+  %(prog)s --kv repkv --kv-ram 256M --prefetch both -o graph.html
+""",
+    "trace": """
+examples:
+  %(prog)s --kv repkv -d 16384
+  %(prog)s --phase prefill -n 2 -o trace.json
+""",
+    "tensors": """
+examples:
+  %(prog)s --name 'Qcur-3' -p 'The capital of France is'
+  %(prog)s --exact-graph --save a.npz; %(prog)s --exact-graph -t 1 --compare a.npz
+""",
 }
 
 
@@ -69,18 +84,26 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     diff.add_argument("a", metavar="A", help="a dump (FILE.json), a policy, or flags as '--kv repkv -b 256'")
     diff.add_argument("b", metavar="B", help="the other")
     diff.add_argument("--json", action="store_true", help="print one JSON object")
+    html = _add_task(tasks, "html", "one page that shows nodes, memory plan and hook points in a browser")
+    html.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write the page")
+    trace = _add_task(tasks, "trace", "where the time of a step goes, node by node", static=False)
+    graph_run.add_trace_options(trace)
+    tensors = _add_task(tasks, "tensors", "what nodes hold in the last step of a prompt", static=False)
+    graph_run.add_tensor_options(tensors)
 
 
-def _add_task(tasks: argparse._SubParsersAction[Any], name: str, summary: str) -> argparse.ArgumentParser:
+def _add_task(
+    tasks: argparse._SubParsersAction[Any], name: str, summary: str, *, static: bool = True
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = tasks.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", epilog=EXAMPLES[name],
         formatter_class=HelpFormatter,
     )  # fmt: skip
-    _add_graph_options(parser)
+    _add_graph_options(parser, static=static)
     return parser
 
 
-def _add_graph_options(parser: argparse.ArgumentParser) -> None:
+def _add_graph_options(parser: argparse.ArgumentParser, *, static: bool = True) -> None:
     group = parser.add_argument_group("graph")
     group.add_argument(
         "--phase",
@@ -92,7 +115,10 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
         "-d", "--depth", metavar="N", type=integer(0, 2**30), default=0,
         help="tokens that were read before (default: 0); with it, flops are those at that depth",
     )  # fmt: skip
-    group.add_argument("--repack", action="store_true", help="with weights repacked, as `run` has them with --kv full")
+    if static:
+        group.add_argument(
+            "--repack", action="store_true", help="with weights repacked, as `run` has them with --kv full"
+        )
     add_model_options(parser)
     add_context_options(parser)
     add_memory_options(parser)
@@ -100,7 +126,14 @@ def _add_graph_options(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs a task -> its exit code. Raises RepkvError."""
-    tasks: dict[str, Callable[[argparse.Namespace], int]] = {"dump": _dump, "verify": _verify, "diff": _diff}
+    tasks: dict[str, Callable[[argparse.Namespace], int]] = {
+        "dump": _dump,
+        "verify": _verify,
+        "diff": _diff,
+        "html": _html,
+        "trace": graph_run.trace,
+        "tensors": graph_run.tensors,
+    }
     return tasks[args.task](args)
 
 
@@ -162,6 +195,16 @@ def _summary(s: Snapshot, n_shown: int) -> str:
         f"{shown}, {len(s.leaves)} leaves, {len(s.hooks)} hook points; compute buffer {s.compute_bytes / 1e6:.2f} MB, "
         f"{flops:.0f} Mflop\n"
     )
+
+
+def _html(args: argparse.Namespace) -> int:
+    from pyggml_repkv.inspect.page import as_page
+
+    with _built(args) as built:
+        snapshot = built.snapshot()
+    _write_file(args.output, as_page(snapshot))
+    output.log(f"{args.output}: {_summary(snapshot, len(snapshot.nodes))}")
+    return 0
 
 
 def _write_file(name: str, text: str) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from pyggml_repkv.engine.session_copy import save_copy
 from pyggml_repkv.engine.session_store import SessionStore, common_prefix
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, Tracer
 from pyggml_repkv.memory.policy import DiskNeed, MemoryConfig, Policy
 from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ class Session:
         self.n_batch = memory.n_batch
         self._graph, self._backend, self._make_policy = graph, backend, make_policy
         self.policy = make_policy()
-        self._config, self._tokenizer = graph.config, tokenizer
+        self.config, self._tokenizer = graph.config, tokenizer
         self._plans = PlanCache(graph, self.policy, backend)
         # What was read, and in steps of how many tokens: reading it again gives the same memory.
         self._tokens, self._steps = array("i"), array("i")
@@ -151,7 +151,7 @@ class Session:
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
-        logits = np.empty((len(ids), self._config.n_vocab), np.float32)
+        logits = np.empty((len(ids), self.config.n_vocab), np.float32)
         for start in range(0, len(ids), self.n_batch):
             chunk = ids[start : start + self.n_batch]
             logits[start : start + len(chunk)] = self._step(chunk, "all")
@@ -185,6 +185,15 @@ class Session:
         generation = Generation(self, self._tokenizer, list(prompt), config, begun=begun)
         self.save_also(generation.saved)
         return generation
+
+    @contextlib.contextmanager
+    def traced(self, tracer: Tracer) -> Iterator[None]:
+        """Steps meanwhile run in graphs of which a tracer watches every node."""
+        self._plans.trace(tracer)
+        try:
+            yield
+        finally:
+            self._plans.trace(None)
 
     def stats(self) -> dict[str, object]:
         """The `kv` object of `run --json`."""
@@ -365,9 +374,9 @@ class Session:
         if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError("tokens must be a non-empty sequence of token ids")
         # ggml aborts the process on a row that is not there.
-        if ids.min() < 0 or ids.max() >= self._config.n_vocab:
+        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise InputError(f"token id {bad} is not in the vocabulary (0 to {self._config.n_vocab - 1})")
+            raise InputError(f"token id {bad} is not in the vocabulary (0 to {self.config.n_vocab - 1})")
         if self.n_past + len(ids) > self.n_ctx:
             raise ContextFullError(
                 f"{len(ids)} tokens do not fit: {self.n_past} of {self.n_ctx} are used; a larger -c holds more"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
 from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
 from pyggml_repkv.graph.rope import RopeTable, rope_params
-from pyggml_repkv.memory.policy import Form, Policy, StepAttention, StepShape
+from pyggml_repkv.memory.policy import EvalHook, Form, Policy, StepAttention, StepShape
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.weights import Weights
 
@@ -34,6 +34,13 @@ MIN_PACKED_TOKENS = 32
 
 # Rows of the gate and up matrices that one block of the packed op can hold.
 MAX_PACKED_WIDTH = 65536
+
+
+class Tracer(Protocol):
+    """Who wants to know when nodes are computed (inspect/node_trace.py)."""
+
+    def hook_of(self, plan: Plan) -> EvalHook:
+        """What runs between the nodes of a plan instead of its own hook, which it calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,10 @@ class Plan:
             self.logits = self._build_fused(model, key, cb)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
+
+    def watch(self, tracer: Tracer) -> None:
+        """From its first compute on, the tracer is told when each node ran."""
+        self.hook = tracer.hook_of(self)
 
     def placed(self, backend: Backend) -> None:
         """Called when all tensors have their memory."""
@@ -158,6 +169,7 @@ class PlanCache:
     def __init__(self, model: GraphModel, policy: Policy, backend: Backend, cb: NameTensor = set_name) -> None:
         self._model, self._policy, self._backend, self._cb = model, policy, backend, cb
         self._allocator = GraphAllocator(backend)
+        self._tracer: Tracer | None = None
         self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
 
     @property
@@ -168,12 +180,20 @@ class PlanCache:
         plan = self._plans.get(key)
         if plan is None:
             plan = Plan(self._model, self._policy, key, self._cb)
+            if self._tracer is not None:
+                plan.watch(self._tracer)
             self._place(plan)
             self._plans[key] = plan
             while len(self._plans) > _MAX_PLANS:
                 self._plans.popitem(last=False)[1].context.close()
         self._plans.move_to_end(key)
         return plan
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Builds all plans anew, watched by a tracer; None: by nobody any more."""
+        with self._backend.lock:
+            self._tracer = tracer
+            self._drop_all()
 
     def prepare(self, outputs: Outputs, n_tokens: int) -> None:
         """Plans a first step of n_tokens, so that `compute_bytes` is known before anything is computed."""

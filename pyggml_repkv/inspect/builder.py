@@ -13,11 +13,9 @@ from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.graph_reader import address_of, read_graph
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
-from pyggml_repkv.inspect.cost import Step
+from pyggml_repkv.inspect.cost import step_of
 from pyggml_repkv.inspect.snapshot import Snapshot, take_snapshot
-from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.boundaries import BoundaryScores
-from pyggml_repkv.memory.bounded import BoundedMemory
 from pyggml_repkv.memory.bounded_attention import BoundedStep
 from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
@@ -89,29 +87,15 @@ class BuiltGraph:
             "n_threads": w.n_threads,
             "n_layer": self.config.n_layer,
         }
+        assert self.policy is not None
+        step = step_of(self.policy, w.memory, self.config, w.n_past, w.n_tokens)
         hooks = [(address_of(node), layer, kind) for node, layer, kind in self._hook_points()]
-        return take_snapshot(raw, about, self._step(), hooks, self._plans.compute_bytes)
+        return take_snapshot(raw, about, step, hooks, self._plans.compute_bytes)
 
     def _hook_points(self) -> list[tuple[Tensor, int, str]]:
         step = self.plan.attention
         points = step.hook_points if isinstance(step, BoundedStep) and step.hook is not None else []
         return [(p.node, p.layer, "speculated" if p.speculated else "selected") for p in points]
-
-    def _step(self) -> Step:
-        w, m = self.wanted, self.wanted.memory
-        own = (w.n_tokens + 1) // 2
-        if not isinstance(self.policy, BoundedMemory):
-            return Step(self.config, w.n_tokens, w.n_past + own)
-        size = parse_block(m.block).max_size if m.kv != "window" else 1
-        n_far = max(0, w.n_past - m.n_local - m.n_sink)
-        n_blocks = n_far // size if m.kv != "window" else 0
-        n_selected = min(n_blocks, self.policy.n_select(w.n_past, w.n_tokens)) if n_blocks else 0
-        n_remainder = n_far - n_blocks * size if m.kv != "window" else 0
-        n_near = min(w.n_past, m.n_sink + m.n_local)
-        return Step(
-            self.config, w.n_tokens, n_near + n_selected * size + n_remainder + own, n_blocks, m.n_repr,
-            min(m.n_scoring, w.n_past + own) if m.kv != "window" else 0,
-        )  # fmt: skip
 
     def close(self) -> None:
         if hasattr(self, "_plans"):

@@ -1,4 +1,4 @@
-"""What a node costs, from shapes alone: floating-point operations, where a multiply-add counts as two."""
+"""What a node costs, from shapes alone: operations, where a multiply-add counts as two, and bytes read and written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from math import prod
 
 from pyggml_repkv.ffi.graph_reader import RawTensor
+from pyggml_repkv.inspect.effects import effect_of
+from pyggml_repkv.memory.blocks import parse_block
+from pyggml_repkv.memory.bounded import BoundedMemory
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.policy import Policy
 from pyggml_repkv.model.config import ModelConfig
 
 
@@ -31,6 +36,22 @@ _MATRIX_OPS = frozenset(
 _ATTENTION = frozenset(
     f"repkv.{name}" for name in ("attend", "attend_chunk", "attend_memory", "attend_memory_one")
 )  # fmt: skip
+
+
+def step_of(policy: Policy, memory: MemoryConfig, config: ModelConfig, n_past: int, n_tokens: int) -> Step:
+    """Of a step that reads n_tokens after n_past."""
+    own = (n_tokens + 1) // 2
+    if not isinstance(policy, BoundedMemory):
+        return Step(config, n_tokens, n_past + own)
+    near = min(n_past, memory.n_sink + memory.n_local) + own
+    n_far = max(0, n_past - memory.n_local - memory.n_sink)
+    if memory.kv == "window":
+        return Step(config, n_tokens, near)
+    size = parse_block(memory.block).max_size
+    n_blocks = n_far // size
+    n_selected = min(n_blocks, policy.n_select(n_past, n_tokens))
+    attended = near + n_selected * size + n_far - n_blocks * size
+    return Step(config, n_tokens, attended, n_blocks, memory.n_repr, min(memory.n_scoring, n_past + own))
 
 
 def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
@@ -58,3 +79,30 @@ def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
 
 def _is_weight(t: RawTensor) -> bool:
     return t.name.endswith((".weight", ".bias"))
+
+
+def bytes_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
+    """Of weights and activations all, of keys, values and index what a step attends; caches are taken to be empty."""
+    if t.op in ("view", "reshape", "permute", "transpose", ""):
+        return 0
+    effect = effect_of(t.op)
+    moved = step.n_tokens * _row_bytes(t) if t.op == "set_rows" else t.n_bytes
+    if t.op in _ATTENTION:
+        # One softmax over rows of one width, in whatever arenas they lie.
+        moved += step.n_attended * sum(_row_bytes(sources[i]) for i in effect.reads[:2])
+    for i, source in enumerate(sources):
+        if i in effect.writes:
+            moved += step.n_tokens * _row_bytes(source)
+        if i in effect.reads:
+            if t.op.startswith("repkv.relevance"):
+                moved += source.n_bytes * step.n_blocks // max(1, 16 * source.shape[0])
+            elif t.op.startswith("repkv.score"):
+                moved += step.n_scored * _row_bytes(source)
+        elif i not in effect.writes:
+            rows = t.op == "get_rows" and i == 0
+            moved += step.n_tokens * _row_bytes(source) if rows else source.n_bytes
+    return moved
+
+
+def _row_bytes(t: RawTensor) -> int:
+    return t.n_bytes // t.shape[0] if len(t.shape) > 1 else t.n_bytes

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pyggml_repkv.ffi.graph_reader import RawGraph, RawTensor
-from pyggml_repkv.inspect.cost import Step, flops_of
+from pyggml_repkv.inspect.cost import Step, bytes_of, flops_of
 from pyggml_repkv.inspect.effects import EFFECTS, effect_of
 
 SCHEMA = 1
@@ -22,7 +22,8 @@ class TensorInfo:
 
     kind: node, input (filled before each compute), weight, or memory (outlives the graph: keys, scores, the index);
     sources: ids; reads, writes: ids of memory that a node reads or writes rows of; view_of: id of what it lies in, "";
-    buffer: compute, weights or memory; offset: bytes from its start, -1 where that says nothing; flops: of one compute.
+    buffer: compute, weights or memory; offset: bytes from its start, -1 where that says nothing; flops, bytes_moved: of
+    one compute.
     """
 
     id: str
@@ -40,6 +41,7 @@ class TensorInfo:
     offset: int
     bytes: int
     flops: int
+    bytes_moved: int
     is_output: bool
 
     @property
@@ -148,7 +150,8 @@ def _info(
         sources=tuple(ids[s] for s in t.sources), reads=reads, writes=writes,
         view_of=ids[root] if root != t.address else "", layer=_layer(t.name),
         buffer=buffer, offset=t.offset, bytes=t.n_bytes,
-        flops=flops_of(t, sources, step) if kind == "node" else 0, is_output=t.is_output,
+        flops=flops_of(t, sources, step) if kind == "node" else 0,
+        bytes_moved=bytes_of(t, sources, step) if kind == "node" else 0, is_output=t.is_output,
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ enum repkv_op {
     REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK,
     REPKV_STORE_FAR, REPKV_SCORE_ACC, REPKV_SCORE_ACC_ONE, REPKV_SCORE_ATTENTION, REPKV_SCORE_ATTENTION_ONE,
     REPKV_RELEVANCE, REPKV_RELEVANCE_ONE, REPKV_BLOCK_TOPK,
-    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_MEAN_PACKED, ...
+    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_MEAN_PACKED, REPKV_PEAK_READ, REPKV_PEAK_FMA, ...
 };
 void *repkv_op_address(enum repkv_op op);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
@@ -159,6 +159,18 @@ struct repkv_hooks {
 };
 void repkv_hooks_begin(struct repkv_hooks *hooks);
 void *repkv_eval_hook_address(void);
+
+struct repkv_node_time {
+    int64_t begin_ns, end_ns;
+};
+struct repkv_node_trace {
+    struct repkv_hooks *hooks;
+    struct repkv_node_time *times;
+    int32_t n_max;
+    int32_t n;
+};
+void *repkv_node_trace_hook_address(void);
+#define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...
 #define REPKV_MAX_AHEAD ...
 #define REPKV_HOOK_CHANGED ...

@@ -4,6 +4,7 @@
 
 #include "decode_ops.h"
 #include "memory_ops.h"
+#include "peak_ops.h"
 #include "prefill_ops.h"
 #include "score_ops.h"
 #include "select_ops.h"
@@ -34,6 +35,8 @@ void *repkv_op_address(enum repkv_op op) {
         [REPKV_ATTEND_MEMORY] = repkv_attend_memory,
         [REPKV_ATTEND_MEMORY_ONE] = repkv_attend_memory_one,
         [REPKV_MEAN_PACKED] = repkv_mean_packed,
+        [REPKV_PEAK_READ] = repkv_peak_read,
+        [REPKV_PEAK_FMA] = repkv_peak_fma,
     };
     void *address = NULL;
     if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);

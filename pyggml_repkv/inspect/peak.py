@@ -1,0 +1,62 @@
+"""What this machine can do at most, measured with the threads and the vectors that compute uses."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
+from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros
+from pyggml_repkv.ffi.library import g, native, native_ffi
+
+# Larger than the caches of the machines that this runs on.
+READ_BYTES = 2**28
+REPETITIONS = 10_000_000
+N_RUNS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The best of N_RUNS: multiply-adds of F32 vectors in registers, and reading memory."""
+
+    gflops: float
+    gbytes_per_second: float
+
+
+def measure_peak(backend: Backend) -> Peak:
+    """Takes about a second. Raises ComputeError where there is too little memory."""
+    data = aligned_zeros(READ_BYTES)
+    # A page that was never written is the same page of zeros everywhere.
+    data[::4096] = 1
+    numbers = aligned_zeros(64)
+    numbers[:4].view(np.int32)[0] = REPETITIONS
+    read = _seconds(backend, native.REPKV_PEAK_READ, data, g.GGML_TYPE_F32)
+    fma = _seconds(backend, native.REPKV_PEAK_FMA, numbers, g.GGML_TYPE_I32, n=1)
+    flops = REPETITIONS * native.REPKV_PEAK_FLOPS * backend.n_threads
+    return Peak(flops / fma / 1e9, READ_BYTES / read / 1e9)
+
+
+def _seconds(backend: Backend, op: int, data: np.ndarray, type_: int, n: int = 0) -> float:
+    leaves, context = TensorContext(4), GraphContext(16)
+    allocator, buffer = GraphAllocator(backend), Buffer.over(data)
+    try:
+        source: Tensor = leaves.new(type_, (n or len(data) // 4,), "data")
+        buffer.place(source, 0)
+        params = native_ffi.new("struct repkv_op_params *")
+        address = int(native_ffi.cast("uintptr_t", native.repkv_op_address(op)))
+        context.output(context.custom((backend.n_threads,), [source], address, params))
+        allocator.allocate(context.graph)
+        times = []
+        with backend.lock:
+            for _ in range(N_RUNS):
+                start = time.perf_counter()
+                backend.compute(context.native_graph)
+                times.append(time.perf_counter() - start)
+        return min(times)
+    finally:
+        context.close()
+        allocator.close()
+        leaves.close()
+        buffer.close()

@@ -1,0 +1,205 @@
+"""Runs a prompt while someone looks on: when nodes run (`trace_steps`), or what they hold (`record_tensors`)."""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.session import Session
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.ffi.scheduler import python_callback
+from pyggml_repkv.graph.plan import Plan
+from pyggml_repkv.inspect.cost import step_of
+from pyggml_repkv.inspect.node_trace import NodeTracer
+from pyggml_repkv.inspect.snapshot import take_snapshot
+from pyggml_repkv.inspect.trace import TracedStep
+from pyggml_repkv.memory.block_store import Event
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.policy import EvalHook
+from pyggml_repkv.memory.repkv import RepKVMemory
+
+# Steps that fill caches and build plans before anything is noted.
+N_WARM = 3
+
+_NO_EVENTS: list[Event] = []
+
+_TYPES = {
+    g.GGML_TYPE_F32: np.float32,
+    g.GGML_TYPE_F16: np.float16,
+    g.GGML_TYPE_I32: np.int32,
+    g.GGML_TYPE_I64: np.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """plain_us, traced_us: what each step took, in turn without and with a tracer: recording costs their difference."""
+
+    steps: list[TracedStep]
+    plain_us: list[float]
+    traced_us: list[float]
+
+
+def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], sizes: Sequence[int], n: int) -> Traced:
+    """Reads steps of `sizes` tokens: N_WARM, then n without and n with a tracer. Raises as Session does."""
+    at = 0
+
+    def step(size: int) -> tuple[int, int]:
+        nonlocal at
+        chunk = tokens[at : at + size]
+        at += size
+        begin = time.monotonic_ns()
+        if size == 1:
+            session.decode(chunk[0])
+        else:
+            session.read(chunk)
+        return begin, time.monotonic_ns()
+
+    spans, tracer = [], NodeTracer()
+    plain = [step(size) for size in sizes[: N_WARM + n]][N_WARM:]
+    policy = session.policy
+    disk = policy.disk if isinstance(policy, RepKVMemory) else None
+    with session.traced(tracer), disk.store.trace() if disk else nullcontext(_NO_EVENTS) as events:
+        for i, size in enumerate(sizes[N_WARM + n :]):
+            spans.append((session.n_past, size, *step(size)))
+            if i < N_WARM:
+                # A plan that was built for the tracer is slower the first time, too.
+                tracer.steps.clear()
+                spans.clear()
+    first = spans[0][2]
+    steps = []
+    for trace, (n_past, size, begin, end) in zip(tracer.steps, spans, strict=True):
+        about = {"n_tokens": size, "n_past": n_past, "policy": memory.kv}
+        snapshot = take_snapshot(
+            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, size)
+        )  # fmt: skip
+        times = ((trace.times - first) / 1e3).tolist()
+        mine = [
+            _shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end
+        ]  # fmt: skip
+        steps.append(TracedStep(snapshot, times, (begin - first) / 1e3, (end - first) / 1e3, mine))
+    return Traced(steps, [(b - a) / 1e3 for a, b in plain], [(b - a) / 1e3 for _, _, a, b in spans])
+
+
+def _shifted(event: Event, first_ns: int) -> Event:
+    return replace(event, begin_ms=event.begin_ms - first_ns / 1e6, end_ms=event.end_ms - first_ns / 1e6)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A node's values, in its own shape. key: its name, and which of those with that name: `Qcur-0`, `Qcur-0#1`."""
+
+    key: str
+    op: str
+    type: str
+    values: NDArray[Any]
+
+
+class TensorRecorder:
+    """Give it to `Session.traced`: copies what nodes with such a name hold, in the order of compute."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self.recorded: list[Recorded] = []
+        self.skipped: list[str] = []
+
+    def hook_of(self, plan: Plan) -> EvalHook:
+        return _RecordingHook(self, plan)
+
+    def wants(self, name: str) -> bool:
+        return fnmatch.fnmatchcase(name, self._pattern)
+
+    def take(self, node: Any) -> None:
+        t = node.contents
+        name = t.name.decode("utf-8", errors="replace")
+        n = sum(r.key.split("#")[0] == name for r in self.recorded)
+        key = f"{name}#{n}" if n else name
+        values = _values(t)
+        if values is None:
+            self.skipped.append(key)
+        else:
+            op = g.ggml_op_name(t.op).decode().lower()
+            self.recorded.append(Recorded(key, op, g.ggml_type_name(t.type).decode(), values))
+
+
+class _RecordingHook:
+    def __init__(self, recorder: TensorRecorder, plan: Plan) -> None:
+        self._recorder, self._inner = recorder, plan.hook
+        self._error: BaseException | None = None
+        # What ran between nodes anyway still must.
+        kind = g.ggml_backend_sched_eval_callback
+        self._call = kind(self._inner.callback) if self._inner is not None else None
+        self.callback, self._keep = python_callback(self._observe)
+        self.userdata = 0
+
+    def _observe(self, node: Any, ask: bool) -> bool:
+        # An exception that leaves a callback is swallowed.
+        try:
+            wanted = self._recorder.wants(node.contents.name.decode("utf-8", errors="replace"))
+            if ask:
+                inner = bool(self._call(node, True, self._inner.userdata)) if self._call and self._inner else False
+                return wanted or inner
+            if wanted:
+                self._recorder.take(node)
+            return bool(self._call(node, False, self._inner.userdata)) if self._call and self._inner else True
+        except BaseException as error:
+            self._error = error
+            return False
+
+    def begin(self) -> None:
+        if self._inner is not None:
+            self._inner.begin()
+
+    def check(self) -> None:
+        if self._inner is not None:
+            self._inner.check()
+
+    def check_complete(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._inner is not None:
+            self._inner.check_complete()
+
+
+def _values(t: Any) -> NDArray[Any] | None:
+    """A copy in the tensor's shape, whatever its strides; None for types that numpy does not have."""
+    if t.type not in _TYPES or not t.data:
+        return None
+    shape, strides = tuple(int(n) for n in reversed(t.ne)), tuple(int(n) for n in reversed(t.nb))
+    n_bytes = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + np.dtype(_TYPES[t.type]).itemsize
+    memory: Any = (ctypes.c_char * n_bytes).from_address(t.data)
+    array = np.ndarray(shape, _TYPES[t.type], memory, 0, strides).copy()
+    while array.ndim > 1 and array.shape[0] == 1:
+        array = array[0]
+    return array
+
+
+def record_tensors(
+    model: Model, memory: MemoryConfig, tokens: Sequence[int], pattern: str, *, decode: bool
+) -> TensorRecorder:
+    """Reads tokens, the last of them alone if `decode`, and records the last step. Raises InputError where no node has
+    such a name.
+    """
+    recorder = TensorRecorder(pattern)
+    with model.session(memory) as session:
+        n_before = len(tokens) - 1 if decode else (len(tokens) - 1) // memory.n_batch * memory.n_batch
+        if n_before:
+            session.read(tokens[:n_before])
+        with session.traced(recorder):
+            if len(tokens) - n_before == 1:
+                session.decode(tokens[-1])
+            else:
+                session.prefill_all(tokens[n_before:])
+    if not recorder.recorded and not recorder.skipped:
+        raise InputError(f"--name {pattern}: no node of this graph has such a name; `graph dump` lists them")
+    return recorder
