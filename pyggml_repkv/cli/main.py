@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "continue a prompt, or answer one with --chat",
     "eval": "measure what a KV memory retrieves",
     "graph": "show, prove and compare the graphs that ggml computes",
+    "model": "what is in a model file, and the memory it will need",
 }
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.

@@ -107,7 +107,7 @@ class Model:
         if directory is not None and memory.kv_dir:
             raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
         store = None if directory is None else self._open_store(Path(directory), memory)
-        long = None if store is None else bool(store.meta("settings")["far from the start"])
+        long = None if store is None else bool(store.meta("settings").get("far from the start"))
 
         def make() -> Policy:
             file = None if store is None else store.blocks
@@ -133,8 +133,8 @@ class Model:
         """
         if not (Path(directory) / "session.db").is_file():
             raise InputError(f"{directory}: there is no session")
-        memory = memory or MemoryConfig.from_identity(kept_settings(Path(directory)))
-        session = self.session(memory, directory=directory)
+        kept = kept_settings(Path(directory))
+        session = self.session(memory or kept, directory=directory)
         try:
             session.go_back_to(None, lambda _: False)
         except BaseException:

@@ -17,7 +17,7 @@ import numpy as np
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.saver import SAVE_EVERY, Saver
-from pyggml_repkv.engine.session_copy import save_copy
+from pyggml_repkv.engine.session_copy import check_can_copy, save_copy
 from pyggml_repkv.engine.session_store import SessionStore, common_prefix
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
@@ -288,8 +288,7 @@ class Session:
         """
         if self._closed:
             raise InputError("the session is closed")
-        here = None if self._store is None else self._store.folder
-        if directory is not None and (here is None or Path(directory).resolve() != here.resolve()):
+        if directory is not None and not self._is_kept_in(directory):
             self._save_copy(Path(directory))
             return
         if self._saver is None:
@@ -298,11 +297,17 @@ class Session:
             self._save(wait=True, again=True)
         self._saver.finish()
 
+    def _is_kept_in(self, directory: str | os.PathLike[str]) -> bool:
+        if not os.fspath(directory) or "\0" in os.fspath(directory):
+            raise InputError(f"{os.fspath(directory)!r} is no name of a directory")
+        return self._store is not None and Path(directory).resolve() == self._store.folder.resolve()
+
     def _save_copy(self, folder: Path) -> None:
         if not isinstance(self.policy, RepKVMemory) or self._open_store is None:
             raise InputError(f"only sessions of --kv repkv can be saved; --kv is {self.policy.name}")
         if self.n_past == 0:
             raise InputError("the session is empty: there is nothing to save")
+        check_can_copy(self.policy)
         with contextlib.closing(self._open_store(folder, self.policy.long)) as store:
             if store.checkpoints():
                 raise InputError(f"{folder} has a session already: give another directory")

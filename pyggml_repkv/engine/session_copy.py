@@ -19,18 +19,22 @@ from pyggml_repkv.memory.repkv_state import entry_bytes, extra_bytes, pack_block
 Rows = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
+def check_can_copy(memory: RepKVMemory) -> None:
+    """Raises ComputeError for a memory that was stopped halfway, InputError where a copy would not be the same."""
+    if memory.torn:
+        raise ComputeError("the memory was stopped while it was being rearranged: it is not saved")
+    if memory.disk is not None and memory.disk.layout.file_types != memory.disk.layout.types:
+        raise InputError("blocks of another --cache-type-evicted would be rounded again: give --session from the start")
+
+
 def save_copy(
     memory: RepKVMemory, store: SessionStore, tokens: NDArray[np.int32], steps: NDArray[np.int32],
     logits: NDArray[np.float32] | None, extra: dict[str, Any],
 ) -> None:  # fmt: skip
     """Everything after `tokens`, which `steps` of these sizes read, into a directory that has no session yet.
 
-    Raises StoreError where it cannot be written; the directory then still has no session.
+    Raises StoreError or InputError where it cannot be written; nothing that `resume` takes up is left then.
     """
-    if memory.torn:
-        raise ComputeError("the memory was stopped while it was being rearranged: it is not saved")
-    if memory.disk is not None and memory.disk.layout.file_types != memory.disk.layout.types:
-        raise InputError("blocks of another --cache-type-evicted would be rounded again: give --session from the start")
     n_past = len(tokens)
     blocks = _write_blocks(memory, store)
     state = take_state(memory, n_past)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, checksum
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.repkv_state import RepKVState
 from pyggml_repkv.memory.window_file import WindowFile
 
@@ -74,15 +75,35 @@ class Commit:
     blocks: list[tuple[int, int, int, int]]
 
 
-def kept_settings(folder: Path) -> dict[str, Any]:
-    """What the session in a directory was made with. Raises InputError where there is none that can be read."""
+def kept_settings(folder: Path) -> MemoryConfig:
+    """What the session in a directory was made with, for any length. Raises InputError where none can be taken up."""
     try:
         with contextlib.closing(sqlite3.connect(folder / "session.db")) as db:
-            row = db.execute("SELECT value FROM meta WHERE key = 'settings'").fetchone()
-            settings: dict[str, Any] = json.loads(row[0])
-            return settings
-    except (sqlite3.Error, ValueError, TypeError) as error:
-        raise InputError(f"{folder}: session.db cannot be used ({error})") from None
+            meta = dict(db.execute("SELECT key, value FROM meta"))
+            n_saves = db.execute("SELECT count(*) FROM checkpoints").fetchone()[0]
+    except (sqlite3.Error, ValueError) as error:
+        raise _unusable(f"{folder}", error) from None
+    _check_format(meta, str(folder))
+    if not n_saves:
+        raise InputError(f"{folder}: there is no session: nothing was saved yet")
+    try:
+        settings = json.loads(meta.get("settings", "null"))
+        return MemoryConfig.from_identity(settings)
+    except (InputError, ValueError) as error:
+        raise _unusable(f"{folder}", error) from None
+
+
+def _unusable(where: str, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: session.db cannot be used ({error}); check permissions and the disk, or move the directory away to "
+        "start anew"
+    )
+
+
+def _check_format(meta: dict[str, Any], where: str) -> None:
+    found = meta.get("format")
+    if found != str(FORMAT):
+        raise InputError(f"{where}: its format is version {found}, this program reads version {FORMAT}")
 
 
 class SessionStore:
@@ -116,7 +137,7 @@ class SessionStore:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
                 db.executescript(f"BEGIN; {_SCHEMA} INSERT INTO meta VALUES ('format', '{FORMAT}'); COMMIT;")
         except sqlite3.Error as error:
-            raise self._unusable(error) from None
+            raise _unusable(f"--session {self.folder}", error) from None
         return db
 
     @contextlib.contextmanager
@@ -127,21 +148,13 @@ class SessionStore:
         try:
             yield self._db
         except (sqlite3.Error, ValueError, TypeError) as error:
-            raise self._unusable(error) from None
-
-    def _unusable(self, error: Exception) -> InputError:
-        return InputError(
-            f"--session {self.folder}: session.db cannot be used ({error}); check permissions and the disk, or move "
-            "the directory away to start anew"
-        )
+            raise _unusable(f"--session {self.folder}", error) from None
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
         where = f"--session {self.folder}"
         with self._reading() as db:
             meta = dict(db.execute("SELECT key, value FROM meta"))
-            if meta.get("format") != str(FORMAT):
-                found = meta.get("format")
-                raise InputError(f"{where}: its format is version {found}, this program reads version {FORMAT}")
+            _check_format(meta, where)
             if not db.execute("SELECT 1 FROM checkpoints LIMIT 1").fetchone():
                 # Nothing depends on what was said before.
                 values = [("format", str(FORMAT)), *((key, json.dumps(value)) for key, value in identity.items())]
@@ -196,15 +209,16 @@ class SessionStore:
             sealed_end, n_blocks, far_at, window, scores, warm, kept, logits, extra, found = row
         if _checksum(scores, warm, kept, logits) != found:
             raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged")
-        values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
-        warm_blocks, selection = (np.frombuffer(blob, np.int32) for blob in (warm, kept))
-        state = RepKVState(
-            n_past, sealed_end, n_blocks, far_at, values, warm_blocks.reshape(n_layer, -1),
-            selection.reshape(n_layer, -1) if len(selection) else selection,
-        )  # fmt: skip
-        return Checkpoint(
-            state, window, None if logits is None else np.frombuffer(logits, np.float32), json.loads(extra)
-        )
+        try:
+            values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
+            warm_blocks, selection = (np.frombuffer(blob, np.int32) for blob in (warm, kept))
+            state = RepKVState(
+                n_past, sealed_end, n_blocks, far_at, values, warm_blocks.reshape(n_layer, -1), selection
+            )  # fmt: skip
+            last = None if logits is None else np.frombuffer(logits, np.float32)
+            return Checkpoint(state, window, last, json.loads(extra))
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged ({error})") from None
 
     def headers(self, n_blocks: int, header_bytes: int) -> list[tuple[int, BlockHeader]]:
         """Offset and header of the first blocks. Raises StoreError where one is missing or damaged."""

@@ -72,7 +72,8 @@ class BoundedStep(UnobservedStep, ABC):
     def begin_layer(self, x: Tensor, layer: int) -> None:
         """Ranks the next layer's blocks by this one's input."""
         m = self._memory
-        if m.disk is None or not m.disk.speculates or layer + 1 == m.config.n_layer:
+        late = self._n_tokens == 1 and m.memory.late
+        if m.disk is None or not m.disk.speculates or late or layer + 1 == m.config.n_layer:
             return
         q = m.ops.speculate(self._g, x, m.graph.weights.layers[layer + 1], self._regions)
         set_name(q, "Qspec", layer + 1)

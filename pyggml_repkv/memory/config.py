@@ -167,14 +167,20 @@ class MemoryConfig:
         }
 
     @classmethod
-    def from_identity(cls, settings: dict[str, Any]) -> MemoryConfig:
-        """The reverse, for any length. Raises InputError for settings of another program."""
+    def from_identity(cls, settings: Any) -> MemoryConfig:
+        """The reverse, for any length. Raises InputError for what `identity` cannot have returned."""
+        if not isinstance(settings, dict):
+            raise InputError("they are no names and values")
         evicted = settings.get("--cache-type-evicted", _AS_IN_RAM)
-        try:
-            values = {field: settings[flag] for flag, field in _IDENTITY.items()}
-            return cls(kv="repkv", **values, type_evicted="" if evicted == _AS_IN_RAM else evicted)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the session's settings are not complete: {error}") from None
+        values: dict[str, Any] = {"type_evicted": "" if evicted == _AS_IN_RAM else evicted}
+        for flag, field in _IDENTITY.items():
+            values[field] = settings.get(flag)
+            kind = type(getattr(cls(), field))
+            # JSON has one kind of number.
+            fits = type(values[field]) in ((int, float) if kind is float else (kind,))
+            if not fits:
+                raise InputError(f"{flag} is {values[field]!r}")
+        return cls(kv="repkv", **values)
 
     @property
     def n_scoring(self) -> int:

@@ -80,7 +80,10 @@ class StepHook:
         self._last_layer = max((point.layer for point in points if not point.speculated), default=-1)
         hooks, tier = self._hooks, self._tier
         hooks.store, hooks.points, hooks.n_points = tier.store.pointer, self._points, len(points)
-        hooks.n_layer, hooks.predictors, hooks.n_ahead = tier.n_layer, tier.predictors, tier.n_ahead
+        # What is certain need not be guessed.
+        guesses = not any(point.late for point in points)
+        hooks.predictors = tier.predictors if guesses else native.REPKV_PREDICT_NONE
+        hooks.n_layer, hooks.n_ahead = tier.n_layer, tier.n_ahead
         hooks.ranked = native_ffi.cast("int32_t *", tier.ranked.ctypes.data)
 
     def begin(self) -> None:
@@ -124,8 +127,7 @@ class DiskTier:
                 f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at "
                 f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
-        # What is certain need not be guessed.
-        self.predictors = native.REPKV_PREDICT_NONE if memory.late else PREDICTORS[memory.prefetch]
+        self.predictors = PREDICTORS[memory.prefetch]
         self.n_ahead = min(max(2 * memory.top_blocks, 1), native.REPKV_MAX_AHEAD, self.n_slots)
         self.ranked = np.zeros((config.n_layer, 1 + self.n_ahead), np.int32)
         self.n_rows = memory.n_sink + n_open + self.n_slots * max_block
@@ -141,7 +143,7 @@ class DiskTier:
         return min(n_attended, self.n_ahead) if self.predictors & native.REPKV_PREDICT_REUSE else 0
 
     def n_speculated(self, n_attended: int) -> int:
-        """How many of those that a layer may select are fetched: no more than it will, as a read for nothing costs."""
+        """How many of those that a layer may select are fetched: as many as it will, since each in vain costs."""
         return min(max(2, n_attended), self.n_ahead)
 
     @property

@@ -6,6 +6,7 @@ A block that is selected is attended where it lies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +148,11 @@ class RepKVMemory(BoundedMemory):
     ) -> Tensor:  # fmt: skip
         set_name(relevance, "block_relevance", layer)
         m = self.memory
+        late = m.late and kept is not None
         selected = self.ops.block_topk(
             context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
-            n_next=self.disk.n_next(n_attended) if self.disk is not None else 0, sticky=m.sticky, kept=kept, keeps=True,
-            late=m.late and kept is not None,
+            n_next=0 if self.disk is None or late else self.disk.n_next(n_attended), sticky=m.sticky, kept=kept,
+            keeps=True, late=late,
         )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected
@@ -217,7 +219,7 @@ class RepKVMemory(BoundedMemory):
                 self._index_block(block)
         for scores, values in zip(self.scores, state.scores, strict=True):
             scores[state.sealed_end : state.n_past] = values.reshape(-1, self.config.n_head_kv)
-        self.kept_selection = state.kept
+        self._restore_kept(state.kept)
         for layer, blocks in enumerate(state.warm):
             self.disk.store.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
 
@@ -226,11 +228,21 @@ class RepKVMemory(BoundedMemory):
         """What the last token selected if that matters to the next one: int32 [n_layer, 1 or K, 1 + n], else empty."""
         return np.stack([kept[self._kept_half] for kept in self._kept]) if self._kept_half >= 0 else _NOTHING
 
-    @kept_selection.setter
-    def kept_selection(self, selection: NDArray[np.int32]) -> None:
-        self._kept_half = 0 if len(selection) else -1
-        for kept, values in zip(self._kept, selection, strict=False):
-            kept[0] = values.reshape(kept[0].shape)
+    def _restore_kept(self, selection: NDArray[np.int32]) -> None:
+        """Raises StoreError for what no step can have selected: C code takes it as it is."""
+        self._kept_half = -1
+        if not selection.size:
+            return
+        shape = (len(self._kept), *self._kept[0].shape[1:]) if self._kept else (0,)
+        if selection.size != np.prod(shape):
+            raise StoreError("what the last token selected is of another shape")
+        for kept, rows in zip(self._kept, selection.reshape(shape), strict=True):
+            for n, *blocks in rows.tolist():
+                ids = [-1, *blocks[: max(n, 0)], self.blocks.n_blocks]
+                if not 0 <= n <= self.memory.top_blocks or any(a >= b for a, b in pairwise(ids)):
+                    raise StoreError("what the last token selected is damaged")
+            kept[0] = rows
+        self._kept_half = 0
 
     def representatives(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""

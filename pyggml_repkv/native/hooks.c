@@ -9,9 +9,9 @@ static int32_t *list_of(int32_t *lists, const struct repkv_hooks *h, int32_t lay
     return lists + (size_t)layer * (size_t)(1 + h->n_ahead);
 }
 
-/* Adds what a list does not have yet, up to n_ahead. */
-static void add_new(const struct repkv_hooks *h, int32_t *list, const int32_t *blocks, int32_t n) {
-    for (int32_t i = 0; i < n && list[0] < h->n_ahead; i++) {
+/* Adds what a list does not have yet, as long as it has fewer than n_max. */
+static void add_new(int32_t *list, int32_t n_max, const int32_t *blocks, int32_t n) {
+    for (int32_t i = 0; i < n && list[0] < n_max; i++) {
         int32_t at = 1;
         while (at <= list[0] && list[at] != blocks[i]) at++;
         if (at > list[0]) list[++list[0]] = blocks[i];
@@ -22,17 +22,17 @@ static void add_new(const struct repkv_hooks *h, int32_t *list, const int32_t *b
 static void add_ranking(const struct repkv_hooks *h, int32_t *list, const struct ggml_tensor *node, int32_t n_top) {
     for (int64_t r = 0; r < node->ne[1]; r++) {
         const int32_t *row = (const int32_t *)node->data + r * node->ne[0];
-        add_new(h, list, row + 1, row[0]);
+        add_new(list, h->n_ahead, row + 1, row[0]);
     }
     for (int64_t r = 0; r < node->ne[1] && node->ne[0] > 1 + n_top; r++) {
         const int32_t *others = (const int32_t *)node->data + r * node->ne[0] + 1 + n_top;
-        add_new(h, list, others + 1, others[0]);
+        add_new(list, h->n_ahead, others + 1, others[0]);
     }
 }
 
 static void add_last_ranking(const struct repkv_hooks *h, int32_t *list, int32_t layer) {
     const int32_t *ranked = list_of(h->ranked, h, layer);
-    if (h->predictors & REPKV_PREDICT_REUSE) add_new(h, list, ranked + 1, ranked[0]);
+    if (h->predictors & REPKV_PREDICT_REUSE) add_new(list, h->n_ahead, ranked + 1, ranked[0]);
 }
 
 void repkv_hooks_begin(struct repkv_hooks *h) {
@@ -52,12 +52,16 @@ static void on_speculated(struct repkv_hooks *h, const struct ggml_tensor *node,
     repkv_store_prefetch(h->store, point.layer, list + 1, list[0], n_sure);
 }
 
-/* The sources of a node that keeps what it selects are as of repkv_block_topk. */
-static void fetch_kept(struct repkv_hooks *h, const struct ggml_tensor *node, int32_t layer) {
+/* The sources of a node that keeps what it selects are as of repkv_block_topk. What does not fit the list is read when it is
+ * asked for. */
+static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *node, int32_t layer) {
     const struct ggml_tensor *kept = node->src[3];
     const int half = kept_half(regions_of(node->src[1])[KEPT]);
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
-    for (int64_t r = 0; r < node->ne[1]; r++) add_new(h, list, kept_row(kept, half, r) + 1, kept_row(kept, half, r)[0]);
+    for (int64_t r = 0; r < node->ne[1]; r++) {
+        const int32_t *row = kept_row(kept, half, r);
+        add_new(list, REPKV_MAX_AHEAD, row + 1, row[0]);
+    }
     if (list[0] > 0) repkv_store_fetch(h->store, layer, list + 1, list[0]);
 }
 

@@ -1,4 +1,5 @@
-/* What runs between two nodes of a graph: reads for the next layer are started, those of this layer are waited for.
+/* What runs between two nodes of a graph: reads for the next layer, or for the same one at the next token, are started, those
+ * of this layer are waited for.
  *
  * repkv_eval_hook is an eval callback of ggml's scheduler: it observes the nodes of a plan that select blocks, so ggml
  * computes what lies between two of them at once, and no compute thread spins while blocks are waited for. */

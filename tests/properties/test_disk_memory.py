@@ -1,6 +1,7 @@
 """Blocks on disk change nothing but time: RepKV's logits are the same bit for bit wherever its blocks are."""
 
 import errno
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -91,6 +92,26 @@ def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memor
             stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
             assert np.array_equal(*stored)
         assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("prefetch", ["none", "both"])
+def test_late_blocks_are_there_when_asked_for(model, per_head, prefetch):
+    memory = replace(MEMORY, late=True, sticky=0.0, prefetch=prefetch, per_head=per_head)
+    with model.session(replace(memory, kv_ram=slot_bytes(MEMORY) * 14)) as session:
+        session.prefill(TOKENS[:400])
+        before = session.stats()["prefetch"]
+        for token in TOKENS[400:440]:
+            session.decode(token)
+            # What is read meanwhile has a whole token's time; a tiny model's is too short for any.
+            time.sleep(0.005)
+        done = {key: value - before[key] for key, value in session.stats()["prefetch"].items() if key != "predictor"}
+    if prefetch == "none":
+        assert done["issued"] < done["missed"]
+    else:
+        # Only the first token after a chunk asks for what nobody fetched.
+        assert done["missed"] <= 3 * (2 if per_head else 1) * N_LAYER
+        assert done["issued"] > 40
 
 
 MEMORY = MemoryConfig(

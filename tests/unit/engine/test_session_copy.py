@@ -60,6 +60,42 @@ def test_what_was_saved_goes_on_the_same(model, tmp_path, options):
             assert np.array_equal(decode(again, 340, 10), decode(session, 340, 10))
 
 
+def test_a_copy_has_what_a_prompt_needs(model, tmp_path):
+    with model.session(MEMORY) as session:
+        logits = session.prefill(TOKENS[:200]).copy()
+        session.save_also(lambda n_past: {"sampler": n_past})
+        session.save(tmp_path)
+    with model.session(MEMORY, directory=tmp_path) as kept:
+        resumed = kept.go_back_to(TOKENS[:200], lambda _: False)
+        assert (resumed.n_past, resumed.extra) == (200, {"n_prompt": 200, "sampler": 200})
+        assert np.array_equal(resumed.logits, logits)
+
+
+def test_a_damaged_copy_is_read_again_in_the_same_steps(model, tmp_path, caplog):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:300])
+        decode(session, 300, 5)
+        session.save(tmp_path)
+        want = decode(session, 305, 10)
+    data = bytearray((tmp_path / "blocks.kv").read_bytes())
+    data[80] ^= 1  # a checksum in the first header
+    (tmp_path / "blocks.kv").write_bytes(data)
+    with model.resume(tmp_path) as kept:
+        assert np.array_equal(decode(kept, 305, 10), want)
+    assert "reading its 305 tokens again" in caplog.text
+
+
+def test_a_copy_stays_far_from_the_start(model, tmp_path):
+    memory = replace(MEMORY, n_dense=150)
+    with model.session(memory) as session:
+        session.prefill(TOKENS[:150])
+        assert session.policy.long
+        session.save(tmp_path)
+        with model.resume(tmp_path) as kept:
+            assert kept.policy.long
+            assert np.array_equal(decode(kept, 150, 5), decode(session, 150, 5))
+
+
 def test_a_short_session_has_no_blocks_yet(model, tmp_path):
     with model.session(MEMORY) as session:
         session.prefill(TOKENS[:10])
@@ -91,9 +127,13 @@ def test_what_cannot_be_saved_says_why(model, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(InputError, match="must be a directory"):
             session.save(tmp_path / "file")
+        for name in ("", "a\0b"):
+            with pytest.raises(InputError, match="is no name of a directory"):
+                session.save(name)
         session.policy._torn = True
         with pytest.raises(ComputeError, match="is not saved"):
             session.save(tmp_path / "b")
+        assert not (tmp_path / "b").exists()
     with pytest.raises(InputError, match="closed"):
         session.save(tmp_path / "c")
     with model.session(MemoryConfig(n_ctx=64)) as session:
@@ -104,6 +144,7 @@ def test_what_cannot_be_saved_says_why(model, tmp_path):
         session.prefill(TOKENS[:10])
         with pytest.raises(InputError, match="rounded again"):
             session.save(tmp_path / "e")
+        assert not (tmp_path / "e").exists()
 
 
 def test_a_copy_that_failed_leaves_no_session(model, tmp_path, monkeypatch):
@@ -116,6 +157,8 @@ def test_a_copy_that_failed_leaves_no_session(model, tmp_path, monkeypatch):
             patch.setattr(BlockStore, "flush", fail)
             with pytest.raises(StoreError, match="the disk is full"):
                 session.save(tmp_path)
+        with pytest.raises(InputError, match="nothing was saved"):
+            model.resume(tmp_path)
         session.save(tmp_path)
         with model.resume(tmp_path) as kept:
             assert np.array_equal(decode(kept, 200, 5), decode(session, 200, 5))

@@ -1,6 +1,8 @@
 """What a directory with a session says when something about it is wrong: one line, and nothing lost."""
 
+import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.engine.session_store import common_prefix
+from pyggml_repkv.engine.session_store import _checksum, common_prefix
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
 from tests.subprocesses import ROOT
@@ -114,6 +116,70 @@ def test_a_newer_format_is_refused(model, folder):
     change(folder, "UPDATE meta SET value = '3' WHERE key = 'format'")
     with pytest.raises(InputError, match="its format is version 3, this program reads version 2"):
         model.resume(folder, MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("null", "no names and values"),
+        ("[]", "no names and values"),
+        ("{", "cannot be used"),
+        ("{}", "-b is None"),
+        ({"--block": 5}, "--block is 5"),
+        ({"--block": "fixed:0"}, "fixed:0"),
+        ({"--top-blocks": 3.5}, "--top-blocks is 3.5"),
+        ({"--n-sink": True}, "--n-sink is True"),
+        ({"--late": "x"}, "--late is 'x'"),
+        ({"--sticky": "x"}, "--sticky is 'x'"),
+        ({"--cache-type-evicted": "q4"}, "--cache-type-evicted is 'q4'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(model, folder, settings, why):
+    with sqlite3.connect(folder / "session.db") as db:
+        if isinstance(settings, dict):
+            (value,) = db.execute("SELECT value FROM meta WHERE key = 'settings'").fetchone()
+            settings = json.dumps({**json.loads(value), **settings})
+        db.execute("UPDATE meta SET value = ? WHERE key = 'settings'", (settings,))
+    db.close()
+    with pytest.raises(InputError, match=re.escape(why)):
+        model.resume(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept[:-1],  # another shape
+        lambda kept: kept.tobytes()[:-3],
+        lambda kept: np.where(np.arange(kept.size) == 0, 10**6, kept),  # how many
+        lambda kept: np.where(np.arange(kept.size) == 0, -1, kept),
+        lambda kept: np.where(np.arange(kept.size) == 1, -1, kept),  # which
+        lambda kept: np.where(np.arange(kept.size) == 1, 2**30, kept),
+        lambda kept: np.where(np.arange(kept.size) == 2, 0, kept),
+        lambda kept: np.concatenate((kept, kept)),
+    ],
+)
+def test_a_selection_that_cannot_be_is_made_anew(model, tmp_path, caplog, damage):
+    """Its checksum is right: C code would take it as it is."""
+    memory = replace(MEMORY, late=True)
+    folder = tmp_path / "late"
+    with model.session(memory, directory=folder) as session:
+        session.prefill(TOKENS[:300])
+        session.save()
+        want = session.decode(TOKENS[300]).copy()
+        session.saving = False
+    with sqlite3.connect(folder / "session.db") as db:
+        query = "SELECT n_past, scores, warm, kept, logits FROM checkpoints ORDER BY n_past DESC LIMIT 1"
+        n_past, scores, warm, kept, logits = db.execute(query).fetchone()
+        assert np.frombuffer(kept, np.int32)[0] == memory.top_blocks
+        bad = damage(np.frombuffer(kept, np.int32))
+        bad = bad if isinstance(bad, bytes) else bad.astype(np.int32).tobytes()
+        values = bad, _checksum(scores, warm, bad, logits), n_past
+        db.execute("UPDATE checkpoints SET kept = ?, checksum = ? WHERE n_past = ?", values)
+    db.close()
+    with model.resume(folder) as session:
+        assert session.n_past == 300
+        assert np.array_equal(session.decode(TOKENS[300]), want)
+    assert "reading its 300 tokens again" in caplog.text
 
 
 def test_a_damaged_database_is_refused(model, folder):

@@ -49,6 +49,29 @@ def test_a_step_that_failed_counts_once(model, monkeypatch, n_tokens):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
+def test_what_a_failed_step_selected_is_not_attended_by_the_next(model, monkeypatch, n_tokens):
+    whole_compute = Backend.compute
+
+    def compute_and_fail(backend, graph):
+        whole_compute(backend, graph)
+        raise KeyboardInterrupt
+
+    memory = replace(MEMORY, late=True)
+    with model.session(memory) as session, model.session(memory) as fresh:
+        for s in (session, fresh):
+            s.prefill(TOKENS[:200])
+        held = [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer]
+        with monkeypatch.context() as patch:
+            patch.setattr(Backend, "compute", compute_and_fail)
+            with pytest.raises(KeyboardInterrupt):
+                session.prefill_all(TOKENS[300 : 300 + n_tokens])
+        assert [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer] == held
+        for token in TOKENS[200:206]:
+            assert np.array_equal(session.decode(token), fresh.decode(token))
+        assert [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer] != held
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
 def test_what_a_failed_step_selected_is_not_held_on_to(model, monkeypatch, n_tokens):
     whole_compute = Backend.compute
 

@@ -1,0 +1,261 @@
+"""`model`: what is in a model file, and the memory it will need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
+from pyggml_repkv.cli.parser import HelpFormatter, Parser
+from pyggml_repkv.cli.run import memory_config
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import InputError
+
+if TYPE_CHECKING:
+    from pyggml_repkv.inspect.model_info import MemoryPlan, ModelInfo, SpecialToken
+    from pyggml_repkv.memory.config import MemoryConfig
+
+EXAMPLES = """
+examples:
+  %(prog)s
+  %(prog)s qwen2.5-7b-instruct-q4_k_m.gguf -c 131072
+  %(prog)s -m model.gguf -c 1000000 --kv repkv --kv-ram 2G --json
+"""
+
+# What only a memory that evicts blocks takes.
+_DISK_FIELDS = ("kv_dir", "kv_ram", "kv_disk_max", "type_evicted")
+
+_INDENT = 14
+_WIDTH = 80
+
+
+def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds `model` and its tasks."""
+    parser = subparsers.add_parser(
+        "model",
+        usage="%(prog)s TASK [options]",
+        description="Looks into model files, without reading their weights.",
+        epilog="`%(prog)s TASK --help` lists the options of a task.",
+        formatter_class=HelpFormatter,
+    )
+    tasks = parser.add_subparsers(
+        title="tasks", dest="task", metavar="TASK", required=True, parser_class=Parser, prog=parser.prog
+    )
+    info = tasks.add_parser(
+        "info",
+        usage="%(prog)s [FILE] [options]",
+        help="sizes, tokenizer, types of the weights, and the memory that a context needs",
+        description="Shows what is in a GGUF file, and what `run` with the same options would need of RAM and disk.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    info.add_argument("file", metavar="FILE", nargs="?", help="GGUF file, as -m (default: the demo model)")
+    info.add_argument("--json", action="store_true", help="print one JSON object (docs/model_info.md has the keys)")
+    add_model_options(info)
+    add_context_options(info)
+    add_memory_options(info)
+    for action in info._actions:
+        if action.dest == "kv":
+            action.default = None
+            action.help = (
+                f"only this memory policy: {', '.join(KV_POLICIES)}, or NAME.py (default: all that other options allow)"
+            )
+        elif action.dest == "ctx_size":
+            action.help = "tokens to plan for; 0 is what the model was trained on (default: 0)"
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `model info` -> its exit code. Raises RepkvError."""
+    from pyggml_repkv.engine import budget
+    from pyggml_repkv.inspect.model_info import ModelInfo, PlanInputs
+    from pyggml_repkv.model.gguf_file import GGUFFile
+
+    memories = _memories(args)
+    info = ModelInfo(GGUFFile.open(_path(args)))
+    free = budget.available_bytes()
+    inputs = PlanInputs(
+        memories=memories,
+        n_tokens=args.ctx_size or info.config.n_ctx_train,
+        n_threads=args.threads or default_threads(),
+        repack=not args.no_repack,
+        exact=args.exact_graph,
+    )
+    plans = info.plans(inputs, free)
+    if args.json:
+        output.write(json.dumps(info.as_json(plans, free)) + "\n")
+    else:
+        output.write("\n".join(_lines(info, plans, free)) + "\n")
+    return 0
+
+
+def _path(args: argparse.Namespace) -> Path:
+    if args.file is not None and args.model is not None:
+        raise InputError("a model file was given as FILE and with -m: leave one out")
+    name = args.file if args.file is not None else args.model
+    if name is not None:
+        return Path(name)
+    from pyggml_repkv.model.demo import demo_model_path
+
+    return demo_model_path(output.say)
+
+
+def _memories(args: argparse.Namespace) -> list[MemoryConfig]:
+    """One for each policy to be shown."""
+    if args.kv is not None:
+        return [memory_config(args, args.ctx_size)]
+    # Neither goes with a bounded memory.
+    shown = ("full",) if args.exact_graph or args.flash_attn == "off" else KV_POLICIES
+    without_disk = {**vars(args), **dict.fromkeys(_DISK_FIELDS)}
+    namespaces = (argparse.Namespace(**{**(vars(args) if kv == "repkv" else without_disk), "kv": kv}) for kv in shown)
+    return [memory_config(namespace, args.ctx_size) for namespace in namespaces]
+
+
+def _lines(info: ModelInfo, plans: Sequence[MemoryPlan], free: int) -> Iterable[str]:
+    yield from _facts(_file_facts(info))
+    yield ""
+    yield from _facts(_config_facts(info))
+    yield ""
+    yield from _facts(_tokenizer_facts(info))
+    yield ""
+    if not info.types:
+        yield from _facts([("weights", ["none: this is a vocabulary, which can be looked at but not run"])])
+        return
+    yield from _weights_table(info)
+    yield ""
+    yield from _memory_table(plans, free)
+
+
+def _facts(facts: Iterable[tuple[str, Sequence[str]]]) -> Iterable[str]:
+    """`label  text`; further lines below the text."""
+    for label, texts in facts:
+        for i, text in enumerate(texts):
+            yield f"{label if i == 0 else '':<{_INDENT}}{text}"
+
+
+def _file_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
+    from pyggml_repkv.engine.budget import size
+    from pyggml_repkv.model.gguf_file import printable
+
+    file = info.file
+    about = f"{size(len(file.data))}, GGUF version {file.version}, {len(file.tensors)} tensors"
+    if info.unused:
+        about += f", {len(info.unused)} of them unknown and left alone"
+    return [("file", [printable(file.path, 400), about])]
+
+
+def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
+    from pyggml_repkv.model.gguf_file import printable
+
+    c, scaling = info.config, info.config.rope_scaling
+    stretch = "not scaled"
+    if scaling.kind != "none":
+        stretch = f"{scaling.kind} scaling by {scaling.factor:g} from {scaling.orig_context:,} tokens"
+    turned = f", {c.rope_dim} of {c.head_dim} values of a head" if c.rope_dim != c.head_dim else ""
+    output_is = "the token embedding (tied)" if c.tied_output else "a matrix of its own"
+    return [
+        ("model", [printable(c.name)]),
+        ("architecture", [c.arch]),
+        ("layers", [str(c.n_layer)]),
+        ("embedding", [str(c.n_embd)]),
+        ("heads", [f"{c.n_head} for queries, {c.n_head_kv} for keys and values, of {c.head_dim}"]),
+        ("feed-forward", [str(c.n_ff)]),
+        ("vocabulary", [f"{c.n_vocab:,} tokens"]),
+        ("trained on", [f"{c.n_ctx_train:,} tokens"]),
+        ("rope", [f"base {c.rope_base:.9g}{turned}, {stretch}"]),
+        ("norm", [f"RMS, epsilon {c.norm_eps:.3g}"]),
+        *([("output", [output_is])] if info.types else []),
+    ]
+
+
+def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
+    from pyggml_repkv.model.gguf_file import printable
+
+    t = info.tokenizer
+    unknown = "" if t.supported else " (not known here: `run` refuses it)"
+    kind, pre = printable(t.kind or "not named"), printable(t.pre or "not named")
+    specials = [_special(role, token) for role, token in (("bos", t.bos), ("eos", t.eos), ("eot", t.eot))]
+    begins = "texts begin with bos" if t.add_bos and t.bos else "texts do not begin with bos"
+    templates = ", ".join(printable(name, 40) for name in t.chat_templates[:5]) or "none"
+    if len(t.chat_templates) > 5:
+        templates += f" and {len(t.chat_templates) - 5} more"
+    return [
+        ("tokenizer", [f"{kind}, pre-tokenizer {pre}{unknown}", f"{t.n_tokens:,} tokens, {t.n_merges:,} merges"]),
+        ("special", [*filter(None, specials), begins]),
+        ("chat template", [templates]),
+    ]
+
+
+def _special(role: str, token: SpecialToken | None) -> str:
+    from pyggml_repkv.model.gguf_file import printable
+
+    return f"{role} {token.id} {printable(token.text)}" if token else ""
+
+
+def _weights_table(info: ModelInfo) -> Iterable[str]:
+    from pyggml_repkv.engine.budget import size
+    from pyggml_repkv.inspect.table import as_table
+
+    yield from _facts([("weights", [
+        f"{_count(info.n_parameters)} parameters, {size(info.weight_bytes)}, {info.bits_per_weight:.2f} bits per weight"
+    ])])  # fmt: skip
+    repacks = any(t.n_repacked for t in info.types)
+    header = ("type", "tensors", "parameters", "size", "bits/weight", *(("repacked here",) if repacks else ()))
+    rows = [
+        (
+            t.type, str(t.n_tensors), f"{t.n_parameters:,}", size(t.bytes), f"{t.bits_per_weight:.2f}",
+            *((str(t.n_repacked or "-"),) if repacks else ()),
+        )
+        for t in info.types
+    ]  # fmt: skip
+    yield from _indented(as_table(header, rows, frozenset(("type",))))
+
+
+def _memory_table(plans: Sequence[MemoryPlan], free: int) -> Iterable[str]:
+    from pyggml_repkv.engine.budget import size
+    from pyggml_repkv.inspect.table import as_table
+    from pyggml_repkv.model.gguf_file import printable
+
+    yield from _facts([("memory", [f"for {plans[0].n_tokens:,} tokens; {size(free)} of RAM are free"])])
+    last = "compute"
+    parts = dict.fromkeys(part for plan in plans for part in plan.ram if part != last)
+    parts |= dict.fromkeys(part for plan in plans for part in plan.ram if part == last)
+    rows = [(part, *(size(plan.ram[part]) if plan.ram.get(part) else "-" for plan in plans)) for part in parts]
+    rows.append(("RAM in all", *(size(plan.ram_bytes) for plan in plans)))
+    if any(plan.disk for plan in plans):
+        rows.append(("disk", *(size(plan.disk.total) if plan.disk else "-" for plan in plans)))
+    rows.append(("fits", *("yes" if plan.fits else "no" for plan in plans)))
+    names = [printable(Path(plan.policy).name, 30) for plan in plans]
+    header = ("", *(f"--kv {name}" for name in names))
+    yield from _indented(as_table(header, rows, frozenset(("",))))
+    for name, plan in zip(names, plans, strict=True):
+        if plan.note:
+            yield from _wrapped(f"{name}: {printable(plan.note, 400)}")
+    folders = dict.fromkeys(
+        f"disk: {size(need.free)} are free in {printable(need.folder, 400)}" for plan in plans if (need := plan.disk)
+    )
+    for line in folders:
+        yield from _wrapped(line)
+
+
+def _indented(table: str) -> Iterable[str]:
+    return (f"{'':<{_INDENT}}{line}" for line in table.splitlines())
+
+
+def _wrapped(text: str) -> Iterable[str]:
+    import textwrap
+
+    indent = " " * _INDENT
+    return textwrap.wrap(
+        text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  ", break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _count(n: int) -> str:
+    if n < 1e6:
+        return f"{n:,}"
+    return f"{n / 1e6:.1f} million" if n < 1e9 else f"{n / 1e9:.2f} billion"

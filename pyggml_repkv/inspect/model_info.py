@@ -1,0 +1,334 @@
+"""What is in a model file, and the memory it will need: from its header and shapes, without its weights."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from pyggml_repkv.engine import budget
+from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.ffi.context import TensorContext
+from pyggml_repkv.ffi.handles import Backend
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
+from pyggml_repkv.memory.boundaries import BoundaryScores
+from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT, MemoryConfig
+from pyggml_repkv.memory.policy import DiskNeed, Policy, PolicyInputs
+from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
+from pyggml_repkv.model.pretokenizers import PATTERNS
+from pyggml_repkv.model.tensors import check_tensors, expected_tensors
+from pyggml_repkv.model.weights import Weights, _Repacker
+
+_TEMPLATE = "tokenizer.chat_template"
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialToken:
+    id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerInfo:
+    """What the tokenizer keys say. supported: whether this program has such a tokenizer; bos, eos, eot: None where the
+    file names none; chat_templates: their names.
+    """
+
+    kind: str
+    pre: str
+    supported: bool
+    n_tokens: int
+    n_merges: int
+    add_bos: bool
+    bos: SpecialToken | None
+    eos: SpecialToken | None
+    eot: SpecialToken | None
+    chat_templates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, file: GGUFFile) -> TokenizerInfo:
+        """Does not build the encoder, which takes longer than all else here. Raises ModelFileError."""
+        metadata = file.metadata
+        kind, pre = (str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre"))
+        tokens, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        return cls(
+            kind=kind,
+            pre=pre,
+            supported=kind == "gpt2" and pre in PATTERNS,
+            n_tokens=len(tokens),
+            n_merges=len(merges),
+            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token")),
+            bos=_special(file, "bos", tokens),
+            eos=_special(file, "eos", tokens),
+            eot=_special(file, "eot", tokens),
+            chat_templates=tuple(
+                key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
+                for key in metadata
+                if key == _TEMPLATE or key.startswith(f"{_TEMPLATE}.")
+            ),
+        )
+
+
+def _strings(file: GGUFFile, key: str) -> list[str]:
+    values = file.metadata.get(key, [])
+    if not isinstance(values, list):
+        raise file_error(file.path, f"{key} is no array of strings")
+    return values
+
+
+def _special(file: GGUFFile, role: str, tokens: Sequence[str]) -> SpecialToken | None:
+    key = f"tokenizer.ggml.{role}_token_id"
+    token = file.metadata.get(key)
+    if token is None:
+        return None
+    if type(token) is not int or not 0 <= token < len(tokens):
+        raise file_error(file.path, f"{key} is {token!r:.80}; it must be a token id, from 0 to {len(tokens) - 1}")
+    return SpecialToken(token, tokens[token])
+
+
+@dataclass(frozen=True, slots=True)
+class TypeCount:
+    """All tensors of one type. n_repacked: those that ggml has a faster layout for on this CPU."""
+
+    type: str
+    n_tensors: int
+    n_parameters: int
+    bytes: int
+    n_repacked: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.n_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What a policy needs once n_tokens tokens were read.
+
+    ram: bytes part by part, as `run` names them; `compute`, the buffer of the largest step, is not there where the
+    graph could not be built. fits: in RAM, weights included, and on disk; most_tokens: how many would fit in RAM, at
+    most n_tokens; note: what does not fit, "" where all does.
+    """
+
+    policy: str
+    n_tokens: int
+    ram: Mapping[str, int]
+    disk: DiskNeed | None
+    fits: bool
+    most_tokens: int
+    note: str
+
+    @property
+    def ram_bytes(self) -> int:
+        return sum(self.ram.values())
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """What plans are asked for. memories: one for each policy; repack and exact as `Model.load` has them."""
+
+    memories: Sequence[MemoryConfig]
+    n_tokens: int
+    n_threads: int = 1
+    repack: bool = True
+    exact: bool = False
+
+
+class ModelInfo:
+    """Raises ModelFileError for a file that is not sound. `types` is empty for a vocabulary without a model."""
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        self.config = ModelConfig.from_gguf(file)
+        self.tokenizer = TokenizerInfo.of(file)
+        self.unused = check_tensors(file, self.config) if file.tensors else ()
+        self.repacked = _repacked_bytes(file, self.config) if file.tensors else {}
+        self.types = _count_types(file.tensors, self.repacked)
+        self.n_parameters = sum(t.n_parameters for t in self.types)
+        self.weight_bytes = sum(t.bytes for t in self.types)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.weight_bytes / self.n_parameters if self.types else 0.0
+
+    def as_json(self, plans: Sequence[MemoryPlan], free_bytes: int) -> dict[str, Any]:
+        """docs/model_info.md has the keys."""
+        config = asdict(self.config)
+        if not self.types:
+            # The config takes it from a tensor that is missing.
+            config["tied_output"] = None
+        return {
+            "file": {
+                "path": str(self.file.path),
+                "bytes": len(self.file.data),
+                "gguf_version": self.file.version,
+                "n_tensors": len(self.file.tensors),
+                "n_unused_tensors": len(self.unused),
+            },
+            "config": config,
+            "tokenizer": asdict(self.tokenizer),
+            "weights": {
+                "types": [{**asdict(t), "bits_per_weight": round(t.bits_per_weight, 4)} for t in self.types],
+                "n_parameters": self.n_parameters,
+                "bytes": self.weight_bytes,
+                "bits_per_weight": round(self.bits_per_weight, 4),
+            },
+            "memory": {
+                "n_tokens": plans[0].n_tokens,
+                "free_bytes": free_bytes,
+                "policies": [_plain(plan) for plan in plans],
+            }
+            if plans
+            else None,
+        }
+
+    def plans(self, inputs: PlanInputs, free_bytes: int) -> list[MemoryPlan]:
+        """One for each of inputs.memories; none for a vocabulary. Raises InputError for settings that no session takes.
+
+        free_bytes: how much RAM there is for each.
+        """
+        if not self.types:
+            return []
+        with _Planner(self, inputs, free_bytes) as planner:
+            return [planner.plan(memory) for memory in inputs.memories]
+
+
+def _plain(plan: MemoryPlan) -> dict[str, Any]:
+    plain = asdict(plan)
+    plain["ram_bytes"] = plan.ram_bytes
+    del plain["n_tokens"]
+    return plain
+
+
+def _count_types(tensors: Mapping[str, TensorInfo], repacked: Mapping[str, int]) -> tuple[TypeCount, ...]:
+    """Those with most bytes first."""
+    by_type: dict[str, list[TensorInfo]] = {}
+    for info in tensors.values():
+        by_type.setdefault(info.type.name, []).append(info)
+    counts = [
+        TypeCount(
+            name, len(infos), sum(prod(i.shape) for i in infos), sum(i.n_bytes for i in infos),
+            sum(i.name in repacked for i in infos),
+        )
+        for name, infos in by_type.items()
+    ]  # fmt: skip
+    return tuple(sorted(counts, key=lambda t: -t.bytes))
+
+
+def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
+    """Bytes in ggml's layout of every matrix that `Weights` would copy into one, by the name of its tensor."""
+    repacker = _Repacker()
+    sizes: dict[tuple[int, tuple[int, ...]], int] = {}
+    found: dict[str, int] = {}
+    for name in expected_tensors(config):
+        info = file.tensors[name]
+        key = int(info.type), info.shape
+        # Embeddings are looked up, not multiplied, unless they are the output too.
+        if len(info.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
+            continue
+        buffer_type = repacker.buffer_type(*key)
+        if buffer_type is None:
+            continue
+        if key not in sizes:
+            context = TensorContext(8)
+            sizes[key] = g.ggml_backend_buft_get_alloc_size(buffer_type, context.new(*key))
+            context.close()
+        found[name] = sizes[key]
+    return found
+
+
+class _Planner(ExitStack):
+    """Builds the policies, and the graphs of their steps, over the mapped file: pages of weights are not read."""
+
+    def __init__(self, info: ModelInfo, inputs: PlanInputs, free_bytes: int) -> None:
+        super().__init__()
+        self._info, self._inputs, self._free = info, inputs, free_bytes
+        file, config = info.file, info.config
+        self._weights = Weights(file, config, repack=False, join=not inputs.exact)
+        self.callback(self._weights.close)
+        self._backend = Backend(inputs.n_threads)
+        self.callback(self._backend.close)
+
+    def plan(self, memory: MemoryConfig) -> MemoryPlan:
+        """Raises InputError for settings that no session takes."""
+        info, n_tokens = self._info, self._inputs.n_tokens
+        # Memories other than `full` read matrices as they lie in the file.
+        repacked = info.repacked if self._inputs.repack and memory.kv == "full" else {}
+        # Repacked matrices are multiplied by ggml's own nodes, which is what the exact graph is made of.
+        exact = self._inputs.exact or bool(repacked)
+        graph = GraphModel(info.config, self._weights, self._inputs.n_threads, exact=exact)
+        # What was copied from the file is not read there again, but for embeddings.
+        copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
+        weights = {"weights": len(info.file.data) - copied + sum(repacked.values())}
+        with ExitStack() as stack:
+            policy, problem = self._policy(graph, memory)
+            stack.callback(policy.close)
+            compute = {}
+            if not problem:
+                try:
+                    compute = {"compute": self._compute_bytes(graph, memory, policy)}
+                except ComputeError as error:
+                    problem = str(error)
+            ram = {**weights, **policy.bytes_at(n_tokens), **compute}
+            need = policy.disk_need(n_tokens)
+            most = n_tokens
+            if sum(ram.values()) > self._free:
+                rest = self._free - sum(weights.values()) - sum(compute.values())
+                most = _most_tokens(policy, n_tokens, rest)
+                problem = (
+                    f"{n_tokens} tokens need {budget.size(sum(ram.values()))} and {budget.size(self._free)} are free"
+                )
+                problem += f": about {most} would fit" if most else ", too little for any"
+            elif not problem and need is not None:
+                try:
+                    budget.check_disk(need, n_tokens)
+                except InputError as error:
+                    problem = str(error)
+        return MemoryPlan(memory.kv, n_tokens, ram, need, not problem, most, problem)
+
+    def _policy(self, graph: GraphModel, memory: MemoryConfig) -> tuple[Policy, str]:
+        """A policy for n_tokens, and why it is not one that a session could have, if so: it is made for fewer tokens
+        then and only good for counting.
+        """
+        n_tokens, config = self._inputs.n_tokens, graph.config
+        n_ctx = n_tokens if n_tokens > UNBOUNDED_CONTEXT else memory.n_ctx
+        long = memory.positions == "auto" and n_ctx > config.n_ctx_train
+        problem = ""
+        for smaller in (n_ctx, UNBOUNDED_CONTEXT, 1):
+            try:
+                policy = make_policy(PolicyInputs(graph, replace(memory, n_ctx=smaller), _no_boundaries, long=long))
+            except ComputeError as error:
+                problem = problem or str(error)
+                continue
+            if problem:
+                policy.n_ctx = n_tokens
+            return policy, problem
+        raise ComputeError(problem)
+
+    def _compute_bytes(self, graph: GraphModel, memory: MemoryConfig, policy: Policy) -> int:
+        """Of the last chunk of n_tokens tokens, or the last of them alone."""
+        n_tokens = self._inputs.n_tokens
+        plans = PlanCache(graph, policy, self._backend)
+        try:
+            for size in {policy.split(n_tokens, memory.n_batch)[0], 1}:
+                outputs: Outputs = "all" if size == 1 else "last"
+                shape = policy.step_shape(n_tokens - size, size, graph.form(size, outputs))
+                plans.get(PlanKey(shape, outputs))
+            return plans.compute_bytes
+        finally:
+            plans.close()
+
+
+def _most_tokens(policy: Policy, n_tokens: int, n_bytes: int) -> int:
+    return max(0, bisect_right(range(n_tokens), n_bytes, key=lambda n: sum(policy.bytes_at(n + 1).values())))
+
+
+def _no_boundaries() -> BoundaryScores:
+    """A memory that reads nothing cuts no text."""
+    return BoundaryScores(lambda _: b"", None)
