@@ -68,7 +68,9 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="`%(prog)s TASK --help` lists the options of a task.",
         formatter_class=HelpFormatter,
     )
-    tasks = parser.add_subparsers(title="tasks", dest="task", metavar="TASK", required=True, parser_class=Parser)
+    tasks = parser.add_subparsers(
+        title="tasks", dest="task", metavar="TASK", required=True, parser_class=Parser, prog=parser.prog
+    )
     dump = _add_task(tasks, "dump", "the nodes as a table, JSON, Graphviz or SVG")
     group = dump.add_argument_group("output")
     group.add_argument("--layer", metavar="N", type=integer(0, 9999), help="only this layer's nodes")

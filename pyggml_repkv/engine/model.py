@@ -79,8 +79,8 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that stay in memory: the mapped file, or what was copied out of it."""
-        return self.weights.repacked_bytes or len(self.file.data)
+        """Bytes of weights that stay in memory: the mapped file, less what was replaced by a repacked copy, and these."""
+        return len(self.file.data) - self.weights.replaced_bytes + self.weights.repacked_bytes
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -78,6 +78,8 @@ class Weights:
         self._repacker = _Repacker() if repack else None
         self.repacked = False
         self.repacked_bytes = 0
+        # Of the file, what is never read again since it was repacked.
+        self.replaced_bytes = 0
 
         self.token_embd = self._mapped("token_embd.weight")
         self.output_norm = self._mapped("output_norm.weight")
@@ -140,6 +142,8 @@ class Weights:
         g.ggml_backend_tensor_set(tensor, rows.ctypes.data_as(ctypes.c_void_p), 0, rows.nbytes)
         self.repacked = True
         self.repacked_bytes += buffer.size
+        if parts[0] != "token_embd.weight":  # whose rows are still taken from the file
+            self.replaced_bytes += rows.nbytes
         return tensor
 
     def _mapped(self, name: str) -> Tensor:
