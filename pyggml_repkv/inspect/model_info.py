@@ -23,7 +23,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
-from pyggml_repkv.model.weights import Weights, _Repacker
+from pyggml_repkv.model.weights import Weights, Repacker
 
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -223,7 +223,7 @@ def _count_types(tensors: Mapping[str, TensorInfo], repacked: Mapping[str, int])
 
 def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     """Bytes in ggml's layout of every matrix that `Weights` would copy into one, by the name of its tensor."""
-    repacker = _Repacker()
+    repacker = Repacker()
     sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     found: dict[str, int] = {}
     for name in expected_tensors(config):

@@ -75,7 +75,7 @@ class Weights:
         self._context = TensorContext((len(_PARTS) + len(_JOINS)) * config.n_layer + 16)
         self._map = Buffer.over(file.data)
         self._buffers: list[Buffer] = []
-        self._repacker = _Repacker() if repack else None
+        self._repacker = Repacker() if repack else None
         self.repacked = False
         self.repacked_bytes = 0
         # Of the file, what is never read again since it was repacked.
@@ -169,7 +169,7 @@ class Weights:
             buffer.close()
 
 
-class _Repacker:
+class Repacker:
     """Asks ggml's CPU backend which layouts it has for a matrix on this CPU."""
 
     def __init__(self) -> None:
