@@ -79,7 +79,7 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights that stay in memory: the mapped file, less what was replaced by a repacked copy, and these."""
+        """Bytes of weights that stay in memory: the mapped file, and repacked copies instead of what they replace."""
         return len(self.file.data) - self.weights.replaced_bytes + self.weights.repacked_bytes
 
     @cached_property

@@ -23,7 +23,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
-from pyggml_repkv.model.weights import Weights, Repacker
+from pyggml_repkv.model.weights import Repacker, Weights
 
 _TEMPLATE = "tokenizer.chat_template"
 
