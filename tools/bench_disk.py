@@ -1,8 +1,9 @@
 """Measure what it costs that evicted blocks live on disk: decode deep in a text, against all of them in RAM.
 
-The text is read once with all in RAM and once into a session directory, which later runs take up. Then every way of
-foreseeing blocks decodes the same tokens from the same place, in turn with the run that has all in RAM, --rounds times;
-their logits must be equal bit for bit. Reads are direct where the file system allows it: the page cache hides nothing.
+The text is read once with all in RAM; that session is saved into a directory, which later runs take up. Then every way
+of foreseeing blocks decodes the same tokens from the same place, in turn with the run that has all in RAM, --rounds
+times; their logits must be equal bit for bit. Reads are direct where the file system allows it: the page cache hides
+nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -83,11 +85,11 @@ def main(argv: Sequence[str]) -> int:
         memory = replace(memory, n_ctx=len(tokens) + 1024)
         with model.session(memory) as in_ram:
             say(f"reading {args.tokens} tokens with all blocks in RAM")
-            speed = {"in RAM": _read(in_ram, tokens[: args.tokens])}
+            speed = _read(in_ram, tokens[: args.tokens])
             stats = in_ram.stats()
             kv_ram = args.kv_ram or int(stats["ram_bytes"]) // 10  # type: ignore[call-overload]
             memory = replace(memory, kv_ram=kv_ram)
-            speed["on disk"] = _prepare(args, model, memory, tokens)
+            _prepare(args, model, memory, in_ram, tokens)
             done = _measure(args, model, memory, in_ram, tokens, predictors)
     result = {
         "ours": args.ours,
@@ -119,14 +121,18 @@ def _read(session: Session, tokens: list[int]) -> float:
     return len(tokens) / (time.perf_counter() - start)
 
 
-def _prepare(args: argparse.Namespace, model: Model, memory: MemoryConfig, tokens: list[int]) -> float | None:
-    """Makes sure that the session directory has the tokens -> tokens/s of reading them, None if it had them."""
+def _prepare(
+    args: argparse.Namespace, model: Model, memory: MemoryConfig, in_ram: Session, tokens: list[int]
+) -> None:  # fmt: skip
+    """Makes sure that the session directory has the tokens."""
+    if not (Path(args.session) / "session.db").exists():
+        say(f"saving the session into {args.session}")
+        in_ram.save(args.session)
     with model.session(memory, directory=args.session) as session:
-        resumed = session.go_back_to(tokens[: args.tokens], lambda _: False)
-        if resumed.n_past == args.tokens:
-            return None
-        say(f"reading {args.tokens - resumed.n_past} tokens into {args.session}")
-        return _read(session, tokens[resumed.n_past : args.tokens])
+        if session.go_back_to(tokens[: args.tokens], lambda _: False).n_past != args.tokens:
+            raise InputError(
+                f"--session {args.session} has not read these {args.tokens} tokens: give another directory"
+            )
 
 
 def _measure(
@@ -193,11 +199,10 @@ def _print(result: dict[str, Any]) -> None:
         equal = "equal" if all(run["equal"] for run in runs) else "DIFFERENT"
         shares = f"{ratio:.2f}", f"{there:.1f} %", f"{hidden:.1f} %", f"{megabytes:.2f}"
         rows.append(("on disk", name, f"{_median(runs):.2f}", *shares, equal))
-    speed = ", ".join(f"{name} {value:.0f}" for name, value in result["prefill_per_second"].items() if value)
     output.write(
         f"{result['ours']}: {result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram "
     )
-    output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at tokens/s: {speed}; ")
+    output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at {result['prefill_per_second']:.0f} tokens/s; ")
     output.write(f"taken up in {median(result['resume_s']):.2f} s\n\n")
     write_table(HEADER, rows, n_left=2)
 

@@ -146,13 +146,38 @@ void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *user
     }
 }
 
+/* Scores of up to so many keys are kept from the pass that finds their sum to the one that adds them. */
+enum { KEPT_SCORES = 1024 };
+
+static size_t one_scratch(int group, int head_dim) {
+    return (size_t)(group + 1 + TILE) * (size_t)head_dim + TILE + (size_t)group * (2 + KEPT_SCORES);
+}
+
+size_t repkv_score_scratch(int n_head, int n_head_kv, int head_dim) {
+    return one_scratch(n_head / n_head_kv, head_dim) * sizeof(float);
+}
+
+/* Scaled products of a group's queries with the n keys from c0 on, -inf beyond: to [group][stride]. */
+static void tile_scores(const struct repkv_op_params *p, float *to, size_t stride, const float *q, float *keys,
+                        const struct ggml_tensor *k_local, int64_t first_row, int n, int kv) {
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
+    const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
+    for (int c = 0; c < n; c++) to_f32(k_local->type, row(k_local, first_row + c) + head_offset, keys + c * d, d);
+    for (int g = 0; g < group; g++, to += stride) {
+        for (int c = 0; c < TILE; c += 16) dots16_f32(to + c, q + g * d, keys + c * d, (size_t)d, d);
+        for (int c = 0; c < TILE; c++) to[c] = c < n ? to[c] * p->scale : -INFINITY;
+    }
+}
+
 static void add_probabilities_one(const struct repkv_op_params *p, const struct ggml_tensor *score, const float *q,
                                   const float *own_key, const struct ggml_tensor *k_local, const int32_t *regions, int kv,
                                   float *keys) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
     const int64_t begin = first_scored(p, regions, regions[FIRST]), end = regions[FIRST];
-    float *r = (float *)score->data + kv, *scores = keys + TILE * d, *max = scores + TILE, *sum = max + group;
+    float *r = (float *)score->data + kv, *weights = keys + TILE * d, *max = weights + TILE, *sum = max + group;
+    float *kept = sum + group;
+    const bool keeps = end - begin <= KEPT_SCORES - TILE;
+    const size_t stride = keeps ? KEPT_SCORES : TILE;
     for (int g = 0; g < group; g++) {
         max[g] = dot_f32(q + g * d, own_key, d) * p->scale;
         sum[g] = 1.0f;
@@ -160,21 +185,19 @@ static void add_probabilities_one(const struct repkv_op_params *p, const struct 
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t c0 = begin; c0 < end; c0 += TILE) {
             const int n = end - c0 < TILE ? (int)(end - c0) : TILE;
-            for (int c = 0; c < n; c++) {
-                to_f32(k_local->type, row(k_local, c0 + c - regions[LOCAL_BASE]) + head_offset, keys + c * d, d);
-            }
+            float *scores = keeps ? kept + (c0 - begin) : kept;
+            if (pass == 0 || !keeps) tile_scores(p, scores, stride, q, keys, k_local, c0 - regions[LOCAL_BASE], n, kv);
             for (int g = 0; g < group; g++) {
-                for (int c = 0; c < TILE; c += 16) dots16_f32(scores + c, q + g * d, keys + c * d, (size_t)d, d);
-                for (int c = 0; c < TILE; c++) scores[c] = c < n ? scores[c] * p->scale : -INFINITY;
+                const float *x = scores + (size_t)g * stride;
                 float most = max[g];
-                for (int c = 0; c < n && pass == 0; c++) most = scores[c] > most ? scores[c] : most;
-                for (int c = 0; c < TILE; c += 16) store16(scores + c, exp16(load16(scores + c) - most));
+                for (int c = 0; c < n && pass == 0; c++) most = x[c] > most ? x[c] : most;
+                for (int c = 0; c < TILE; c += 16) store16(weights + c, exp16(load16(x + c) - most));
                 if (pass == 0) {
                     sum[g] *= expf(max[g] - most);
                     max[g] = most;
-                    for (int c = 0; c < n; c++) sum[g] += scores[c];
+                    for (int c = 0; c < n; c++) sum[g] += weights[c];
                 } else {
-                    for (int c = 0; c < n; c++) r[(c0 + c) * p->n_head_kv] += scores[c] / sum[g];
+                    for (int c = 0; c < n; c++) r[(c0 + c) * p->n_head_kv] += weights[c] / sum[g];
                 }
             }
         }

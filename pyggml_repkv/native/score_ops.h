@@ -22,4 +22,7 @@ void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *user
 /* The same for one token, which is in its own window but not yet in k_local. src: qkv, k_local, score, rope, regions. */
 void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
+/* Bytes of scratch per thread for one token; for a chunk these ops need less than attention does. */
+size_t repkv_score_scratch(int n_head, int n_head_kv, int head_dim);
+
 #endif

@@ -35,7 +35,7 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
  * score (of equals the first), in order of position: out [n_head_kv, n_repr]. A block shorter than n_repr repeats the last. */
 void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr);
 
-/* Bytes of scratch per thread; the score ops need less than attention does. */
+/* Bytes of scratch per thread. */
 size_t repkv_select_scratch(int n_head, int head_dim);
 
 #endif
