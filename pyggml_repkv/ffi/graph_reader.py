@@ -119,14 +119,41 @@ def _offset(t: Any) -> int:
     return int(t.data - (g.ggml_backend_buffer_get_base(t.buffer) or 0))
 
 
+def times_of(context: GraphContext) -> list[tuple[int, int] | None]:
+    """When each node was last computed, begin and end in nanoseconds, for those of ours that note it."""
+    nodes = (g.ggml_graph_node(context.graph, i).contents for i in range(g.ggml_graph_n_nodes(context.graph)))
+    return [
+        (_op_params(t).begin_ns, _op_params(t).end_ns)
+        if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == _traced_op()
+        else None
+        for t in nodes
+    ]
+
+
+def _pointer(t: Any, at: int) -> int:
+    """Of struct ggml_custom_op_params: the function at 0, userdata at 4 (in ints)."""
+    low, high = (n & 0xFFFFFFFF for n in t.op_params[at : at + 2])
+    return low | high << 32
+
+
+def _op_params(t: Any) -> Any:
+    return native_ffi.cast("struct repkv_op_params *", _pointer(t, 4))
+
+
+@cache
+def _traced_op() -> int:
+    return int(native_ffi.cast("uintptr_t", native.repkv_traced_op_address()))
+
+
 def _op(t: Any) -> str:
     """ggml's name of the op in small letters, `repkv.` and the name for one of ours, "" for a leaf."""
     if t.op == g.GGML_OP_NONE:
         return ""
     if t.op == g.GGML_OP_CUSTOM:
-        # struct ggml_custom_op_params begins with the function.
-        low, high = (n & 0xFFFFFFFF for n in t.op_params[:2])
-        return _our_ops().get(low | high << 32, "custom")
+        function = _pointer(t, 0)
+        if function == _traced_op():
+            function = int(native_ffi.cast("uintptr_t", _op_params(t).traced))
+        return _our_ops().get(function, "custom")
     return str(g.ggml_op_name(t.op).decode().lower())
 
 

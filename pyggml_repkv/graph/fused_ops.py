@@ -38,6 +38,8 @@ class FusedOps:
         self._scratch_stride = -(-size // 64) * 64
         self._scratch = aligned_zeros(self._scratch_stride * n_threads)
         self.rope: Tensor = None
+        # Whether nodes made now note when they are computed.
+        self.traced = False
 
     def norm_linear(
         self,
@@ -130,7 +132,10 @@ class FusedOps:
         params.scratch = native_ffi.cast("char *", self._scratch.ctypes.data)
         params.scratch_stride = self._scratch_stride
         _SCRATCH_OF[params] = self._scratch
-        address = int(native_ffi.cast("uintptr_t", native.repkv_op_address(op)))
+        function = native.repkv_op_address(op)
+        if self.traced:
+            params.traced, function = function, native.repkv_traced_op_address()
+        address = int(native_ffi.cast("uintptr_t", function))
         return g.custom(shape, sources, address, params)
 
 

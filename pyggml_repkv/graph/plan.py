@@ -37,10 +37,16 @@ MAX_PACKED_WIDTH = 65536
 
 
 class Tracer(Protocol):
-    """Who wants to know when nodes are computed (inspect/node_trace.py)."""
+    """Who wants to know when nodes are computed, or what they hold (inspect/node_trace.py, recorder.py)."""
 
-    def hook_of(self, plan: Plan) -> EvalHook:
+    traces_ops: bool
+    """Whether nodes of ours note themselves when they are computed."""
+
+    def hook_of(self, plan: Plan) -> EvalHook | None:
         """What runs between the nodes of a plan instead of its own hook, which it calls."""
+
+    def computed(self, plan: Plan) -> None:
+        """Called after each compute of a plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +75,11 @@ class Plan:
             self.logits = self._build_fused(model, key, cb)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
+        self._tracer: Tracer | None = None
 
     def watch(self, tracer: Tracer) -> None:
-        """From its first compute on, the tracer is told when each node ran."""
-        self.hook = tracer.hook_of(self)
+        """From its first compute on."""
+        self.hook, self._tracer = tracer.hook_of(self), tracer
 
     def placed(self, backend: Backend) -> None:
         """Called when all tensors have their memory."""
@@ -82,6 +89,11 @@ class Plan:
 
     def compute(self, backend: Backend) -> None:
         """Raises as Backend.compute does, and what the hook met."""
+        self._compute(backend)
+        if self._tracer is not None:
+            self._tracer.computed(self)
+
+    def _compute(self, backend: Backend) -> None:
         if self.hook is None or self.scheduler is None:
             backend.compute(self.context.native_graph)
             return
@@ -179,9 +191,11 @@ class PlanCache:
     def get(self, key: PlanKey) -> Plan:
         plan = self._plans.get(key)
         if plan is None:
+            tracer = self._tracer
+            self._model.fused_ops.traced = tracer is not None and tracer.traces_ops
             plan = Plan(self._model, self._policy, key, self._cb)
-            if self._tracer is not None:
-                plan.watch(self._tracer)
+            if tracer is not None:
+                plan.watch(tracer)
             self._place(plan)
             self._plans[key] = plan
             while len(self._plans) > _MAX_PLANS:

@@ -1,4 +1,8 @@
-"""Notes when every node of a step was computed (native/node_trace.h), with little more than ggml's own time for it."""
+"""Notes when every node of a step was computed.
+
+Nodes of ours note it themselves, for two looks at the clock each. A graph of ggml's nodes is computed node by node with
+a C function of ours between them (native/node_trace.h), which costs ggml a start of its threads each time.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.ffi.graph_reader import RawGraph, read_graph
+from pyggml_repkv.ffi.graph_reader import RawGraph, address_of, read_graph, times_of
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.graph.plan import Plan
+from pyggml_repkv.memory.bounded_attention import BoundedStep
 from pyggml_repkv.memory.disk_tier import StepHook
 from pyggml_repkv.memory.policy import EvalHook
 
@@ -27,21 +32,49 @@ class StepTrace:
 class NodeTracer:
     """Give it to `Session.traced`; `steps` grows by one a compute. graphs: what each plan consists of."""
 
+    traces_ops = True
+
     def __init__(self) -> None:
         self.steps: list[StepTrace] = []
         self.graphs: dict[Plan, RawGraph] = {}
 
-    def hook_of(self, plan: Plan) -> EvalHook:
-        return _TracedHook(self, plan)
+    def hook_of(self, plan: Plan) -> EvalHook | None:
+        return _TracedHook(plan) if plan.key.shape.form == "ggml" else plan.hook
+
+    def computed(self, plan: Plan) -> None:
+        if plan not in self.graphs:
+            self.graphs[plan] = read_graph(plan.context)
+        times = plan.hook.times.copy() if isinstance(plan.hook, _TracedHook) else self._noted(plan)
+        self.steps.append(StepTrace(plan, times))
+
+    def _noted(self, plan: Plan) -> NDArray[np.int64]:
+        """A node lasts until the next begins, but for those after which a hook runs; one of ggml's own lies between."""
+        noted, nodes = times_of(plan.context), self.graphs[plan].nodes
+        step = plan.attention
+        points = step.hook_points if isinstance(step, BoundedStep) and step.hook is not None else []
+        hooked = {address_of(point.node) for point in points}
+        times = np.zeros((len(noted), 2), np.int64)
+        known = [(i, span) for i, span in enumerate(noted) if span is not None]
+        if not known:
+            raise ComputeError("no node of this graph notes when it runs")
+        following = known[-1][1][1]
+        for i in reversed(range(len(noted))):
+            span = noted[i]
+            if span is None:
+                times[i] = following
+                continue
+            times[i] = span[0], span[1] if nodes[i].address in hooked or i == len(noted) - 1 else following
+            following = span[0]
+        return times
 
 
 class _TracedHook:
-    def __init__(self, tracer: NodeTracer, plan: Plan) -> None:
-        self._tracer, self._plan, self._inner = tracer, plan, plan.hook
+    def __init__(self, plan: Plan) -> None:
+        self._inner = plan.hook
         n = plan.context.n_nodes
-        self._times = np.zeros((n, 2), np.int64)
+        self.times = np.zeros((n, 2), np.int64)
         trace: Any = native_ffi.new("struct repkv_node_trace *")
-        trace.times, trace.n_max = native_ffi.cast("struct repkv_node_time *", self._times.ctypes.data), n
+        trace.times, trace.n_max = native_ffi.cast("struct repkv_node_time *", self.times.ctypes.data), n
         if isinstance(self._inner, StepHook):
             trace.hooks = native_ffi.cast("struct repkv_hooks *", self._inner.userdata)
         self._trace = trace
@@ -60,8 +93,5 @@ class _TracedHook:
     def check_complete(self) -> None:
         if self._inner is not None:
             self._inner.check_complete()
-        if self._trace.n != len(self._times):
-            raise ComputeError(f"{self._trace.n} of {len(self._times)} nodes were traced")
-        if self._plan not in self._tracer.graphs:
-            self._tracer.graphs[self._plan] = read_graph(self._plan.context)
-        self._tracer.steps.append(StepTrace(self._plan, self._times.copy()))
+        if self._trace.n != len(self.times):
+            raise ComputeError(f"{self._trace.n} of {len(self.times)} nodes were traced")

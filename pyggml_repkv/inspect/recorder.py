@@ -108,6 +108,8 @@ class Recorded:
 class TensorRecorder:
     """Give it to `Session.traced`: copies what nodes with such a name hold, in the order of compute."""
 
+    traces_ops = False
+
     def __init__(self, pattern: str) -> None:
         self._pattern = pattern
         self.recorded: list[Recorded] = []
@@ -115,6 +117,9 @@ class TensorRecorder:
 
     def hook_of(self, plan: Plan) -> EvalHook:
         return _RecordingHook(self, plan)
+
+    def computed(self, plan: Plan) -> None:
+        """Nothing to do: values were taken between nodes."""
 
     def wants(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self._pattern)

@@ -29,6 +29,8 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
+    void *traced;
+    int64_t begin_ns, end_ns;
 };
 
 int repkv_bind(const struct repkv_ggml_api *api);
@@ -48,6 +50,7 @@ enum repkv_op {
     REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_MEAN_PACKED, REPKV_PEAK_READ, REPKV_PEAK_FMA, ...
 };
 void *repkv_op_address(enum repkv_op op);
+void *repkv_traced_op_address(void);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 int repkv_panel(void);
 int repkv_has_fast_prefill(void);

@@ -1,6 +1,7 @@
 #include "ops.h"
 
 #include <string.h>
+#include <time.h>
 
 #include "decode_ops.h"
 #include "memory_ops.h"
@@ -40,6 +41,28 @@ void *repkv_op_address(enum repkv_op op) {
     };
     void *address = NULL;
     if (op < REPKV_N_OPS) memcpy(&address, &ops[op], sizeof address);
+    return address;
+}
+
+static int64_t now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    struct repkv_op_params *p = userdata;
+    ggml_custom_op_t op;
+    memcpy(&op, &p->traced, sizeof op);
+    if (ith == 0) p->begin_ns = now_ns();
+    op(dst, ith, nth, userdata);
+    if (ith == 0) p->end_ns = now_ns();
+}
+
+void *repkv_traced_op_address(void) {
+    const ggml_custom_op_t op = repkv_traced_op;
+    void *address = NULL;
+    memcpy(&address, &op, sizeof address);
     return address;
 }
 

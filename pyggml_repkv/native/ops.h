@@ -29,6 +29,8 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
+    void *traced;             /* repkv_traced_op: the op that it runs */
+    int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };
 
 enum repkv_op {
@@ -62,6 +64,10 @@ enum repkv_op {
 
 /* The address of an op, for ggml_custom_4d; NULL for an unknown one. */
 void *repkv_op_address(enum repkv_op op);
+
+/* Any op, with a note of when it ran; `traced` of its parameters says which. Costs two looks at the clock. */
+void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+void *repkv_traced_op_address(void);
 
 /* Bytes of scratch per thread that the ops need for a model of these sizes. */
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
