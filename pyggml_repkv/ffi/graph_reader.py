@@ -119,15 +119,12 @@ def _offset(t: Any) -> int:
     return int(t.data - (g.ggml_backend_buffer_get_base(t.buffer) or 0))
 
 
-def times_of(context: GraphContext) -> list[tuple[int, int] | None]:
-    """When each node was last computed, begin and end in nanoseconds, for those of ours that note it."""
+def noting_nodes(context: GraphContext) -> list[Any]:
+    """Of each node the struct repkv_op_params in which it notes when it was last computed (begin_ns, end_ns); None for
+    ggml's own, and for those that note nothing.
+    """
     nodes = (g.ggml_graph_node(context.graph, i).contents for i in range(g.ggml_graph_n_nodes(context.graph)))
-    return [
-        (_op_params(t).begin_ns, _op_params(t).end_ns)
-        if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == _traced_op()
-        else None
-        for t in nodes
-    ]
+    return [_op_params(t) if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == _traced_op() else None for t in nodes]
 
 
 def _pointer(t: Any, at: int) -> int:

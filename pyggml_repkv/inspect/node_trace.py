@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.ffi.graph_reader import RawGraph, address_of, read_graph, times_of
+from pyggml_repkv.ffi.graph_reader import RawGraph, address_of, noting_nodes, read_graph
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.graph.plan import Plan
 from pyggml_repkv.memory.bounded_attention import BoundedStep
@@ -23,7 +23,9 @@ from pyggml_repkv.memory.policy import EvalHook
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """times: int64 [n_nodes, 2], begin and end of each node in nanoseconds of the monotonic clock."""
+    """times: int64 [n_nodes, 2], begin and end of each node in nanoseconds of the monotonic clock, as noted: 0 for
+    nodes that note nothing (see NodeTracer.times).
+    """
 
     plan: Plan
     times: NDArray[np.int64]
@@ -37,34 +39,42 @@ class NodeTracer:
     def __init__(self) -> None:
         self.steps: list[StepTrace] = []
         self.graphs: dict[Plan, RawGraph] = {}
+        self._noting: dict[Plan, list[Any]] = {}
 
     def hook_of(self, plan: Plan) -> EvalHook | None:
         return _TracedHook(plan) if plan.key.shape.form == "ggml" else plan.hook
 
     def computed(self, plan: Plan) -> None:
+        if isinstance(plan.hook, _TracedHook):
+            times = plan.hook.times.copy()
+        else:
+            # Found once: what is done here is part of a step.
+            if plan not in self._noting:
+                self._noting[plan] = noting_nodes(plan.context)
+            spans = [(0, 0) if p is None else (p.begin_ns, p.end_ns) for p in self._noting[plan]]
+            times = np.array(spans, np.int64)
         if plan not in self.graphs:
             self.graphs[plan] = read_graph(plan.context)
-        times = plan.hook.times.copy() if isinstance(plan.hook, _TracedHook) else self._noted(plan)
         self.steps.append(StepTrace(plan, times))
 
-    def _noted(self, plan: Plan) -> NDArray[np.int64]:
-        """A node lasts until the next begins, but for those after which a hook runs; one of ggml's own lies between."""
-        noted, nodes = times_of(plan.context), self.graphs[plan].nodes
-        step = plan.attention
-        points = step.hook_points if isinstance(step, BoundedStep) and step.hook is not None else []
+    def times(self, step: StepTrace) -> NDArray[np.int64]:
+        """Of a step, one after another: a node lasts until the next begins, but for those after which a hook runs.
+        ggml's own nodes among ours have none of their own and last no time.
+        """
+        if step.plan not in self._noting:
+            return step.times
+        attention = step.plan.attention
+        points = attention.hook_points if isinstance(attention, BoundedStep) and attention.hook is not None else []
         hooked = {address_of(point.node) for point in points}
-        times = np.zeros((len(noted), 2), np.int64)
-        known = [(i, span) for i, span in enumerate(noted) if span is not None]
-        if not known:
-            raise ComputeError("no node of this graph notes when it runs")
-        following = known[-1][1][1]
-        for i in reversed(range(len(noted))):
-            span = noted[i]
-            if span is None:
+        nodes, times = self.graphs[step.plan].nodes, step.times.copy()
+        following = int(times[:, 1].max())
+        for i in reversed(range(len(times))):
+            if times[i, 0] == 0:
                 times[i] = following
                 continue
-            times[i] = span[0], span[1] if nodes[i].address in hooked or i == len(noted) - 1 else following
-            following = span[0]
+            if nodes[i].address not in hooked:
+                times[i, 1] = following
+            following = int(times[i, 0])
         return times
 
 

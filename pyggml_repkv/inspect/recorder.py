@@ -83,7 +83,7 @@ def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], s
         snapshot = take_snapshot(
             tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, size)
         )  # fmt: skip
-        times = ((trace.times - first) / 1e3).tolist()
+        times = ((tracer.times(trace) - first) / 1e3).tolist()
         mine = [
             _shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end
         ]  # fmt: skip

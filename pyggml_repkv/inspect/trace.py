@@ -70,10 +70,10 @@ def rows(steps: Sequence[TracedStep], peak: Peak | None) -> list[Row]:
         us = sum(t for _, t in members)
         flops, moved = (sum(getattr(node, what) for node, _ in members) for what in ("flops", "bytes_moved"))
         least = max(flops / peak.gflops, moved / peak.gbytes_per_second) / 1e3 if peak else 0.0
-        n, per = len(steps), max(us, 1e-9)
-        found.append(
-            Row(name, op, len(members) / n, us / n, us / total, flops / per / 1e3, moved / per / 1e3, least / per)
-        )
+        n = len(steps)
+        # What took no time that was noted has no speed either.
+        rates = (flops / us / 1e3, moved / us / 1e3, least / us) if us > 0 else (0.0, 0.0, 0.0)
+        found.append(Row(name, op, len(members) / n, us / n, us / total, *rates))
     return sorted(found, key=lambda row: -row.us)
 
 
