@@ -15,7 +15,7 @@ from pyggml_repkv.cli.options import add_context_options, add_memory_options, ad
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
 from pyggml_repkv.cli.run import memory_config, model_path
 from pyggml_repkv.engine.threads import default_threads
-from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
     from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
@@ -174,7 +174,7 @@ def _dump(args: argparse.Namespace) -> int:
     if args.dot:
         output.write(table.as_dot(snapshot, nodes))
     elif args.svg:
-        _write_file(args.svg, table.as_svg(snapshot, nodes))
+        output.write_file(args.svg, table.as_svg(snapshot, nodes))
     else:
         leaves = snapshot.leaves if args.leaves else ()
         output.write(table.as_table(table.HEADER, table.rows_of(snapshot, [*leaves, *nodes])))
@@ -204,17 +204,9 @@ def _html(args: argparse.Namespace) -> int:
 
     with _built(args) as built:
         snapshot = built.snapshot()
-    _write_file(args.output, as_page(snapshot))
+    output.write_file(args.output, as_page(snapshot))
     output.log(f"{args.output}: {_summary(snapshot, len(snapshot.nodes))}")
     return 0
-
-
-def _write_file(name: str, text: str) -> None:
-    try:
-        Path(name).write_text(text, "utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RepkvError(f"{name}: {reason}") from None
 
 
 def _verify(args: argparse.Namespace) -> int:

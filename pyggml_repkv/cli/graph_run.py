@@ -83,7 +83,7 @@ def trace(args: argparse.Namespace) -> int:
             done = trace_steps(session, memory, tokens[args.depth :], sizes, args.n)
         peak = None if args.no_peak else measure_peak(model.backend)
     if args.output:
-        _write(args.output, json.dumps(chrome_trace(done.steps)))
+        output.write_file(args.output, json.dumps(chrome_trace(done.steps)))
     result = _trace_result(args, done, peak)
     if args.json:
         output.write(json.dumps(result) + "\n")
@@ -285,11 +285,3 @@ def _save_each(name: str, recorded: Sequence[Recorded]) -> None:
             np.save(folder / f"{i:04d}-{safe}.npy", r.values)
     except OSError as error:
         raise RepkvError(f"--npy {name}: {error.strerror}") from None
-
-
-def _write(name: str, content: str) -> None:
-    try:
-        Path(name).write_text(content, "utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise RepkvError(f"-o {name}: {reason}") from None

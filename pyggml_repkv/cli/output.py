@@ -47,6 +47,15 @@ def write(text: str) -> None:
         raise RepkvError(f"cannot write to stdout: {error.strerror}") from error
 
 
+def write_file(name: str, text: str) -> None:
+    """Text to a file that a flag named. Raises RepkvError."""
+    try:
+        Path(name).write_text(text, "utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RepkvError(f"{name}: {reason}") from None
+
+
 def say(line: str) -> None:
     """One line to stderr, under the program's name."""
     log(f"pyggml_repkv: {line}\n")

@@ -78,9 +78,31 @@ class NodeTracer:
         return times
 
 
-class _TracedHook:
+class OuterHook:
+    """Runs where a plan's own hook would, and lets that run too."""
+
+    callback: int
+    userdata: int
+
     def __init__(self, plan: Plan) -> None:
         self._inner = plan.hook
+
+    def begin(self) -> None:
+        if self._inner is not None:
+            self._inner.begin()
+
+    def check(self) -> None:
+        if self._inner is not None:
+            self._inner.check()
+
+    def check_complete(self) -> None:
+        if self._inner is not None:
+            self._inner.check_complete()
+
+
+class _TracedHook(OuterHook):
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
         n = plan.context.n_nodes
         self.times = np.zeros((n, 2), np.int64)
         trace: Any = native_ffi.new("struct repkv_node_trace *")
@@ -93,15 +115,9 @@ class _TracedHook:
 
     def begin(self) -> None:
         self._trace.n = 0
-        if self._inner is not None:
-            self._inner.begin()
-
-    def check(self) -> None:
-        if self._inner is not None:
-            self._inner.check()
+        super().begin()
 
     def check_complete(self) -> None:
-        if self._inner is not None:
-            self._inner.check_complete()
+        super().check_complete()
         if self._trace.n != len(self.times):
             raise ComputeError(f"{self._trace.n} of {len(self.times)} nodes were traced")

@@ -20,7 +20,7 @@ from pyggml_repkv.ffi.library import g
 from pyggml_repkv.ffi.scheduler import python_callback
 from pyggml_repkv.graph.plan import Plan
 from pyggml_repkv.inspect.cost import step_of
-from pyggml_repkv.inspect.node_trace import NodeTracer
+from pyggml_repkv.inspect.node_trace import NodeTracer, OuterHook
 from pyggml_repkv.inspect.snapshot import take_snapshot
 from pyggml_repkv.inspect.trace import TracedStep
 from pyggml_repkv.memory.block_store import Event
@@ -137,9 +137,10 @@ class TensorRecorder:
             self.recorded.append(Recorded(key, op, g.ggml_type_name(t.type).decode(), values))
 
 
-class _RecordingHook:
+class _RecordingHook(OuterHook):
     def __init__(self, recorder: TensorRecorder, plan: Plan) -> None:
-        self._recorder, self._inner = recorder, plan.hook
+        super().__init__(plan)
+        self._recorder = recorder
         self._error: BaseException | None = None
         # What ran between nodes anyway still must.
         kind = g.ggml_backend_sched_eval_callback
@@ -161,19 +162,10 @@ class _RecordingHook:
             self._error = error
             return False
 
-    def begin(self) -> None:
-        if self._inner is not None:
-            self._inner.begin()
-
-    def check(self) -> None:
-        if self._inner is not None:
-            self._inner.check()
-
     def check_complete(self) -> None:
         if self._error is not None:
             raise self._error
-        if self._inner is not None:
-            self._inner.check_complete()
+        super().check_complete()
 
 
 def _values(t: Any) -> NDArray[Any] | None:

@@ -22,22 +22,27 @@ def model(tiny_model):
         yield loaded
 
 
-@pytest.mark.parametrize("n_tokens", [1, 40])
-def test_a_step_that_failed_counts_once(model, monkeypatch, n_tokens):
-    """Scores were already added when the step was stopped; reading the tokens again must not add them twice."""
+def compute_and_fail(session, tokens):
+    """A step that is computed to its end and then counts as failed."""
     whole_compute = Backend.compute
 
-    def compute_and_fail(backend, graph):
+    def compute(backend, graph):
         whole_compute(backend, graph)
         raise KeyboardInterrupt
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backend, "compute", compute)
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill_all(tokens)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_a_step_that_failed_counts_once(model, n_tokens):
+    """Scores were already added when the step was stopped; reading the tokens again must not add them twice."""
     with model.session(MEMORY) as session, model.session(MEMORY) as fresh:
         for s in (session, fresh):
             s.prefill(TOKENS[:200])
-        with monkeypatch.context() as patch:
-            patch.setattr(Backend, "compute", compute_and_fail)
-            with pytest.raises(KeyboardInterrupt):
-                session.prefill_all(TOKENS[200 : 200 + n_tokens])
+        compute_and_fail(session, TOKENS[200 : 200 + n_tokens])
         assert session.n_past == 200
         for s in (session, fresh):
             s.prefill_all(TOKENS[200 : 200 + n_tokens])
@@ -49,22 +54,13 @@ def test_a_step_that_failed_counts_once(model, monkeypatch, n_tokens):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
-def test_what_a_failed_step_selected_is_not_attended_by_the_next(model, monkeypatch, n_tokens):
-    whole_compute = Backend.compute
-
-    def compute_and_fail(backend, graph):
-        whole_compute(backend, graph)
-        raise KeyboardInterrupt
-
+def test_what_a_failed_step_selected_is_not_attended_by_the_next(model, n_tokens):
     memory = replace(MEMORY, late=True)
     with model.session(memory) as session, model.session(memory) as fresh:
         for s in (session, fresh):
             s.prefill(TOKENS[:200])
         held = [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer]
-        with monkeypatch.context() as patch:
-            patch.setattr(Backend, "compute", compute_and_fail)
-            with pytest.raises(KeyboardInterrupt):
-                session.prefill_all(TOKENS[300 : 300 + n_tokens])
+        compute_and_fail(session, TOKENS[300 : 300 + n_tokens])
         assert [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer] == held
         for token in TOKENS[200:206]:
             assert np.array_equal(session.decode(token), fresh.decode(token))
@@ -72,23 +68,14 @@ def test_what_a_failed_step_selected_is_not_attended_by_the_next(model, monkeypa
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
-def test_what_a_failed_step_selected_is_not_held_on_to(model, monkeypatch, n_tokens):
-    whole_compute = Backend.compute
-
-    def compute_and_fail(backend, graph):
-        whole_compute(backend, graph)
-        raise KeyboardInterrupt
-
+def test_what_a_failed_step_selected_is_not_held_on_to(model, n_tokens):
     memory = replace(MEMORY, sticky=20.0)
     with model.session(memory) as session, model.session(memory) as fresh, model.session(MEMORY) as loose:
         for s in (session, fresh, loose):
             s.prefill(TOKENS[:200])
         held = session.policy.kept_selection[..., :4].copy()
         assert (held[..., 0] == 3).all()
-        with monkeypatch.context() as patch:
-            patch.setattr(Backend, "compute", compute_and_fail)
-            with pytest.raises(KeyboardInterrupt):
-                session.prefill_all(TOKENS[300 : 300 + n_tokens])
+        compute_and_fail(session, TOKENS[300 : 300 + n_tokens])
         assert np.array_equal(session.policy.kept_selection[..., :4], held)
         for token in TOKENS[200:206]:
             logits = [s.decode(token).copy() for s in (session, fresh, loose)]
