@@ -42,7 +42,7 @@ def decode(session, first, n):
         {"per_head": True, "sticky": 0.7, "late": True, "block": "semantic:16-24"},
     ],
 )
-def test_what_was_saved_goes_on_the_same(model, tmp_path, options):
+def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options):
     memory = replace(MEMORY, **options)
     with model.session(memory) as session:
         session.prefill(TOKENS[:300])
@@ -58,6 +58,8 @@ def test_what_was_saved_goes_on_the_same(model, tmp_path, options):
         with model.resume(tmp_path / "kept") as again:
             assert again.n_past == 340
             assert np.array_equal(decode(again, 340, 10), decode(session, 340, 10))
+    # What is not there would be made anew, and be the same.
+    assert "again" not in caplog.text
 
 
 def test_a_copy_has_what_a_prompt_needs(model, tmp_path):
