@@ -51,9 +51,12 @@ lint: venv
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
 
+# GCC breaks llama.cpp's use of AMX (github.com/ggml-org/llama.cpp/pull/26954): it would end with SIGILL.
+NO_AMX := $(shell grep -qsw amx_int8 /proc/cpuinfo && echo -mno-amx-int8)
 $(VENV)/.bench: $(VENV)/.installed
 	@echo "installing llama-cpp-python (compiled from source: about ten minutes, once)" >&2
-	@$(PIP) install -qq -e '.[bench]'
+	@CMAKE_ARGS="$(if $(NO_AMX),-DCMAKE_C_FLAGS=$(NO_AMX) -DCMAKE_CXX_FLAGS=$(NO_AMX)) $$CMAKE_ARGS" \
+	  $(PIP) install -qq -e '.[bench]'
 	@touch "$@"
 
 bench: MODEL =

@@ -11,6 +11,7 @@ SYMBOLS = (
     "ggml_backend_buffer_get_size",
     "ggml_backend_buft_alloc_buffer",
     "ggml_backend_buft_get_alloc_size",
+    "ggml_backend_buft_name",
     "ggml_backend_cpu_buffer_from_ptr",
     "ggml_backend_cpu_buffer_type",
     "ggml_backend_cpu_init",

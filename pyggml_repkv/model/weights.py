@@ -200,6 +200,9 @@ class Repacker:
 
 
 def _extra_buffer_types(device: Any) -> list[int]:
+    """Of ggml's layouts all but AMX tiles: GCC drops the stores of the table that sets them up, so that the first
+    multiplication ends the process with SIGILL (github.com/ggml-org/llama.cpp/pull/26954).
+    """
     registry = g.ggml_backend_cpu_reg()
     address = g.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
     if not address:
@@ -209,4 +212,4 @@ def _extra_buffer_types(device: Any) -> list[int]:
     found = function(device)
     while found and found[len(types)]:
         types.append(found[len(types)])
-    return types
+    return [t for t in types if g.ggml_backend_buft_name(t) != b"AMX"]

@@ -10,7 +10,7 @@ from pyggml_repkv.ffi.library import g, native
 from pyggml_repkv.memory.policy import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
-from pyggml_repkv.model.weights import Weights
+from pyggml_repkv.model.weights import Repacker, Weights
 from tests.oracle import qwen2_logits
 from tests.tiny_models import MIN_VOCAB, TinySpec, write_tiny_model
 from tests.unit.native.op_bench import tensor_bytes
@@ -164,3 +164,9 @@ def test_closing_gives_everything_back(q4_0):
     weights.close()
     weights.close()
     assert all(buffer.closed for buffer in buffers)
+
+
+def test_the_tiles_of_amx_are_never_used():
+    """ggml's code for them ends with SIGILL where GCC compiled it."""
+    names = {g.ggml_backend_buft_name(type_) for type_ in Repacker()._buffer_types}
+    assert b"AMX" not in names
