@@ -19,6 +19,7 @@ from pyggml_repkv.memory.boundaries import BoundaryScores
 from pyggml_repkv.memory.bounded_attention import BoundedStep
 from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.memory.repkv import RepKVMemory
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tensors import check_tensors
@@ -60,6 +61,8 @@ class BuiltGraph:
             self._check_length()
             self._plans = PlanCache(self.model, self.policy, self._backend, _name)
             outputs: Outputs = "all" if wanted.n_tokens == 1 else "last"
+            if isinstance(self.policy, RepKVMemory):
+                self.policy.assume_selected(wanted.n_past)
             form = self.model.form(wanted.n_tokens, outputs)
             shape = self.policy.step_shape(wanted.n_past, wanted.n_tokens, form)
             self.plan = self._plans.get(PlanKey(shape, outputs))
@@ -89,13 +92,13 @@ class BuiltGraph:
         }
         assert self.policy is not None
         step = step_of(self.policy, w.memory, self.config, w.n_past, w.n_tokens)
-        hooks = [(address_of(node), layer, kind) for node, layer, kind in self._hook_points()]
+        hooks = [(address_of(node), layer, kind, n) for node, layer, kind, n in self._hook_points()]
         return take_snapshot(raw, about, step, hooks, self._plans.compute_bytes)
 
-    def _hook_points(self) -> list[tuple[Tensor, int, str]]:
+    def _hook_points(self) -> list[tuple[Tensor, int, str, int]]:
         step = self.plan.attention
         points = step.hook_points if isinstance(step, BoundedStep) and step.hook is not None else []
-        return [(p.node, p.layer, "speculated" if p.speculated else "selected") for p in points]
+        return [(p.node, p.layer, "speculated" if p.speculated else "selected", max(1, p.n_known)) for p in points]
 
     def close(self) -> None:
         if hasattr(self, "_plans"):

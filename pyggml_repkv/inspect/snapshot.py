@@ -53,12 +53,13 @@ class TensorInfo:
 @dataclass(frozen=True, slots=True)
 class HookInfo:
     """Where C code of ours runs between two nodes: `selected` (blocks of a layer are asked for and waited for), or
-    `speculated` (a guess for a layer is fetched).
+    `speculated` (a guess for a layer is fetched); n_layers: for how many layers, from this one on.
     """
 
     node: str
     layer: int
     kind: str
+    n_layers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,10 @@ class Snapshot:
 
 
 def take_snapshot(
-    raw: RawGraph, about: dict[str, Any], step: Step, hooks: Sequence[tuple[int, int, str]] = (), compute_bytes: int = 0
-) -> Snapshot:
-    """hooks: (address of a node, layer, kind) in the order in which they run."""
+    raw: RawGraph, about: dict[str, Any], step: Step, hooks: Sequence[tuple[int, int, str, int]] = (),
+    compute_bytes: int = 0,
+) -> Snapshot:  # fmt: skip
+    """hooks: (address of a node, layer, kind, n_layers) in the order in which they run."""
     leaf_kinds = {address: _kind(leaf) for address, leaf in raw.leaves.items()}
     ids = {node.address: f"n{i}" for i, node in enumerate(raw.nodes)}
     ids |= {address: f"t{i}" for i, address in enumerate(raw.leaves)}
@@ -120,7 +122,7 @@ def take_snapshot(
     leaves = tuple(_info(leaf, leaf_kinds[a], ids, everything, leaf_kinds, step) for a, leaf in raw.leaves.items())
     nodes = tuple(_info(node, "node", ids, everything, leaf_kinds, step) for node in raw.nodes)
     return Snapshot(
-        about, nodes, leaves, tuple(HookInfo(ids[a], layer, kind) for a, layer, kind in hooks), compute_bytes
+        about, nodes, leaves, tuple(HookInfo(ids[a], layer, kind, n) for a, layer, kind, n in hooks), compute_bytes
     )
 
 

@@ -160,7 +160,7 @@ def _hooks(g: _Graph) -> Iterator[Finding]:
             yield Finding("hooks", f"the hooks of layers {a.layer} and {b.layer} are not in order", (a.node, b.node))
     if not hooks:
         return
-    selected = {h.layer: h.node for h in hooks if h.kind == "selected"}
+    selected = {h.layer + i: h.node for h in hooks if h.kind == "selected" for i in range(h.n_layers)}
     for hook in hooks:
         if hook.node not in g.position:
             yield Finding("hooks", f"the hook of layer {hook.layer} is at no node of the graph", (hook.node,))

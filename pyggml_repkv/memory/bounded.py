@@ -87,6 +87,7 @@ class BoundedMemory(ABC):
         if self.disk is not None:
             self.disk.open(self.arenas, self.k_store, self.v_store)
         self._torn = False
+        self.kept_tensors: list[Tensor] = []
         self.local_base = 0
         self.regions = np.zeros(11, np.int32)
         # Set before the first step: queries and selections stay readable after each (`last_step`).
@@ -96,6 +97,11 @@ class BoundedMemory(ABC):
     def make_disk(self, inputs: PolicyInputs) -> DiskTier | None:
         """What keeps evicted blocks on disk, made before the arenas are."""
         return None
+
+    @property
+    def knows_selection(self) -> bool:
+        """Whether the step that was begun, of one token, attends what the last one selected (`kept_tensors`)."""
+        return False
 
     @property
     def store_base(self) -> int:
@@ -138,10 +144,14 @@ class BoundedMemory(ABC):
         return even_split(n_tokens - n_single, n_batch) + [1] * n_single
 
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
-        return StepShape(n_tokens, "one" if n_tokens == 1 else "packed", self.far)
+        if n_tokens == 1:
+            return StepShape(n_tokens, "one", (self.far, self.knows_selection))
+        return StepShape(n_tokens, "packed", (self.far, False))
 
     def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
-        return BoundedOne(self, context) if shape.form == "one" else BoundedChunk(self, context, shape.n_tokens)
+        if shape.form == "one":
+            return BoundedOne(self, context, known=self.knows_selection)
+        return BoundedChunk(self, context, shape.n_tokens)
 
     def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
         """Raises ComputeError once an earlier call was stopped halfway, as by Ctrl-C."""

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _FUSED = "graphs of bounded memories are planned for fused nodes only"
 _N_REGIONS = 11
 
+# Points of a step at which the hook runs where all blocks are known before it: each splits the graph, and between its
+# read and the next token's wait for it all points but one are passed.
+N_KNOWN_POINTS = 4
+
 
 class BoundedStep(UnobservedStep, ABC):
     _rope: Tensor
@@ -54,7 +58,7 @@ class BoundedStep(UnobservedStep, ABC):
         assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
         tensor_array(self._regions)[...] = self._memory.regions
         if isinstance(self.hook, StepHook) and not self.hook.observes:
-            self.hook.observe(self.hook_points)
+            self.hook.observe(self.hook_points, self._memory.kept_tensors)
         self._memory.last_step = self
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
@@ -84,8 +88,11 @@ class BoundedStep(UnobservedStep, ABC):
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
-    def _hook_at(self, selected: Tensor, layer: int, *, late: bool = False) -> None:
-        self.hook_points.append(HookPoint(selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late))
+    def _hook_at(self, selected: Tensor, layer: int, *, late: bool = False, n_known: int = 0) -> None:
+        point = HookPoint(
+            selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late, n_known=n_known
+        )  # fmt: skip
+        self.hook_points.append(point)
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
@@ -157,10 +164,11 @@ class BoundedChunk(BoundedStep):
 
 
 class BoundedOne(BoundedStep):
-    """One token."""
+    """One token. known: it attends what the last one selected."""
 
-    def __init__(self, memory: BoundedMemory, context: GraphContext) -> None:
+    def __init__(self, memory: BoundedMemory, context: GraphContext, *, known: bool) -> None:
         super().__init__(memory, context, 1)
+        self._known = known
         self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "near_far_rope")
         self._queries: list[Tensor] = []
 
@@ -172,7 +180,10 @@ class BoundedOne(BoundedStep):
         if self._memory.observed:
             self._relevance.append(self._observe(selected.contents.src[0]))
         arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
-        self._hook_at(selected, layer, late=m.memory.late and m.memory.prefetch != "none")
+        if not self._known:
+            self._hook_at(selected, layer, late=m.memory.late and m.memory.prefetch != "none")
+        elif layer % (n := max(2, -(-m.config.n_layer // N_KNOWN_POINTS))) == 0:
+            self._hook_at(selected, layer, late=True, n_known=min(n, m.config.n_layer - layer))
         return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, m.places(layer), self._regions])
 
     def fill(self, n_past: int) -> None:

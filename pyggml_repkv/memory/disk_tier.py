@@ -45,7 +45,8 @@ def default_folder() -> Path:
 @dataclass(frozen=True, slots=True)
 class HookPoint:
     """A node of a graph at which the hook runs; n_top: how many blocks a row of it selects at most; late: whether what
-    it keeps is attended by the next token.
+    it keeps is attended by the next token; n_known: how many layers from this one on attend what the last token kept,
+    so that they are asked for together (0: only this one, and what the node selects).
     """
 
     node: Tensor
@@ -53,6 +54,7 @@ class HookPoint:
     speculated: bool
     n_top: int
     late: bool = False
+    n_known: int = 0
 
 
 class StepHook:
@@ -62,7 +64,6 @@ class StepHook:
         self._tier = tier
         self._hooks = native_ffi.new("struct repkv_hooks *")
         self._points: Any = None
-        self._last_layer = -1
         self.callback = int(native_ffi.cast("uintptr_t", native.repkv_eval_hook_address()))
         self.userdata = int(native_ffi.cast("uintptr_t", self._hooks))
 
@@ -70,14 +71,14 @@ class StepHook:
     def observes(self) -> bool:
         return self._points is not None
 
-    def observe(self, points: Sequence[HookPoint]) -> None:
-        """Sets where it runs, in the order of the graph."""
+    def observe(self, points: Sequence[HookPoint], kept: Sequence[Tensor]) -> None:
+        """Sets where it runs, in the order of the graph; kept: kept-l of each layer, if any point needs them."""
         self._points = native_ffi.new("struct repkv_hook_point[]", len(points))
         for c_point, point in zip(self._points, points, strict=True):
             c_point.node = native_ffi.cast("void *", _address(point.node))
-            c_point.layer, c_point.n_top, c_point.late = point.layer, point.n_top, point.late
+            c_point.layer, c_point.n_top = point.layer, point.n_top
+            c_point.late, c_point.n_known = point.late, point.n_known
             c_point.kind = native.REPKV_HOOK_SPECULATED if point.speculated else native.REPKV_HOOK_SELECTED
-        self._last_layer = max((point.layer for point in points if not point.speculated), default=-1)
         hooks, tier = self._hooks, self._tier
         hooks.store, hooks.points, hooks.n_points = tier.store.pointer, self._points, len(points)
         # What is certain need not be guessed.
@@ -85,6 +86,8 @@ class StepHook:
         hooks.predictors = tier.predictors if guesses else native.REPKV_PREDICT_NONE
         hooks.n_layer, hooks.n_ahead = tier.n_layer, tier.n_ahead
         hooks.ranked = native_ffi.cast("int32_t *", tier.ranked.ctypes.data)
+        self._kept = native_ffi.new("void *[]", [native_ffi.cast("void *", _address(t)) for t in kept])
+        hooks.kept = self._kept
 
     def begin(self) -> None:
         """Before each compute of the plan."""
@@ -101,8 +104,7 @@ class StepHook:
         """After each whole compute: raises ComputeError if it did not run everywhere, in order."""
         if self._hooks.next != self._hooks.n_points:
             raise ComputeError(f"hooks ran at {self._hooks.next} of {self._hooks.n_points} nodes")
-        # The layers before were checked by the hook itself.
-        if self._last_layer >= 0 and native.repkv_store_audit(self._tier.store.pointer, self._last_layer):
+        if native.repkv_hooks_end(self._hooks) != 0:
             raise ComputeError(_CHANGED)
 
 

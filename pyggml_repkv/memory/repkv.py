@@ -166,6 +166,19 @@ class RepKVMemory(BoundedMemory):
             self.regions[KEPT] = self._kept_half if one else -1
             self._kept_half = int(self._kept_half == 0) if one else -1
 
+    @property
+    def knows_selection(self) -> bool:
+        if not self.memory.late or self.disk is None or self.memory.prefetch == "none":
+            return False
+        half = self.regions[KEPT]
+        return half >= 0 and bool(self._kept[0][half, 0, 0] > 0)
+
+    def assume_selected(self, n_past: int) -> None:
+        """For a graph that is never computed: as if the token before had selected, if there was a choice by then."""
+        if self._n_blocks_at(n_past) > self.n_select(n_past, 1):
+            for kept in self._kept:
+                kept[..., 0] = 1
+
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         self.blocks.append(tokens.tolist(), n_past)
         first_new = self.blocks.n_blocks
@@ -236,6 +249,9 @@ class RepKVMemory(BoundedMemory):
         shape = (len(self._kept), *self._kept[0].shape[1:]) if self._kept else (0,)
         if selection.size != np.prod(shape):
             raise StoreError("what the last token selected is of another shape")
+        counts = selection.reshape(shape)[..., 0]
+        if (counts != counts[0, 0]).any():
+            raise StoreError("what the last token selected is damaged")
         for kept, rows in zip(self._kept, selection.reshape(shape), strict=True):
             for n, *blocks in rows.tolist():
                 ids = [-1, *blocks[: max(n, 0)], self.blocks.n_blocks]

@@ -147,6 +147,7 @@ struct repkv_hook_point {
     int32_t kind;
     int32_t n_top;
     int32_t late;
+    int32_t n_known;
 };
 
 struct repkv_hooks {
@@ -157,10 +158,14 @@ struct repkv_hooks {
     int32_t predictors;
     int32_t n_ahead;
     int32_t *ranked;
+    void *const *kept;
     int32_t next;
     int32_t status;
+    int32_t asked, n_asked;
+    int32_t half;
 };
 void repkv_hooks_begin(struct repkv_hooks *hooks);
+int repkv_hooks_end(struct repkv_hooks *hooks);
 void *repkv_eval_hook_address(void);
 
 struct repkv_node_time {

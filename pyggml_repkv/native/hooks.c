@@ -36,8 +36,7 @@ static void add_last_ranking(const struct repkv_hooks *h, int32_t *list, int32_t
 }
 
 void repkv_hooks_begin(struct repkv_hooks *h) {
-    h->next = 0;
-    h->status = 0;
+    h->next = h->status = h->n_asked = 0;
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
     add_last_ranking(h, list, 0);
     if (list[0] > 0) repkv_store_prefetch(h->store, 0, list + 1, list[0], 0);
@@ -52,17 +51,36 @@ static void on_speculated(struct repkv_hooks *h, const struct ggml_tensor *node,
     repkv_store_prefetch(h->store, point.layer, list + 1, list[0], n_sure);
 }
 
-/* The sources of a node that keeps what it selects are as of repkv_block_topk. What does not fit the list is read when it is
- * asked for. */
-static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *node, int32_t layer) {
-    const struct ggml_tensor *kept = node->src[3];
-    const int half = kept_half(regions_of(node->src[1])[KEPT]);
-    int32_t list[1 + REPKV_MAX_AHEAD] = {0};
-    for (int64_t r = 0; r < node->ne[1]; r++) {
+/* One half of kept-l as `list`, without repetitions. What does not fit is read when it is asked for. */
+static void list_kept(int32_t *list, int32_t n_max, const struct ggml_tensor *kept, int half) {
+    list[0] = 0;
+    for (int64_t r = 0; r < kept->ne[1]; r++) {
         const int32_t *row = kept_row(kept, half, r);
-        add_new(list, REPKV_MAX_AHEAD, row + 1, row[0]);
+        add_new(list, n_max, row + 1, row[0]);
     }
+}
+
+static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *kept, int half, int32_t layer) {
+    int32_t list[1 + REPKV_MAX_AHEAD];
+    list_kept(list, REPKV_MAX_AHEAD, kept, half);
     if (list[0] > 0) repkv_store_fetch(h->store, layer, list + 1, list[0]);
+}
+
+/* The sources of a node that keeps what it selects are as of repkv_block_topk. */
+static int last_half(const struct ggml_tensor *node) {
+    return regions_of(node->src[1])[KEPT];
+}
+
+static int check_asked(const struct repkv_hooks *h) {
+    for (int32_t i = 0; i < h->n_asked; i++) {
+        if (repkv_store_audit(h->store, h->asked + i) != 0) return REPKV_HOOK_CHANGED;
+    }
+    return 0;
+}
+
+/* Layers whose points were passed have kept by now what the next token attends. */
+static void fetch_asked(const struct repkv_hooks *h) {
+    for (int32_t i = h->asked; i < h->asked + h->n_asked; i++) fetch_kept(h, h->kept[i], h->half, i);
 }
 
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
@@ -70,13 +88,33 @@ static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, st
     int32_t list[1 + REPKV_MAX_AHEAD] = {0};
     const int32_t ahead = layer + 1 < h->n_layer && h->predictors == REPKV_PREDICT_REUSE ? layer + 1 : -1;
     if (ahead >= 0) add_last_ranking(h, list, ahead);
-    if (layer > 0 && repkv_store_audit(h->store, layer - 1) != 0) return REPKV_HOOK_CHANGED;
     const int32_t n_rows = (int32_t)node->ne[1];
     const int status = repkv_store_require(h->store, layer, selected, n_rows, node->ne[0], ahead, list + 1, list[0]);
     int32_t *ranked = list_of(h->ranked, h, layer);
     ranked[0] = 0;
     add_ranking(h, ranked, node, point.n_top);
-    if (point.late) fetch_kept(h, node, layer);
+    if (point.late) fetch_kept(h, node->src[3], kept_half(last_half(node)), layer);
+    return status;
+}
+
+static int on_known(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
+    const int half = last_half(node);
+    int status = 0;
+    h->half = kept_half(half);
+    fetch_asked(h);
+    for (int32_t i = point.layer; i < point.layer + point.n_known && status == 0; i++) {
+        const struct ggml_tensor *kept = h->kept[i];
+        const int32_t n_rows = (int32_t)kept->ne[1];
+        status = repkv_store_require(h->store, i, kept_row(kept, half, 0), n_rows, kept->ne[0], -1, NULL, 0);
+        list_kept(list_of(h->ranked, h, i), h->n_ahead, kept, half);
+    }
+    return status;
+}
+
+int repkv_hooks_end(struct repkv_hooks *h) {
+    const int status = check_asked(h);
+    if (status == 0 && h->n_points > 0 && h->points[h->n_points - 1].n_known > 0) fetch_asked(h);
+    h->n_asked = 0;
     return status;
 }
 
@@ -89,7 +127,10 @@ bool repkv_eval_hook(struct ggml_tensor *node, bool ask, void *data) {
         on_speculated(h, node, point);
         return true;
     }
-    h->status = on_selected(h, node, point);
+    h->status = check_asked(h);
+    if (h->status == 0) h->status = point.n_known > 0 ? on_known(h, node, point) : on_selected(h, node, point);
+    h->asked = point.layer;
+    h->n_asked = point.n_known > 0 ? point.n_known : 1;
     if (h->status == 0) return true;
     repkv_request_abort();
     return false;

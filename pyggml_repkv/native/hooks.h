@@ -2,7 +2,8 @@
  * of this layer are waited for.
  *
  * repkv_eval_hook is an eval callback of ggml's scheduler: it observes the nodes of a plan that select blocks, so ggml
- * computes what lies between two of them at once, and no compute thread spins while blocks are waited for. */
+ * computes what lies between two of them at once, and no compute thread spins while blocks are waited for. Where a token
+ * attends what the last one selected, blocks are known before the step: one point then serves several layers. */
 #ifndef REPKV_HOOKS_H
 #define REPKV_HOOKS_H
 
@@ -26,6 +27,7 @@ struct repkv_hook_point {
     int32_t kind;
     int32_t n_top; /* most blocks that a row of it selects; what else it ranked follows */
     int32_t late;  /* what it kept is attended by the next token: fetched from now on */
+    int32_t n_known; /* > 0: `layer` and those after it, so many in all, attend what the last token kept */
 };
 
 struct repkv_hooks {
@@ -36,8 +38,11 @@ struct repkv_hooks {
     int32_t predictors; /* bits of enum repkv_predictor */
     int32_t n_ahead;    /* most blocks fetched ahead for a layer */
     int32_t *ranked;    /* [n_layer, 1 + n_ahead]: how many and which, of the last step; kept from plan to plan */
+    void *const *kept;  /* struct ggml_tensor *[n_layer], kept-l of regions.h; NULL unless a point needs them */
     int32_t next;       /* point that comes next; n_points after a whole step */
     int32_t status;     /* of repkv_store_require, or REPKV_HOOK_CHANGED */
+    int32_t asked, n_asked; /* layers that the last point asked for */
+    int32_t half;           /* of kept-l: what they keep for the next token */
 };
 
 enum {
@@ -47,6 +52,9 @@ enum {
 
 /* Before a step: prefetches what layer 0 may want. */
 void repkv_hooks_begin(struct repkv_hooks *hooks);
+
+/* After a whole step: 0, or REPKV_HOOK_CHANGED. */
+int repkv_hooks_end(struct repkv_hooks *hooks);
 
 /* A ggml_backend_sched_eval_callback with a struct repkv_hooks: stops compute where a block cannot be had. */
 bool repkv_eval_hook(struct ggml_tensor *node, bool ask, void *hooks);

@@ -57,8 +57,20 @@ def test_what_is_run_is_proved(path, phase, memory, exact):
         found = graph.snapshot()
         assert verify(found) == []
         assert unfilled_inputs(graph) == []
-    n_selecting = sum(hook.kind == "selected" for hook in found.hooks)
-    assert n_selecting == (4 if "kv_ram" in memory else 0)
+    waited_for = [h.layer + i for h in found.hooks if h.kind == "selected" for i in range(h.n_layers)]
+    assert waited_for == ([0, 1, 2, 3] if "kv_ram" in memory else [])
+
+
+LATE = MemoryConfig(kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", late=True, kv_ram=2**26)
+
+
+@pytest.mark.parametrize(("n_past", "n_points"), [(100, 4), (4000, 2)])
+def test_layers_whose_blocks_are_known_are_waited_for_together(path, n_past, n_points):
+    found = snapshot(path, memory=LATE, n_past=n_past)
+    assert verify(found) == []
+    assert [h.n_layers for h in found.hooks] == [4 // n_points] * n_points
+    fewer = tuple(replace(h, n_layers=1) for h in found.hooks)
+    assert ("hooks" in broken(replace(found, hooks=fewer, by_id={}))) == (n_points == 2)
 
 
 def broken(found: Snapshot) -> set[str]:
