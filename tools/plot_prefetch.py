@@ -1,7 +1,8 @@
 """Draw where the time of a chunk and of a token goes: layers that compute, waits for blocks, and reads under them.
 
 Takes up a session that bench_disk.py made (or `run --session`), reads on from a text without keeping it, and records
-what the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer.
+what the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer; layers whose
+blocks were known before the step and are asked for together share one.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from pyggml_repkv.memory.config import PREDICTORS
 from pyggml_repkv.memory.repkv import RepKVMemory
 
 N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
+
+# A layer takes longer.
+MAX_APART_MS = 0.05
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,6 +89,17 @@ def _traced(session: Session, step: Any) -> list[Event]:
     return [replace(e, begin_ms=e.begin_ms - start, end_ms=e.end_ms - start) for e in events]
 
 
+def _asked_together(selected: list[Event]) -> list[list[Event]]:
+    """In groups: layers that are asked for within MAX_APART_MS of one another have nothing computed between them."""
+    groups: list[list[Event]] = []
+    for event in selected:
+        if groups and event.begin_ms - groups[-1][-1].begin_ms < MAX_APART_MS:
+            groups[-1].append(event)
+        else:
+            groups.append([event])
+    return groups
+
+
 def _draw(path: str, traces: dict[str, list[Event]]) -> None:
     import matplotlib
 
@@ -95,10 +110,13 @@ def _draw(path: str, traces: dict[str, list[Event]]) -> None:
     figure, axes = pyplot.subplots(len(traces), 1, figsize=(14, 4 * len(traces)), layout="constrained")
     colours = [pyplot.get_cmap("tab10")(i) for i in (0, 1, 2, 4, 9)]
     for axis, (title, events) in zip(axes, traces.items(), strict=True):
-        selected = [e for e in events if e.kind == "selected"]
-        for now, following in zip(selected, [*selected[1:], None], strict=True):
-            width = following.begin_ms - now.begin_ms if following else 0
-            axis.barh(0, width, left=now.begin_ms, color=colours[now.layer % 5], height=0.9, linewidth=0)
+        groups = _asked_together([e for e in events if e.kind == "selected"])
+        for now, following in zip(groups, [*groups[1:], None], strict=True):
+            left = now[0].begin_ms
+            width = following[0].begin_ms - left if following else 0
+            axis.barh(0, width, left=left, color=colours[now[0].layer % 5], height=0.9, linewidth=0)
+            if len(now) > 1:
+                axis.text(left + width / 2, 0, f"from {now[0].layer}", ha="center", va="center", color="white")
         for wait in (e for e in events if e.kind == "wait"):
             axis.barh(0, wait.end_ms - wait.begin_ms, left=wait.begin_ms, color="black", height=0.4, linewidth=0)
         lanes: list[float] = []
