@@ -86,6 +86,10 @@ class Worker:
             self._engine.decode(token)
         return {"seconds": perf_counter() - start}
 
+    def node_names(self, tokens: list[int], flash_attn: bool) -> dict[str, Any]:
+        """Name and op of each node of the graph that reads the tokens; llama.cpp's only."""
+        return {"nodes": self._engine.node_names(tokens, flash_attn)}  # type: ignore[attr-defined]
+
     def _seek(self, tokens: list[int]) -> None:
         """Makes the context hold exactly these tokens, computing those that it does not hold yet."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(self._read, tokens, strict=False))

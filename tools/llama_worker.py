@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ class LlamaEngine:
         self.version = f"llama-cpp-python {llama.__version__}"
         self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._context: Any = None
+        # What is called for each node; kept alive here.
+        self._look: Any = None
 
     def open(self, n_ctx: int, flash_attn: bool) -> None:
         llama = self._llama
@@ -44,6 +47,8 @@ class LlamaEngine:
         params.offload_kqv = params.op_offload = False
         on, off = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.flash_attn_type = on if flash_attn else off
+        if self._look is not None:
+            params.cb_eval = self._look
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens")
@@ -61,6 +66,29 @@ class LlamaEngine:
         memory = self._llama.llama_get_memory(self._context)
         if not self._llama.llama_memory_seq_rm(memory, 0, n_past, -1):
             raise RuntimeError(f"llama.cpp cannot forget the tokens from {n_past} on")
+
+    def node_names(self, tokens: Sequence[int], flash_attn: bool) -> list[tuple[str, str]]:
+        """Name and op of every node of the graph that reads these tokens, in the order of compute.
+
+        The names are those that ggml's scheduler sees: it takes the graph apart for whoever looks on.
+        """
+        from llama_cpp._ggml import libggml
+
+        name, op = libggml.ggml_get_name, libggml.ggml_op_desc
+        for function in (name, op):
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+        found: list[tuple[str, str]] = []
+
+        def look(node: int, ask: bool, _: Any) -> bool:
+            if ask:
+                found.append((name(node).decode(), op(node).decode()))
+            return False
+
+        self._look = self._llama.ggml_backend_sched_eval_callback(look)
+        self.open(256, flash_attn)
+        found.clear()
+        self._read(tokens)
+        return found
 
     def _read(self, tokens: Sequence[int]) -> None:
         array = (self._llama.llama_token * len(tokens))(*tokens)
