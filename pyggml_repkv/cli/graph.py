@@ -50,6 +50,7 @@ examples:
 examples:
   %(prog)s --kv repkv -d 16384
   %(prog)s --phase prefill -n 2 -o trace.json
+  %(prog)s --kv repkv -d 16384 --html step.html
 """,
     "tensors": """
 examples:

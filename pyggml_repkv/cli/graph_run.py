@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,9 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "-o", "--output", metavar="FILE", type=filled_text, help="write Chrome's trace format, for Perfetto"
+    )
+    group.add_argument(
+        "--html", metavar="FILE", type=filled_text, help="write the page of `graph html`, with the time of each node"
     )
     group.add_argument("--no-peak", action="store_true", help="do not measure what this machine can do at most")
     group.add_argument("--json", action="store_true", help="print one JSON object")
@@ -84,12 +88,23 @@ def trace(args: argparse.Namespace) -> int:
         peak = None if args.no_peak else measure_peak(model.backend)
     if args.output:
         output.write_file(args.output, json.dumps(chrome_trace(done.steps)))
+    if args.html:
+        _write_page(args, done)
     result = _trace_result(args, done, peak)
     if args.json:
         output.write(json.dumps(result) + "\n")
     else:
         _print_trace(args, done, result)
     return 0
+
+
+def _write_page(args: argparse.Namespace, done: Traced) -> None:
+    from pyggml_repkv.inspect.page import as_page
+    from pyggml_repkv.inspect.trace import node_times
+
+    snapshot = done.steps[-1].snapshot
+    about = {"model": Path(args.model or "demo model").name, "phase": args.phase, **snapshot.about}
+    output.write_file(args.html, as_page(replace(snapshot, about=about, by_id={}), node_times(done.steps)))
 
 
 def _tokens(args: argparse.Namespace, model: Model, n_needed: int) -> list[int]:
@@ -149,6 +164,8 @@ def _print_trace(args: argparse.Namespace, done: Traced, result: dict[str, Any])
             f"{r['gflops']:.1f} of {r['peak_gflops']:.0f} GFLOP/s, {r['gbytes_per_second']:.1f} of "
             f"{r['peak_gbytes_per_second']:.0f} GB/s: {100 * r['of_peak']:.0f} % of what this machine can do\n"
         )
+    if args.html:
+        output.log(f"wrote {args.html}: the last step's nodes, with the median time of {result['steps']} steps\n")
     if args.output:
         output.log(f"wrote {args.output}: open it in https://ui.perfetto.dev or chrome://tracing\n")
 

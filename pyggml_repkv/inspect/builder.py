@@ -10,13 +10,13 @@ from typing import Literal
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor, set_name
-from pyggml_repkv.ffi.graph_reader import address_of, read_graph
+from pyggml_repkv.ffi.graph_reader import read_graph
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
 from pyggml_repkv.inspect.cost import step_of
 from pyggml_repkv.inspect.snapshot import Snapshot, take_snapshot
 from pyggml_repkv.memory.boundaries import BoundaryScores
-from pyggml_repkv.memory.bounded_attention import BoundedStep
+from pyggml_repkv.memory.bounded_attention import hook_points_of
 from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
 from pyggml_repkv.memory.registry import make_policy
 from pyggml_repkv.memory.repkv import RepKVMemory
@@ -92,13 +92,7 @@ class BuiltGraph:
         }
         assert self.policy is not None
         step = step_of(self.policy, w.memory, self.config, w.n_past, w.n_tokens)
-        hooks = [(address_of(node), layer, kind, n) for node, layer, kind, n in self._hook_points()]
-        return take_snapshot(raw, about, step, hooks, self._plans.compute_bytes)
-
-    def _hook_points(self) -> list[tuple[Tensor, int, str, int]]:
-        step = self.plan.attention
-        points = step.hook_points if isinstance(step, BoundedStep) and step.hook is not None else []
-        return [(p.node, p.layer, "speculated" if p.speculated else "selected", max(1, p.n_known)) for p in points]
+        return take_snapshot(raw, about, step, hook_points_of(self.plan.attention), self._plans.compute_bytes)
 
     def close(self) -> None:
         if hasattr(self, "_plans"):

@@ -16,7 +16,7 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.graph_reader import RawGraph, address_of, noting_nodes, read_graph
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.graph.plan import Plan
-from pyggml_repkv.memory.bounded_attention import BoundedStep
+from pyggml_repkv.memory.bounded_attention import hook_points_of
 from pyggml_repkv.memory.disk_tier import StepHook
 from pyggml_repkv.memory.policy import EvalHook
 
@@ -63,9 +63,7 @@ class NodeTracer:
         """
         if step.plan not in self._noting:
             return step.times
-        attention = step.plan.attention
-        points = attention.hook_points if isinstance(attention, BoundedStep) and attention.hook is not None else []
-        hooked = {address_of(point.node) for point in points}
+        hooked = {address_of(point.node) for point in hook_points_of(step.plan.attention)}
         nodes, times = self.graphs[step.plan].nodes, step.times.copy()
         following = int(times[:, 1].max())
         for i in reversed(range(len(times))):

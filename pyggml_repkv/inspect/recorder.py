@@ -24,6 +24,7 @@ from pyggml_repkv.inspect.node_trace import NodeTracer, OuterHook
 from pyggml_repkv.inspect.snapshot import take_snapshot
 from pyggml_repkv.inspect.trace import TracedStep
 from pyggml_repkv.memory.block_store import Event
+from pyggml_repkv.memory.bounded_attention import hook_points_of
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import EvalHook
 from pyggml_repkv.memory.repkv import RepKVMemory
@@ -79,9 +80,16 @@ def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], s
     first = spans[0][2]
     steps = []
     for trace, (n_past, size, begin, end) in zip(tracer.steps, spans, strict=True):
-        about = {"n_tokens": size, "n_past": n_past, "policy": memory.kv}
+        about = {
+            "policy": memory.kv,
+            "form": trace.plan.key.shape.form,
+            "n_tokens": size,
+            "n_past": n_past,
+            "n_layer": session.config.n_layer,
+        }
         snapshot = take_snapshot(
-            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, size)
+            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, size),
+            hook_points_of(trace.plan.attention), session.compute_bytes,
         )  # fmt: skip
         times = ((tracer.times(trace) - first) / 1e3).tolist()
         mine = [

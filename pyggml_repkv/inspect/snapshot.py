@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyggml_repkv.ffi.graph_reader import RawGraph, RawTensor
+from pyggml_repkv.ffi.graph_reader import RawGraph, RawTensor, address_of
 from pyggml_repkv.inspect.cost import Step, bytes_of, flops_of
 from pyggml_repkv.inspect.effects import EFFECTS, effect_of
+from pyggml_repkv.memory.disk_tier import HookPoint
 
 SCHEMA = 1
 
@@ -111,19 +112,20 @@ class Snapshot:
 
 
 def take_snapshot(
-    raw: RawGraph, about: dict[str, Any], step: Step, hooks: Sequence[tuple[int, int, str, int]] = (),
-    compute_bytes: int = 0,
-) -> Snapshot:  # fmt: skip
-    """hooks: (address of a node, layer, kind, n_layers) in the order in which they run."""
+    raw: RawGraph, about: dict[str, Any], step: Step, hooks: Sequence[HookPoint] = (), compute_bytes: int = 0
+) -> Snapshot:
+    """hooks: in the order in which they run."""
     leaf_kinds = {address: _kind(leaf) for address, leaf in raw.leaves.items()}
     ids = {node.address: f"n{i}" for i, node in enumerate(raw.nodes)}
     ids |= {address: f"t{i}" for i, address in enumerate(raw.leaves)}
     everything = {**raw.leaves, **{node.address: node for node in raw.nodes}}
     leaves = tuple(_info(leaf, leaf_kinds[a], ids, everything, leaf_kinds, step) for a, leaf in raw.leaves.items())
     nodes = tuple(_info(node, "node", ids, everything, leaf_kinds, step) for node in raw.nodes)
-    return Snapshot(
-        about, nodes, leaves, tuple(HookInfo(ids[a], layer, kind, n) for a, layer, kind, n in hooks), compute_bytes
+    points = tuple(
+        HookInfo(ids[address_of(p.node)], p.layer, "speculated" if p.speculated else "selected", max(1, p.n_known))
+        for p in hooks
     )
+    return Snapshot(about, nodes, leaves, points, compute_bytes)
 
 
 def _info(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from pyggml_repkv.inspect.peak import Peak
@@ -75,6 +76,14 @@ def rows(steps: Sequence[TracedStep], peak: Peak | None) -> list[Row]:
         rates = (flops / us / 1e3, moved / us / 1e3, least / us) if us > 0 else (0.0, 0.0, 0.0)
         found.append(Row(name, op, len(members) / n, us / n, us / total, *rates))
     return sorted(found, key=lambda row: -row.us)
+
+
+def node_times(steps: Sequence[TracedStep]) -> dict[str, float]:
+    """Of the last step's nodes, by id: the median of all steps with the same graph, microseconds."""
+    nodes = [node.id for node in steps[-1].snapshot.nodes]
+    alike = [step for step in steps if [node.id for node in step.snapshot.nodes] == nodes]
+    spans = zip(*([end - begin for begin, end in step.times] for step in alike), strict=True)
+    return {id_: median(times) for id_, times in zip(nodes, spans, strict=True)}
 
 
 def layer_rows(steps: Sequence[TracedStep]) -> dict[int, float]:

@@ -13,7 +13,7 @@ from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.fused_ops import PANEL
 from pyggml_repkv.memory.disk_tier import HookPoint, StepHook
-from pyggml_repkv.memory.policy import UnobservedStep
+from pyggml_repkv.memory.policy import StepAttention, UnobservedStep
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
@@ -197,6 +197,11 @@ class BoundedOne(BoundedStep):
         near = self._memory.near_table(int(self._memory.regions[0]))
         far = self._memory.far_table if self._memory.far else near
         return _rotated(q, near), _rotated(q, far)
+
+
+def hook_points_of(attention: StepAttention) -> list[HookPoint]:
+    """Where the hook of a step's graph runs, in its order; empty where there is none."""
+    return attention.hook_points if isinstance(attention, BoundedStep) and attention.hook is not None else []
 
 
 def _rotated(q: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -32,7 +32,10 @@ def model(path):
         yield loaded
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(n_ctx=1024), REPKV, replace(REPKV, kv_ram=2**20, prefetch="both")])
+DISK = replace(REPKV, kv_ram=2**20, prefetch="both")
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(n_ctx=1024), REPKV, DISK, replace(DISK, late=True)])
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_a_traced_step_is_the_same_step(model, memory, size):
     n = 3
@@ -97,11 +100,17 @@ def test_a_name_that_no_node_has(model):
 
 def test_trace_on_the_command_line(path, tmp_path, capsys):
     flags = ["graph", "trace", "-m", str(path), "-t", "1", "-n", "2", "--kv", "repkv", "--n-local", "64", "-d", "200"]
-    assert main([*flags, "-o", str(tmp_path / "t.json")]) == 0
+    page = tmp_path / "t.html"
+    assert main([*flags, "-o", str(tmp_path / "t.json"), "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "attend_memory_one" in out
     assert "% of what this machine can do" in out
     assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    embedded = page.read_text().split('"times":', 1)[1]
+    times, _ = json.JSONDecoder().raw_decode(embedded)
+    assert list(times)[:2] == ["n0", "n1"]
+    assert all(us >= 0 for us in times.values())
+    assert max(times.values()) > 0
     assert main([*flags, "--no-peak", "--json", "--phase", "prefill", "-b", "32"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["n_tokens"] == 32
