@@ -1,15 +1,17 @@
 """List the nodes of llama.cpp's graph and of ours with --exact-graph side by side.
 
 llama.cpp's are taken from a run, by a callback of ggml's scheduler; ours from `graph dump`. Nodes that compute nothing,
-views and their like, are left out. Exit code 1 where a name or an op differs.
+views and their like, are left out, and where llama.cpp gives a node no name, ours may have one.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from difflib import SequenceMatcher
 from itertools import zip_longest
 
 from _engines import add_common_options, model_path, run_tool, say, start_llama, write_json, write_table
@@ -20,6 +22,12 @@ from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
 from pyggml_repkv.memory.config import MemoryConfig
 
 NO_WORK = {"none", "view", "reshape", "permute", "transpose"}
+# Name and op.
+Node = tuple[str, str]
+
+# What ggml describes more closely than it names.
+DESCRIBED = {"swiglu": "glu"}
+UNNAMED = re.compile(r"node_\d+")
 HEADER = ("llama.cpp", "op", "--exact-graph", "op", "")
 
 
@@ -42,27 +50,38 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def our_nodes(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Name and op of each node that computes."""
+def our_nodes(args: argparse.Namespace) -> list[Node]:
     memory = MemoryConfig(n_ctx=256, n_batch=args.tokens, flash_attn=args.flash_attn == "on")
     phase = "decode" if args.tokens == 1 else "prefill"
     with BuiltGraph(args.model, Wanted(phase, memory, n_threads=args.threads, exact=True)) as graph:
         return [(t.name, t.op) for t in graph.snapshot().nodes if t.op not in NO_WORK]
 
 
-def llama_nodes(args: argparse.Namespace) -> list[tuple[str, str]]:
+def llama_nodes(args: argparse.Namespace) -> list[Node]:
     with ExitStack() as stack:
         engine = start_llama(stack, "llama.cpp", args)
         reply = engine.ask("node_names", tokens=[1] * args.tokens, flash_attn=args.flash_attn == "on")
-    return [(name, op.lower()) for name, op in reply["nodes"] if op.lower() not in NO_WORK]
+    nodes = [(name, DESCRIBED.get(op.lower(), op.lower())) for name, op in reply["nodes"]]
+    return [(name, op) for name, op in nodes if op not in NO_WORK]
+
+
+def same(theirs: Node, ours: Node) -> bool:
+    """A node without a name of its own is told by its op and place."""
+    return theirs[1] == ours[1] and (theirs[0] == ours[0] or bool(UNNAMED.fullmatch(theirs[0])))
+
+
+def aligned(theirs: list[Node], ours: list[Node]) -> Iterator[tuple[str, ...]]:
+    """Rows of HEADER: what only one of them has stands alone."""
+    ops = [op for _, op in theirs], [op for _, op in ours]
+    for _, a0, a1, b0, b1 in SequenceMatcher(None, *ops, autojunk=False).get_opcodes():
+        for a, b in zip_longest(theirs[a0:a1], ours[b0:b1], fillvalue=("", "")):
+            yield (*a, *b, "" if same(a, b) else "differs")
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     ours, theirs = our_nodes(args), llama_nodes(args)
-    rows = [
-        (*a, *b, "" if a == b else "differs") for a, b in zip_longest(theirs, ours, fillvalue=("", ""))
-    ]  # fmt: skip
+    rows = list(aligned(theirs, ours))
     n_off = sum(bool(row[-1]) for row in rows)
     if args.json:
         write_json({"llama.cpp": theirs, "ours": ours, "differ": n_off})

@@ -101,6 +101,10 @@ class Qwen2Graph:
         q, k = g.rope_neox(q, positions, self.rope), g.rope_neox(k, positions, self.rope)
         for x, (name, _) in zip((q, k, v), heads, strict=True):
             cb(x, name, il)
+        if not self.weights.joins:
+            # The order in which llama.cpp's graph has them.
+            for x in (q, v, k):
+                g.expand(x)
         return q, k, v
 
     def ffn(self, cur: Tensor, layer: LayerWeights, il: int) -> Tensor:

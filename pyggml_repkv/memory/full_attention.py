@@ -47,7 +47,7 @@ class _MaskedAttention(UnobservedStep, ABC):
             self._mask = self._g.input(self.mask_type, (self._n_tokens, self._n_kv), "kq_mask")
         k_arena, v_arena = self._write(k, v, layer)
         q = self._g.swap_rows_and_heads(q)  # [H, T, d]
-        return self._weigh(q, self._heads(k_arena), v_arena)
+        return self._weigh(q, self._heads(k_arena), v_arena, layer)
 
     def store(self, k: Tensor, v: Tensor, layer: int) -> None:
         self._write(k, v, layer)
@@ -74,7 +74,7 @@ class _MaskedAttention(UnobservedStep, ABC):
             mask[t, n_past : n_past + t + 1] = 0
 
     @abstractmethod
-    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor, layer: int) -> Tensor:
         """q [H, T, d], keys [K, n_kv, d] -> [T, H * d]."""
 
     def _write(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class FlashAttention(_MaskedAttention):
 
     mask_type = g.GGML_TYPE_F16
 
-    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor, layer: int) -> Tensor:
         config = self._memory.config
         out = self._g.flash_attn(q, keys, self._heads(v_arena), self._mask, config.head_dim**-0.5)  # [T, H, d]
         return self._g.reshape(out, (self._n_tokens, config.n_embd_q))
@@ -130,15 +130,19 @@ class SoftmaxAttention(_MaskedAttention):
         column = self._g.reshape(arena, (g.ggml_nelements(arena), 1))
         return self._g.expand(self._g.set_rows(column, flat, self._elements))
 
-    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor) -> Tensor:
+    def _weigh(self, q: Tensor, keys: Tensor, v_arena: Tensor, layer: int) -> Tensor:
         config, n_cells = self._memory.config, self._memory.n_cells
         kq = self._g.linear(keys, q)  # [H, T, n_kv]
+        set_name(kq, "kq", layer)
         kq = self._g.softmax(kq, self._mask, config.head_dim**-0.5)
+        set_name(kq, "kq_soft_max", layer)
         value_bytes = g.ggml_element_size(v_arena)
         strides = (value_bytes * n_cells * config.head_dim, value_bytes * n_cells)
         values = self._g.view(v_arena, (config.n_head_kv, config.head_dim, self._n_kv), strides, 0)  # [K, d, n_kv]
         kqv = self._g.linear(values, kq)  # [H, T, d]
+        set_name(kqv, "kqv", layer)
         kqv = self._g.contiguous(self._g.swap_rows_and_heads(kqv))  # [T, H, d]
+        set_name(kqv, "kqv_out", layer)
         return self._g.reshape(kqv, (self._n_tokens, config.n_embd_q))
 
 

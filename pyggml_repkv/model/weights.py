@@ -67,7 +67,7 @@ class Weights:
     """All tensors of a checked file (see `check_tensors`), kept alive together with the memory map.
 
     `repacked` says whether any matrix was copied into a layout of ggml's; such a matrix can only be multiplied by
-    ggml's own node, so the fused decode ops are not used then.
+    ggml's own node, so the fused decode ops are not used then. `joins` says whether matrices may be joined.
     """
 
     def __init__(self, file: GGUFFile, config: ModelConfig, *, repack: bool, join: bool) -> None:
@@ -76,6 +76,7 @@ class Weights:
         self._map = Buffer.over(file.data)
         self._buffers: list[Buffer] = []
         self._repacker = Repacker() if repack else None
+        self.joins = join
         self.repacked = False
         self.repacked_bytes = 0
         # Of the file, what is never read again since it was repacked.
