@@ -71,20 +71,19 @@ def _add_prompt(group: Any) -> None:
 def trace(args: argparse.Namespace) -> int:
     """Reads --depth tokens, then traces steps after them."""
     from pyggml_repkv.inspect.peak import measure_peak
-    from pyggml_repkv.inspect.recorder import N_WARM, trace_steps
+    from pyggml_repkv.inspect.recorder import n_traced_tokens, trace_steps
     from pyggml_repkv.inspect.trace import chrome_trace
 
     args.quiet = True
     size = 1 if args.phase == "decode" else args.batch_size
-    sizes = [size] * 2 * (N_WARM + args.n)
-    n_needed = args.depth + sum(sizes)
+    n_needed = args.depth + n_traced_tokens(size, args.n)
     with load_model(args) as model, progress.notices(quiet=True):
         tokens = _tokens(args, model, n_needed)
         memory = memory_config(args, args.ctx_size or (n_needed if args.kv == "full" else 0))
         with model.session(memory) as session:
             if args.depth:
                 session.read(tokens[: args.depth])
-            done = trace_steps(session, memory, tokens[args.depth :], sizes, args.n)
+            done = trace_steps(session, memory, tokens[args.depth :], size, args.n)
         peak = None if args.no_peak else measure_peak(model.backend)
     if args.output:
         output.write_file(args.output, json.dumps(chrome_trace(done.steps)))

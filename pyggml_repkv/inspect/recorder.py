@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import fnmatch
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,11 +51,23 @@ class Traced:
     traced_us: list[float]
 
 
-def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], sizes: Sequence[int], n: int) -> Traced:
-    """Reads steps of `sizes` tokens: N_WARM, then n without and n with a tracer. Raises as Session does."""
+def n_rounds(size: int, n: int) -> int:
+    """In how many portions n steps of a size are taken: a machine's speed drifts from one second to the next."""
+    return min(4, n) if size == 1 else 1
+
+
+def n_traced_tokens(size: int, n: int) -> int:
+    """How many tokens `trace_steps` reads."""
+    return 2 * size * (N_WARM * n_rounds(size, n) + n)
+
+
+def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], size: int, n: int) -> Traced:
+    """Reads `n_traced_tokens` tokens in steps of one size: in turn some without and some with a tracer, n of each, and
+    before each portion N_WARM steps that do not count. Raises as Session does.
+    """
     at = 0
 
-    def step(size: int) -> tuple[int, int]:
+    def step() -> tuple[int, int]:
         nonlocal at
         chunk = tokens[at : at + size]
         at += size
@@ -66,37 +78,45 @@ def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], s
             session.read(chunk)
         return begin, time.monotonic_ns()
 
-    spans, tracer = [], NodeTracer()
-    plain = [step(size) for size in sizes[: N_WARM + n]][N_WARM:]
-    policy = session.policy
+    plain: list[float] = []
+    steps: list[TracedStep] = []
+    first = time.monotonic_ns()
+    rounds = n_rounds(size, n)
+    for i in range(rounds):
+        # Plans are built anew for a tracer, and for none.
+        n_now = n // rounds + (i < n % rounds)
+        plain += [(end - begin) / 1e3 for begin, end in [step() for _ in range(N_WARM + n_now)][N_WARM:]]
+        steps += _trace_some(session, memory, step, n_now, first)
+    return Traced(steps, plain, [step.end - step.begin for step in steps])
+
+
+def _trace_some(
+    session: Session, memory: MemoryConfig, step: Callable[[], tuple[int, int]], n: int, first: int
+) -> list[TracedStep]:
+    tracer, policy, spans = NodeTracer(), session.policy, []
     disk = policy.disk if isinstance(policy, RepKVMemory) else None
     with session.traced(tracer), disk.store.trace() if disk else nullcontext(_NO_EVENTS) as events:
-        for i, size in enumerate(sizes[N_WARM + n :]):
-            spans.append((session.n_past, size, *step(size)))
-            if i < N_WARM:
-                # A plan that was built for the tracer is slower the first time, too.
-                tracer.steps.clear()
-                spans.clear()
-    first = spans[0][2]
+        for _ in range(N_WARM + n):
+            n_past = session.n_past
+            spans.append((n_past, *step()))
     steps = []
-    for trace, (n_past, size, begin, end) in zip(tracer.steps, spans, strict=True):
+    for trace, (n_past, begin, end) in list(zip(tracer.steps, spans, strict=True))[N_WARM:]:
+        n_tokens = trace.plan.key.shape.n_tokens
         about = {
             "policy": memory.kv,
             "form": trace.plan.key.shape.form,
-            "n_tokens": size,
+            "n_tokens": n_tokens,
             "n_past": n_past,
             "n_layer": session.config.n_layer,
         }
         snapshot = take_snapshot(
-            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, size),
+            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, n_tokens),
             hook_points_of(trace.plan.attention), session.compute_bytes,
         )  # fmt: skip
         times = ((tracer.times(trace) - first) / 1e3).tolist()
-        mine = [
-            _shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end
-        ]  # fmt: skip
+        mine = [_shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end]
         steps.append(TracedStep(snapshot, times, (begin - first) / 1e3, (end - first) / 1e3, mine))
-    return Traced(steps, [(b - a) / 1e3 for a, b in plain], [(b - a) / 1e3 for _, _, a, b in spans])
+    return steps
 
 
 def _shifted(event: Event, first_ns: int) -> Event:

@@ -9,7 +9,7 @@ import pytest
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.inspect.recorder import N_WARM, record_tensors, trace_steps
+from pyggml_repkv.inspect.recorder import n_traced_tokens, record_tensors, trace_steps
 from pyggml_repkv.inspect.trace import chrome_trace, rows
 from pyggml_repkv.memory.config import MemoryConfig
 
@@ -39,13 +39,12 @@ DISK = replace(REPKV, kv_ram=2**20, prefetch="both")
 @pytest.mark.parametrize("size", [1, 8, 40])
 def test_a_traced_step_is_the_same_step(model, memory, size):
     n = 3
-    sizes = [size] * 2 * (N_WARM + n)
     with model.session(memory) as traced, model.session(memory) as plain:
         for session in (traced, plain):
             session.read(TOKENS[:110])
-        done = trace_steps(traced, memory, TOKENS[110:], sizes, n)
+        done = trace_steps(traced, memory, TOKENS[110:], size, n)
         n_read = traced.n_past - plain.n_past
-        assert n_read == sum(sizes)
+        assert n_read == n_traced_tokens(size, n)
         for first in range(110, 110 + n_read, size):
             plain.read(TOKENS[first : first + size])
         assert np.array_equal(traced.decode(7), plain.decode(7))
