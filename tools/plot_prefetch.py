@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -85,6 +86,8 @@ def _traced(session: Session, step: Any) -> list[Event]:
     assert session.policy.disk is not None
     with session.policy.disk.store.trace() as events:
         step()
+    done = 1e3 * time.monotonic()
+    events.append(Event("end", -1, -1, ahead=False, begin_ms=done, end_ms=done))
     start = min(e.begin_ms for e in events)
     return [replace(e, begin_ms=e.begin_ms - start, end_ms=e.end_ms - start) for e in events]
 
@@ -111,12 +114,12 @@ def _draw(path: str, traces: dict[str, list[Event]]) -> None:
     colours = [pyplot.get_cmap("tab10")(i) for i in (0, 1, 2, 4, 9)]
     for axis, (title, events) in zip(axes, traces.items(), strict=True):
         groups = _asked_together([e for e in events if e.kind == "selected"])
-        for now, following in zip(groups, [*groups[1:], None], strict=True):
-            left = now[0].begin_ms
-            width = following[0].begin_ms - left if following else 0
-            axis.barh(0, width, left=left, color=colours[now[0].layer % 5], height=0.9, linewidth=0)
-            if len(now) > 1:
-                axis.text(left + width / 2, 0, f"from {now[0].layer}", ha="center", va="center", color="white")
+        ends = [group[0].begin_ms for group in groups[1:]] + [e.end_ms for e in events if e.kind == "end"]
+        for group, end in zip(groups, ends, strict=True):
+            left, first, last = group[0].begin_ms, group[0].layer, group[-1].layer
+            axis.barh(0, end - left, left=left, color=colours[first % 5], height=0.9, linewidth=0)
+            if len(group) > 1:
+                axis.text((left + end) / 2, 0, f"layers {first} to {last}", ha="center", va="center", color="white")
         for wait in (e for e in events if e.kind == "wait"):
             axis.barh(0, wait.end_ms - wait.begin_ms, left=wait.begin_ms, color="black", height=0.4, linewidth=0)
         lanes: list[float] = []

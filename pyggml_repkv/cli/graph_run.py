@@ -103,7 +103,10 @@ def _write_page(args: argparse.Namespace, done: Traced) -> None:
 
     snapshot = done.steps[-1].snapshot
     about = {"model": Path(args.model or "demo model").name, "phase": args.phase, **snapshot.about}
-    output.write_file(args.html, as_page(replace(snapshot, about=about, by_id={}), node_times(done.steps)))
+    # Of this graph: the buffer itself was made for the largest.
+    needed = max(t.offset + t.bytes for t in snapshot.nodes if t.buffer == "compute")
+    shown = replace(snapshot, about=about, compute_bytes=needed, by_id={})
+    output.write_file(args.html, as_page(shown, node_times(done.steps)))
 
 
 def _tokens(args: argparse.Namespace, model: Model, n_needed: int) -> list[int]:

@@ -111,7 +111,7 @@ def _trace_some(
         }
         snapshot = take_snapshot(
             tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, n_tokens),
-            hook_points_of(trace.plan.attention), session.compute_bytes,
+            hook_points_of(trace.plan.attention),
         )  # fmt: skip
         times = ((tracer.times(trace) - first) / 1e3).tolist()
         mine = [_shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end]
