@@ -33,7 +33,7 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/g
 	@wheel="$$($(BIN)/python vendor/ggml/ggml_wheel.py)" && \
 	  echo "installing pyggml_repkv and its dependencies into $(VENV)" >&2 && \
 	  $(PIP) install -qq --no-deps --force-reinstall "$$wheel"
-	@$(PIP) install -qq -e '.[test,lint]'
+	@$(PIP) install -qq -e '.[test,lint,plot]'
 	@touch "$@"
 
 # A document longer than the demo model was trained for, and a question whose answer stands near its start.

@@ -1,36 +1,48 @@
-"""`eval`: does the memory find what it should?"""
+"""`eval`: does the memory find what it should, and how well does it predict?"""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
-from pyggml_repkv.cli.parser import HelpFormatter, integer
+from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.cli.run import load_model, memory_config
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.eval.retrieval_tasks import TASKS as RETRIEVAL
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
-    from pyggml_repkv.eval.passkey import PasskeyResult
+    from pyggml_repkv.eval.results_file import ResultsFile
+    from pyggml_repkv.eval.retrieval import Asked, RetrievalResult
 
 MAX_LENGTH = 2**20
 
 # Steps that recall looks at: the last chunks of the text, and tokens after them.
 N_CHUNKS, N_DECODE = 2, 48
 
+Result = dict[str, Any]
+
 TASKS = {
-    "passkey": "a five-digit key hidden in a long text",
+    **{name: task.what for name, task in RETRIEVAL.items()},
     "recall": "how much of the attention to older tokens the selected blocks hold, on a text of yours",
+    "perplexity": "how well a text of yours is predicted: llama-perplexity's number, or by position with --lengths",
+    "fidelity": "how far the next-token distribution is from that of --kv full, by position, on a text of yours",
 }
+NEED_TEXT = ("recall", "perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
 EXAMPLES = """
 examples:
-  %(prog)s passkey --lengths 4096,16384 --depths 10 --kv repkv
-  %(prog)s passkey --lengths 6000 --depths 5 --text book.txt --json
+  %(prog)s passkey --lengths 4096,16384 --depths 10 --kv full,window,repkv --png keys.png
+  %(prog)s niah --lengths 6000 --depths 5 --text book.txt --kv repkv --out niah.jsonl
+  %(prog)s perplexity --text book.txt -c 2048
+  %(prog)s perplexity --text book.txt --lengths 32768 --kv window,repkv
+  %(prog)s fidelity --text book.txt --lengths 8192 --kv repkv --n-dense 0
   %(prog)s recall --lengths 6200 --text book.txt --kv repkv --positions far --block fixed:64
 """
 
@@ -40,8 +52,8 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "eval",
         usage="%(prog)s TASK [options]",
-        description="Measures what a KV memory retrieves.\n\ntasks:\n"
-        + "\n".join(f"  {name:10s}{what}" for name, what in TASKS.items()),
+        description="Measures what a KV memory retrieves and predicts.\n\ntasks:\n"
+        + "\n".join(f"  {name:11s}{what}" for name, what in TASKS.items()),
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -51,21 +63,26 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--lengths",
         metavar="N,...",
         type=_integers(256, MAX_LENGTH),
-        default=[4096],
-        help="prompt lengths in tokens (default: 4096)",
+        help="prompt lengths in tokens (default: 4096); perplexity and fidelity: how much of the text is read",
     )
     group.add_argument(
         "--depths",
         metavar="N",
         type=integer(1, 1000),
         default=5,
-        help="passkey: evenly spaced depths (default: %(default)s)",
+        help="retrieval: evenly spaced depths (default: %(default)s)",
     )
     group.add_argument(
-        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="passkey: of the keys (default: %(default)s)"
+        "--seed",
+        metavar="N",
+        type=integer(0, MAX_SEED),
+        default=1,
+        help="retrieval: of the keys (default: %(default)s)",
     )
     group.add_argument(
-        "--text", metavar="FILE", help="passkey: the haystack (default: the usual filler); recall: the text"
+        "--text",
+        metavar="FILE",
+        help=f"the haystack (default: the usual filler), or the text; needed by {', '.join(NEED_TEXT)}",
     )
     group.add_argument(
         "--blocks",
@@ -74,54 +91,161 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         default=[4, 8, 16],
         help="recall: how many of the ranking's first blocks are judged (default: 4,8,16)",
     )
+    group.add_argument(
+        "--stretch",
+        metavar="N",
+        type=integer(64, MAX_LENGTH),
+        default=2048,
+        help="perplexity, fidelity: tokens judged together (default: %(default)s)",
+    )
+    group.add_argument(
+        "--out", metavar="FILE", type=filled_text, help="retrieval: append results as JSON lines; what is there is kept"
+    )
+    group.add_argument("--png", metavar="FILE", type=filled_text, help="retrieval: write a picture, length by depth")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     add_model_options(parser)
-    add_context_options(parser)
+    add_context_options(parser, several=True)
     add_memory_options(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints results as they come, then a summary."""
     text = read_text_file(args.text, "--text") if args.text else None
-    if args.task == "recall" and text is None:
-        raise InputError("recall needs a text: --text FILE")
-    if args.task == "recall" and args.kv != "repkv":
-        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {args.kv}")
+    if args.task in NEED_TEXT and text is None:
+        raise InputError(f"{args.task} needs a text: --text FILE")
+    if args.task not in RETRIEVAL and (args.out or args.png):
+        raise InputError(f"--out and --png are for {', '.join(RETRIEVAL)}; {args.task} has no use for them")
+    policies: list[str] = args.kv
+    if args.task == "recall" and policies != ["repkv"]:
+        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {','.join(policies)}")
+    if args.task == "fidelity" and "full" in policies:
+        raise InputError("fidelity compares with --kv full: give --kv repkv, or another")
     args.quiet = args.json
+    # One that any of the policies needs is what all of them get: weights as in the file.
+    args.kv = next((kv for kv in policies if kv != "full"), "full")
+    tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
     with load_model(args) as model, progress.notices(quiet=True):
-        done = _passkey(args, model, text) if args.task == "passkey" else _recall(args, model, text or "")
+        done = tasks.get(args.task, _retrieval)(args, model, policies, text)
     if args.json:
         output.write(json.dumps({**done, "peak_rss_bytes": report.peak_rss_bytes()}) + "\n")
     return 0
 
 
-def _passkey(args: argparse.Namespace, model: Model, text: str | None) -> dict[str, object]:
-    from pyggml_repkv.eval.passkey import run_passkey, summary
+def _memories(args: argparse.Namespace, policies: list[str], n_ctx: int) -> Iterator[tuple[str, Any]]:
+    for name in policies:
+        args.kv = name
+        yield name, memory_config(args, args.ctx_size or n_ctx)
 
-    n_ctx = args.ctx_size or (max(args.lengths) + 64)
-    results = []
-    for result in run_passkey(model, memory_config(args, n_ctx), args.lengths, args.depths, args.seed, text):
-        results.append(result)
-        if not args.json:
-            output.write(_line(result))
+
+def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
+    from pyggml_repkv.eval.results_file import ResultsFile
+    from pyggml_repkv.eval.retrieval import questions, summary
+
+    lengths = args.lengths or [4096]
+    file = ResultsFile(args.out) if args.out else None
+    results: list[RetrievalResult] = []
+    for _, memory in _memories(args, policies, max(lengths) + 64):
+        for asked in questions(lengths, args.depths):
+            result = _answer(args, model, memory, asked, text, file)
+            results.append(result)
+            if not args.json:
+                output.write(_line(result))
+    done = summary(results)
     if not args.json:
-        for length in args.lengths:
-            hits = [r.found for r in results if r.n_tokens == length]
-            output.write(f"{length} tokens: {sum(hits)} of {len(hits)} found\n")
-    return summary(results)
+        for kv, by_length in done["found"].items():
+            for length, (n_found, n) in by_length.items():
+                output.write(f"{kv}  {length} tokens: {n_found} of {n} found\n")
+    if args.png:
+        from pyggml_repkv.eval.heat_map import draw_heat_map
+
+        draw_heat_map(args.png, results)
+    return done
 
 
-def _recall(args: argparse.Namespace, model: Model, text: str) -> dict[str, object]:
+def _answer(
+    args: argparse.Namespace, model: Model, memory: Any, asked: Asked, text: str | None, file: ResultsFile | None
+) -> RetrievalResult:
+    from pyggml_repkv.eval.retrieval import RetrievalResult, run_retrieval
+
+    settings = {
+        "task": args.task,
+        "model": model.fingerprint,
+        "memory": asdict(memory),
+        "asked": asdict(asked),
+        "seed": args.seed,
+        "text": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+    }
+    known = file.get(settings) if file is not None else None
+    if known is not None:
+        try:
+            return RetrievalResult(**known)
+        except TypeError:
+            raise InputError(f"--out {args.out} holds results of another version: give another file") from None
+    (result,) = run_retrieval(model, memory, args.task, [asked], args.seed, text)
+    if file is not None:
+        file.add(settings, asdict(result))
+    return result
+
+
+def _perplexity(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
+    from pyggml_repkv.eval.likelihood import chunk_perplexity
+
+    if args.lengths:
+        return _by_position(args, model, policies, text or "")
+    tokens = model.tokenizer.encode(text or "")
+    n_chunk = args.ctx_size or min(512, model.config.n_ctx_train)
+    done: Result = {"task": "perplexity", "text": args.text, "chunk_tokens": n_chunk, "perplexity": {}}
+    for name, memory in _memories(args, policies, n_chunk):
+        for i, (n_judged, perplexity) in enumerate(chunk_perplexity(model, memory, tokens, n_chunk), 1):
+            if not args.json:
+                output.write(f"{name}  chunk {i:4d} of {len(tokens) // n_chunk}  perplexity {perplexity:.4f}\n")
+            done["perplexity"][name] = {"tokens": n_judged, "value": perplexity}
+    return done
+
+
+def _fidelity(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
+    return _by_position(args, model, policies, text or "")
+
+
+def _by_position(args: argparse.Namespace, model: Model, policies: list[str], text: str) -> Result:
+    from pyggml_repkv.eval.likelihood import stretches
+
+    compares = args.task == "fidelity"
+    (length,) = _one_length(args, model.config.n_ctx_train)
+    tokens = model.tokenizer.encode(text)
+    if length > len(tokens):
+        raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
+    full = next(memory for _, memory in _memories(args, ["full"], length)) if compares else None
+    done: Result = {"task": args.task, "text": args.text, "stretches": {}}
+    for name, memory in _memories(args, policies, length):
+        found = []
+        for s in stretches(model, memory, tokens[:length], args.stretch, full):
+            found.append(asdict(s))
+            if not args.json:
+                more = f"  KL {s.kl:.5f}  same top-1 {100 * (s.top1 or 0):5.1f} %" if s.kl is not None else ""
+                output.write(f"{name}  tokens {s.begin:7d} to {s.end:7d}  NLL {s.nll:.4f}{more}\n")
+        done["stretches"][name] = found
+    return done
+
+
+def _one_length(args: argparse.Namespace, default: int) -> list[int]:
+    lengths: list[int] = args.lengths or [default]
+    if len(lengths) > 1:
+        raise InputError(f"{args.task} reads the text once: give one of --lengths {','.join(map(str, lengths))}")
+    return lengths
+
+
+def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | None) -> Result:
     from pyggml_repkv.eval.recall import run_recall, summary
 
-    tokens = model.tokenizer.encode(text)
-    done: dict[str, object] = {"task": "recall", "text": args.text, "lengths": {}}
-    for length in args.lengths:
+    tokens = model.tokenizer.encode(text or "")
+    done: Result = {"task": "recall", "text": args.text, "lengths": {}}
+    for length in args.lengths or [4096]:
         if length > len(tokens):
             raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
         memory = memory_config(args, args.ctx_size or length)
         shares = summary(list(run_recall(model, memory, tokens[:length], args.blocks, N_CHUNKS, N_DECODE)))
-        done["lengths"] = {**dict(done["lengths"]), str(length): shares}  # type: ignore[call-overload]
+        done["lengths"][str(length)] = shares
         if args.json:
             continue
         output.write(f"{length} tokens   blocks  of the best  of all  (of the best, mean of layers)\n")
@@ -134,7 +258,7 @@ def _recall(args: argparse.Namespace, model: Model, text: str) -> dict[str, obje
     return done
 
 
-def _line(result: PasskeyResult) -> str:
+def _line(result: RetrievalResult) -> str:
     found = "found" if result.found else "LOST "
     rate = 1e3 * result.n_tokens / result.prompt_ms
     return (

@@ -44,8 +44,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_context_options(parser: argparse.ArgumentParser) -> None:
-    """-c, -b and the KV memory."""
+def add_context_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """-c, -b and the KV memory; several: a list of policies, separated by commas."""
     group = parser.add_argument_group("context")
     group.add_argument(
         "-c",
@@ -65,10 +65,11 @@ def add_context_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kv",
-        metavar="POLICY",
-        type=_policy,
+        metavar="POLICY,..." if several else "POLICY",
+        type=_policies if several else _policy,
         default="full",
-        help=f"KV memory policy: {', '.join(KV_POLICIES)}, or NAME.py, a file with your own (default: %(default)s)",
+        help=f"KV memory {'policies' if several else 'policy'}: {', '.join(KV_POLICIES)}, or NAME.py, a file with your "
+        "own (default: %(default)s)",
     )
     group.add_argument(
         "-fa",
@@ -177,6 +178,13 @@ def _policy(name: str) -> str:
     if name in KV_POLICIES or name.endswith(".py"):
         return name
     raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KV_POLICIES)} and no file NAME.py")
+
+
+def _policies(text: str) -> list[str]:
+    names = [_policy(name) for name in text.split(",")]
+    if len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+    return names
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

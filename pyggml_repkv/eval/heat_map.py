@@ -1,0 +1,48 @@
+"""Retrieval over length and depth as a picture: one panel for each policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.eval.retrieval import RetrievalResult
+
+
+def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
+    """Raises InputError without matplotlib, or for a format that it does not know."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--png: matplotlib is not installed: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    policies = list(dict.fromkeys(r.kv for r in results))
+    lengths, depths = sorted({r.length for r in results}), sorted({r.depth for r in results})
+    size = 2.2 + 0.9 * len(lengths), 1.6 + 0.32 * len(depths)
+    figure, axes = pyplot.subplots(
+        1, len(policies), figsize=(size[0] * len(policies), size[1]), squeeze=False, sharey=True, layout="constrained"
+    )
+    image = None
+    for axis, policy in zip(axes[0], policies, strict=True):
+        share = {(r.length, r.depth): r.share for r in results if r.kv == policy}
+        # What was not asked stays empty.
+        grid = [[share.get((n, d), float("nan")) for n in lengths] for d in depths]
+        image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        n_found = sum(r.found for r in results if r.kv == policy)
+        axis.set_title(f"{policy}: {n_found} of {sum(r.kv == policy for r in results)}")
+        axis.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], rotation=30, ha="right")
+        axis.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths])
+        axis.set_xlabel("tokens")
+    axes[0][0].set_ylabel("depth")
+    figure.suptitle(results[0].task)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label="share of the answer")
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise RepkvError(f"--png {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--png {path}: {error}") from None
+    finally:
+        pyplot.close(figure)

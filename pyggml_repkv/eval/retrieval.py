@@ -1,0 +1,115 @@
+"""Asks the questions of retrieval_tasks.py, at every length and depth, and keeps what was answered."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.eval.retrieval_tasks import FILLER, TASKS, build_json_prompt, build_prompt, pairs
+from pyggml_repkv.memory.config import MemoryConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalResult:
+    """One question. length: what was asked for, n_tokens: of the prompt; share: how much of what was expected stands at
+    the beginning of the answer, 1 where it is found anywhere; times of the prompt and of one decoded token.
+    """
+
+    task: str
+    kv: str
+    length: int
+    n_tokens: int
+    depth: float
+    expected: str
+    answer: str
+    found: bool
+    share: float
+    prompt_ms: float
+    decode_ms: float
+    kv_stats: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Which question: depth_index of n_depths evenly spaced ones."""
+
+    length: int
+    depth_index: int
+    n_depths: int
+
+    @property
+    def depth(self) -> float:
+        return (self.depth_index + 0.5) / self.n_depths
+
+
+def questions(lengths: Sequence[int], n_depths: int) -> list[Asked]:
+    return [Asked(length, i, n_depths) for length in lengths for i in range(n_depths)]
+
+
+def prompt_of(
+    model: Model, task: str, asked: Asked, seed: int, text: str | None
+) -> tuple[list[int], str, int]:  # fmt: skip
+    """-> token ids, what is expected, and in how many tokens. The same for every policy: only the seed, length and
+    depth decide. text: the haystack, repeated where it is too short; None is the classic filler.
+    """
+    encode = model.tokenizer.encode
+    rng = np.random.default_rng([seed, asked.length, asked.depth_index])
+    question = TASKS[task].make(rng, asked.depth)
+    if task == "kv":
+        prompt = build_json_prompt(encode, question, asked.length, pairs(rng))
+    else:
+        prompt = build_prompt(encode, question, asked.length, encode(text or FILLER))
+    return prompt, question.expected, question.n_answer
+
+
+def run_retrieval(
+    model: Model, memory: MemoryConfig, task: str, asked: Sequence[Asked], seed: int, text: str | None = None
+) -> Iterator[RetrievalResult]:
+    """Raises InputError for a length without room for the question."""
+    for each in asked:
+        prompt, expected, n_answer = prompt_of(model, task, each, seed, text)
+        with model.session(memory) as session:
+            start = time.perf_counter()
+            logits = session.prefill(prompt)
+            read = time.perf_counter()
+            tokens = []
+            for _ in range(n_answer):
+                tokens.append(int(logits.argmax()))
+                logits = session.decode(tokens[-1])
+            done = time.perf_counter()
+            answer = model.tokenizer.decode(tokens)
+            found = expected in answer
+            yield RetrievalResult(
+                task=task,
+                kv=memory.kv,
+                length=each.length,
+                n_tokens=len(prompt),
+                depth=each.depth,
+                expected=expected,
+                answer=answer,
+                found=found,
+                share=1.0 if found else common_prefix(answer.lstrip(), expected) / len(expected),
+                prompt_ms=1e3 * (read - start),
+                decode_ms=1e3 * (done - read) / n_answer,
+                kv_stats=session.stats(),
+            )
+
+
+def common_prefix(a: str, b: str) -> int:
+    """How many characters two texts begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def summary(results: Sequence[RetrievalResult]) -> dict[str, Any]:
+    """What `--json` prints: found [n, of] by policy and length, and every result."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for r in results:
+        counts = found.setdefault(r.kv, {}).setdefault(str(r.length), [0, 0])
+        counts[0] += r.found
+        counts[1] += 1
+    return {"task": results[0].task if results else "", "found": found, "results": [asdict(r) for r in results]}

@@ -1,0 +1,141 @@
+"""Retrieval tasks: exact lengths, each needle once in its place, results that are kept, and the command line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from pyggml_repkv.cli.main import main
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.eval.results_file import ResultsFile
+from pyggml_repkv.eval.retrieval import Asked, common_prefix, prompt_of, questions
+from pyggml_repkv.eval.retrieval_tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def model(demo_model):
+    with Model.load(demo_model) as loaded:
+        yield loaded
+
+
+PROSE = " ".join(f"On day {i} the ship went on, and nobody saw land." for i in range(40))
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("n_tokens", [500, 4097])
+@pytest.mark.parametrize("index", [0, 3, 9])
+def test_the_prompt_has_its_length_and_the_answer_its_depth(model, task, n_tokens, index):
+    asked = Asked(n_tokens, index, 10)
+    prompt, expected, _ = prompt_of(model, task, asked, 1, PROSE)
+    text = model.tokenizer.decode(prompt)
+    if task == "kv":
+        assert n_tokens - 80 < len(prompt) <= n_tokens
+    else:
+        assert len(prompt) == n_tokens
+    assert 1 <= text.count(expected) <= 2
+    assert abs(text.index(expected) / len(text) - asked.depth) < 0.05 + 350 / len(text)
+    assert prompt_of(model, task, asked, 1, PROSE)[0] == prompt
+    assert prompt_of(model, task, asked, 2, PROSE)[1] != expected or task == "niah"
+
+
+def test_the_json_object_is_one_and_has_the_pair(model):
+    prompt, expected, _ = prompt_of(model, "kv", Asked(3000, 1, 4), 1, None)
+    text = model.tokenizer.decode(prompt)
+    pairs = json.loads(text[text.index("{") : text.index("}") + 1])
+    key = text.split('Key: "')[1].split('"')[0]
+    assert pairs[key] == expected
+    assert len(pairs) > 20
+
+
+def test_a_chain_leads_to_its_value(model):
+    prompt, expected, _ = prompt_of(model, "chain", Asked(1000, 0, 2), 1, None)
+    text = model.tokenizer.decode(prompt)
+    said = dict(line[4:-1].split(" = ") for line in text.splitlines() if line.startswith("VAR ") and " = " in line)
+    name = text.rsplit("The value of VAR ", 1)[1].removesuffix(" is")
+    steps = 0
+    while not (value := said[name]).isdigit():
+        name, steps = value.removeprefix("VAR "), steps + 1
+    assert (value, steps) == (expected, 2)
+
+
+def test_a_prompt_without_room_is_an_error(model):
+    for task in TASKS:
+        with pytest.raises(InputError, match="is too short"):
+            prompt_of(model, task, Asked(20, 0, 1), 1, PROSE)
+
+
+def test_how_much_of_an_answer_is_there():
+    assert common_prefix("31415", "31410") == 4
+    assert common_prefix("", "31410") == 0
+    assert common_prefix("314", "31410") == 3
+    assert [a.depth for a in questions([500], 2)] == [0.25, 0.75]
+
+
+@pytest.mark.parametrize("kv", ["full", "repkv"])
+def test_the_demo_model_finds_the_key(demo_model, capsys, kv):
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "1500", "--depths", "2", "--kv", kv, "--json"]
+    assert main([*argv, "--n-local", "256", "--n-score", "128", "--positions", "far", "--n-dense", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["found"] == {kv: {"1500": [2, 2]}}
+    blocks = [r["kv_stats"]["blocks"] for r in result["results"]]
+    assert all(n > 0 for n in blocks) == (kv == "repkv")
+    assert len({r["expected"] for r in result["results"]}) == 2
+    assert np.isfinite([r["decode_ms"] for r in result["results"]]).all()
+
+
+def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypatch):
+    out, png = tmp_path / "results.jsonl", tmp_path / "map.png"
+    argv = ["eval", "number", "-m", str(demo_model), "--lengths", "300,400", "--depths", "2", "--kv", "full,window"]
+    argv += ["--out", str(out), "--json"]
+    assert main([*argv, "--png", str(png)]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    lines = out.read_text().splitlines()
+    assert len(lines) == 8
+    # A crash in the middle of the last line: that one is asked again.
+    out.write_text("\n".join(lines)[:-40])
+    assert main(argv) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["found"] == first["found"]
+    assert again["results"][:7] == first["results"][:7]
+    assert len(out.read_text().splitlines()) == 8
+    monkeypatch.setattr(Model, "session", None)
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == again["results"]
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    for text in ("hello\n", '{"settings": {}}\n', "[1, 2]\n"):
+        (tmp_path / "x").write_text(text)
+        with pytest.raises(InputError, match="line 1 is no result"):
+            ResultsFile(str(tmp_path / "x"))
+    (tmp_path / "x").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not a text"):
+        ResultsFile(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["niah"], "niah needs a text"),
+        (["perplexity"], "perplexity needs a text"),
+        (["passkey", "--kv", "full,full"], "names one twice"),
+        (["passkey", "--kv", "full,other"], "'other' is none of"),
+        (["fidelity", "--text", "{text}"], "fidelity compares with --kv full"),
+        (["fidelity", "--text", "{text}", "--kv", "repkv", "--lengths", "300,400"], "give one of --lengths"),
+        (["perplexity", "--text", "{text}", "--out", "x"], "--out and --png are for passkey"),
+        (["recall", "--text", "{text}", "--kv", "repkv,window"], "recall looks at the blocks of --kv repkv"),
+        (["perplexity", "--text", "{text}", "--lengths", "9999"], "has only"),
+        (["perplexity", "--text", "{text}", "-c", "9999"], "one chunk takes 9999"),
+        (["passkey", "--lengths", "256", "--png", "{folder}/no/x.png"], "No such file"),
+        (["passkey", "--lengths", "256", "--out", "{folder}/no/x"], "No such file"),
+    ],
+)
+def test_wrong_flags_get_one_line(demo_model, tmp_path, capsys, argv, message):
+    (tmp_path / "text").write_text(PROSE)
+    argv = [a.format(text=tmp_path / "text", folder=tmp_path) for a in argv]
+    assert main(["eval", *argv, "-m", str(demo_model), "--depths", "1"]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err
+    assert "internal error" not in err
