@@ -232,7 +232,7 @@ class RepKVMemory(BoundedMemory):
                 self._index_block(block)
         for scores, values in zip(self.scores, state.scores, strict=True):
             scores[state.sealed_end : state.n_past] = values.reshape(-1, self.config.n_head_kv)
-        self._restore_kept(state.kept)
+        self._restore_kept(state.kept, state.n_past)
         for layer, blocks in enumerate(state.warm):
             self.disk.store.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
 
@@ -241,8 +241,8 @@ class RepKVMemory(BoundedMemory):
         """What the last token selected if that matters to the next one: int32 [n_layer, 1 or K, 1 + n], else empty."""
         return np.stack([kept[self._kept_half] for kept in self._kept]) if self._kept_half >= 0 else _NOTHING
 
-    def _restore_kept(self, selection: NDArray[np.int32]) -> None:
-        """Raises StoreError for what no step can have selected: C code takes it as it is."""
+    def _restore_kept(self, selection: NDArray[np.int32], n_past: int) -> None:
+        """Raises StoreError for what no step can have selected before n_past: C code takes it as it is."""
         self._kept_half = -1
         if not selection.size:
             return
@@ -250,7 +250,8 @@ class RepKVMemory(BoundedMemory):
         if selection.size != np.prod(shape):
             raise StoreError("what the last token selected is of another shape")
         counts = selection.reshape(shape)[..., 0]
-        if (counts != counts[0, 0]).any():
+        has_choice = self.blocks.n_blocks > self.n_select(n_past, 1)
+        if (counts != counts[0, 0]).any() or (counts[0, 0] > 0 and not has_choice):
             raise StoreError("what the last token selected is damaged")
         for kept, rows in zip(self._kept, selection.reshape(shape), strict=True):
             for n, *blocks in rows.tolist():

@@ -121,11 +121,13 @@ MEMORY = MemoryConfig(
 SMALL = slot_bytes(MEMORY) * 4
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
 @pytest.mark.parametrize("n_prompt", [300, 230])
-def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt):
+def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt, late):
     """Never a wrong logit from bad bytes: what cannot be read is computed again, and the log says so."""
-    with model.session(MEMORY) as here, model.session(replace(MEMORY, kv_ram=SMALL)) as there:
+    memory = replace(MEMORY, late=late)
+    with model.session(memory) as here, model.session(replace(memory, kv_ram=SMALL)) as there:
         want = read(here, n_prompt, 40)
         got = [there.prefill(TOKENS[:n_prompt]).copy()]
         there.policy.disk.store.flush()

@@ -152,6 +152,7 @@ def test_settings_that_cannot_be_are_refused(model, folder, settings, why):
         lambda kept: kept.tobytes()[:-3],
         lambda kept: np.where(np.arange(kept.size) == 0, 10**6, kept),  # how many
         lambda kept: np.where(np.arange(kept.size) == 0, -1, kept),
+        lambda kept: np.where(np.arange(kept.size) == 0, kept - 1, kept),  # not as many in all layers
         lambda kept: np.where(np.arange(kept.size) == 1, -1, kept),  # which
         lambda kept: np.where(np.arange(kept.size) == 1, 2**30, kept),
         lambda kept: np.where(np.arange(kept.size) == 2, 0, kept),
