@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 2**20
 
+# Tokens of context for the answer.
+ROOM = 64
+
 # Steps that recall looks at: the last chunks of the text, and tokens after them.
 N_CHUNKS, N_DECODE = 2, 48
 
@@ -144,8 +147,9 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
     lengths = args.lengths or [4096]
     file = ResultsFile(args.out) if args.out else None
     results: list[RetrievalResult] = []
-    for _, memory in _memories(args, policies, max(lengths) + 64):
-        for asked in questions(lengths, args.depths):
+    for asked in questions(lengths, args.depths):
+        # With a context of its own, so that a result does not depend on what else is asked.
+        for _, memory in _memories(args, policies, asked.length + ROOM):
             result = _answer(args, model, memory, asked, text, file)
             results.append(result)
             if not args.json:

@@ -9,6 +9,8 @@ from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
 
+_BEGINNING = '{"settings": '
+
 
 class ResultsFile:
     """What is there is kept, less a line that a crash cut off. Raises InputError for another kind of file."""
@@ -24,7 +26,11 @@ class ResultsFile:
                 self._found[_key(entry["settings"])] = dict(entry["result"])
             except (KeyError, TypeError, ValueError):
                 raise InputError(f"--out {name}: line {number} is no result; give a file that --out wrote") from None
-        if len(whole) != len(text):
+        rest = text[len(whole) :]
+        if rest:
+            # Whatever else it is, is not ours to drop.
+            if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+                raise InputError(f"--out {name}: its last line is no result; give a file that --out wrote")
             self._write(whole, "w")
 
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:

@@ -110,6 +110,13 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (tmp_path / "x").write_text(text)
         with pytest.raises(InputError, match="line 1 is no result"):
             ResultsFile(str(tmp_path / "x"))
+    (tmp_path / "x").write_text("a note without an end")
+    with pytest.raises(InputError, match="last line is no result"):
+        ResultsFile(str(tmp_path / "x"))
+    assert (tmp_path / "x").read_text() == "a note without an end"
+    (tmp_path / "x").write_text('{"sett')
+    ResultsFile(str(tmp_path / "x"))
+    assert (tmp_path / "x").read_text() == ""
     (tmp_path / "x").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not a text"):
         ResultsFile(str(tmp_path / "x"))
