@@ -69,18 +69,18 @@ class Backend(Handle):
         # Sessions of one model share the threads, ggml's work buffer and our scratch: one step at a time.
         self.lock = threading.Lock()
 
-    def compute(self, graph_address: Any) -> None:
-        """Runs a graph (`GraphContext.native_graph`).
+    def compute(self, graph_address: Any, trace: Any = native_ffi.NULL) -> None:
+        """Runs a graph (`GraphContext.native_graph`). trace: a struct repkv_node_trace that notes ggml's nodes.
 
         Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
         """
-        self._check(native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address))
+        self._check(native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address, trace))
 
-    def compute_scheduled(self, scheduler_address: Any, graph_address: Any) -> None:
+    def compute_scheduled(self, scheduler_address: Any, graph_address: Any, trace: Any = native_ffi.NULL) -> None:
         """The same through ggml's scheduler (`Scheduler`), which runs its eval callback between nodes."""
         self._check(
             native.repkv_compute_scheduled(
-                native_ffi.cast("void *", int(self.pointer)), scheduler_address, graph_address
+                native_ffi.cast("void *", int(self.pointer)), scheduler_address, graph_address, trace
             )
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
-from pyggml_repkv.ffi.library import native
+from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.ffi.scheduler import Scheduler
 from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
@@ -44,6 +44,9 @@ class Tracer(Protocol):
 
     def hook_of(self, plan: Plan) -> EvalHook | None:
         """What runs between the nodes of a plan instead of its own hook, which it calls."""
+
+    def native_trace_of(self, plan: Plan) -> Any:
+        """Where ggml's nodes are noted while it computes (a struct repkv_node_trace), or NULL."""
 
     def computed(self, plan: Plan) -> None:
         """Called after each compute of a plan."""
@@ -76,10 +79,12 @@ class Plan:
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
         self._tracer: Tracer | None = None
+        self._trace: Any = native_ffi.NULL
 
     def watch(self, tracer: Tracer) -> None:
         """From its first compute on."""
         self.hook, self._tracer = tracer.hook_of(self), tracer
+        self._trace = tracer.native_trace_of(self)
 
     def placed(self, backend: Backend) -> None:
         """Called when all tensors have their memory."""
@@ -95,11 +100,11 @@ class Plan:
 
     def _compute(self, backend: Backend) -> None:
         if self.hook is None or self.scheduler is None:
-            backend.compute(self.context.native_graph)
+            backend.compute(self.context.native_graph, self._trace)
             return
         self.hook.begin()
         try:
-            backend.compute_scheduled(self.scheduler.address, self.scheduler.graph)
+            backend.compute_scheduled(self.scheduler.address, self.scheduler.graph, self._trace)
         except ComputeError:
             self.hook.check()
             raise

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.ffi.library import g
+from pyggml_repkv.ffi.library import g, native_ffi
 from pyggml_repkv.ffi.scheduler import python_callback
 from pyggml_repkv.graph.plan import Plan
 from pyggml_repkv.inspect.cost import step_of
@@ -145,6 +145,10 @@ class TensorRecorder:
 
     def hook_of(self, plan: Plan) -> EvalHook:
         return _RecordingHook(self, plan)
+
+    def native_trace_of(self, plan: Plan) -> Any:
+        """What nodes hold is looked at, not when."""
+        return native_ffi.NULL
 
     def computed(self, plan: Plan) -> None:
         """Nothing to do: values were taken between nodes."""

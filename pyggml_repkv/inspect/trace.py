@@ -114,7 +114,8 @@ def roofline(steps: Sequence[TracedStep], peak: Peak) -> dict[str, float]:
 
 def chrome_trace(steps: Sequence[TracedStep]) -> dict[str, Any]:
     """For Perfetto or chrome://tracing: steps, layers, nodes, waits, and the reads of each thread one below another."""
-    events: list[dict[str, Any]] = [
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "pyggml_repkv"}}]
+    events += [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}
         for tid, name in ((1, "steps"), (2, "layers"), (3, "nodes"), (4, "waiting for blocks"))
     ]

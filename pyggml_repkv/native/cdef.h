@@ -37,8 +37,18 @@ int repkv_bind(const struct repkv_ggml_api *api);
 const char *repkv_last_log(void);
 void repkv_clear_log(void);
 
-int repkv_compute(void *backend, void *graph);
-int repkv_compute_scheduled(void *backend, void *scheduler, void *graph);
+struct repkv_node_time {
+    int64_t begin_ns, end_ns;
+};
+struct repkv_node_trace {
+    struct repkv_hooks *hooks;
+    struct repkv_node_time *times;
+    int32_t n_max;
+    int32_t n;
+    ...;
+};
+int repkv_compute(void *backend, void *graph, struct repkv_node_trace *trace);
+int repkv_compute_scheduled(void *backend, void *scheduler, void *graph, struct repkv_node_trace *trace);
 void repkv_request_abort(void);
 bool repkv_was_interrupted(void);
 
@@ -168,15 +178,6 @@ void repkv_hooks_begin(struct repkv_hooks *hooks);
 int repkv_hooks_end(struct repkv_hooks *hooks);
 void *repkv_eval_hook_address(void);
 
-struct repkv_node_time {
-    int64_t begin_ns, end_ns;
-};
-struct repkv_node_trace {
-    struct repkv_hooks *hooks;
-    struct repkv_node_time *times;
-    int32_t n_max;
-    int32_t n;
-};
 void *repkv_node_trace_hook_address(void);
 #define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...

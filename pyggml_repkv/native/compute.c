@@ -29,8 +29,9 @@ bool repkv_abort_requested(void) {
     return atomic_load_explicit(&abort_requested, memory_order_relaxed);
 }
 
-static bool should_abort(void *data) {
-    (void)data;
+/* Called by ggml's first thread, after each node. */
+static bool should_abort(void *trace) {
+    if (trace != NULL) repkv_node_trace_end(trace);
     return repkv_abort_requested();
 }
 
@@ -66,15 +67,19 @@ static int finish(int status) {
     return status;
 }
 
-int repkv_compute(void *backend, void *graph) {
+static void begin(void *backend, struct repkv_node_trace *trace) {
     enter();
-    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
+    repkv_ggml.set_abort_callback(backend, should_abort, trace);
+    if (trace != NULL) repkv_node_trace_begin(trace);
+}
+
+int repkv_compute(void *backend, void *graph, struct repkv_node_trace *trace) {
+    begin(backend, trace);
     return finish(repkv_ggml.graph_compute(backend, graph));
 }
 
-int repkv_compute_scheduled(void *backend, void *scheduler, void *graph) {
-    enter();
-    repkv_ggml.set_abort_callback(backend, should_abort, NULL);
+int repkv_compute_scheduled(void *backend, void *scheduler, void *graph, struct repkv_node_trace *trace) {
+    begin(backend, trace);
     return finish(repkv_ggml.sched_graph_compute(scheduler, graph));
 }
 
