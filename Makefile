@@ -60,9 +60,10 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch "$@"
 
 bench: MODEL =
+bench: ARGS ?= -p 512,2048 -n 64 -d 0,2048
 bench: $(VENV)/.bench
 	@$(BIN)/python tools/compare_llama.py $(if $(MODEL),-m "$(MODEL)")
-	@$(BIN)/python tools/bench_llama.py $(if $(MODEL),-m "$(MODEL)") $(ARGS)
+	@$(BIN)/python -m pyggml_repkv bench --vs llama.cpp $(if $(MODEL),-m "$(MODEL)") $(ARGS)
 
 clean:
 	@[ ! -e "$(VENV)" ] || [ -f "$(VENV)/pyvenv.cfg" ] || { echo "error: $(VENV) is not a virtual environment" >&2; exit 1; }

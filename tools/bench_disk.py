@@ -19,8 +19,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from _engines import model_path, run_tool, say, write_table
-from repkv_depth_worker import memory_of
+from _common import memory_of, model_path, run_tool, say, write_table
 
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer

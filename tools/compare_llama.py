@@ -16,23 +16,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from _engines import (
+from _common import (
     MAX_TOKENS,
-    EngineProcess,
     add_common_options,
-    check_same_vocabulary,
-    context_size,
     integers,
     model_path,
-    random_tokens,
     run_tool,
     say,
-    start_llama,
-    start_repkv,
     write_json,
     write_table,
 )
 
+from pyggml_repkv.bench.engines import (
+    EngineProcess,
+    check_same_vocabulary,
+    context_size,
+    random_tokens,
+    start_llama,
+    start_repkv,
+)
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
 from pyggml_repkv.errors import InputError, RepkvError
@@ -90,10 +92,11 @@ class Engines:
     """llama.cpp and both graphs of ours, the model loaded in each; they compute one after the other."""
 
     def __init__(self, stack: ExitStack, args: argparse.Namespace) -> None:
+        options = {"model": str(args.model), "n_threads": args.threads}
         # Ours first: what it says about a bad file is more than llama.cpp does.
-        self.exact = start_repkv(stack, "ours --exact-graph", args, exact_graph=True)
-        self.default = start_repkv(stack, "ours", args, exact_graph=False)
-        self.llama = start_llama(stack, "llama.cpp", args)
+        self.exact = start_repkv(stack, "ours --exact-graph", **options, exact_graph=True)
+        self.default = start_repkv(stack, "ours", **options)
+        self.llama = start_llama(stack, "llama.cpp", args.llama_python, **options)
         self.n_vocab = check_same_vocabulary(self.all)
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 

@@ -14,8 +14,9 @@ from contextlib import ExitStack
 from difflib import SequenceMatcher
 from itertools import zip_longest
 
-from _engines import add_common_options, model_path, run_tool, say, start_llama, write_json, write_table
+from _common import add_common_options, model_path, run_tool, say, write_json, write_table
 
+from pyggml_repkv.bench.engines import start_llama
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
 from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
@@ -59,7 +60,7 @@ def our_nodes(args: argparse.Namespace) -> list[Node]:
 
 def llama_nodes(args: argparse.Namespace) -> list[Node]:
     with ExitStack() as stack:
-        engine = start_llama(stack, "llama.cpp", args)
+        engine = start_llama(stack, "llama.cpp", args.llama_python, model=str(args.model), n_threads=args.threads)
         reply = engine.ask("node_names", tokens=[1] * args.tokens, flash_attn=args.flash_attn == "on")
     nodes = [(name, DESCRIBED.get(op.lower(), op.lower())) for name, op in reply["nodes"]]
     return [(name, op) for name, op in nodes if op not in NO_WORK]

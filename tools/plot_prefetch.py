@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from _engines import model_path, run_tool, say
+from _common import model_path, run_tool, say
 from bench_disk import memory_in_ram
 
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, byte_size, integer

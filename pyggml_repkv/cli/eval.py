@@ -240,7 +240,7 @@ def _one_length(args: argparse.Namespace, default: int) -> list[int]:
 
 
 def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | None) -> Result:
-    from pyggml_repkv.eval.recall import run_recall, summary
+    from pyggml_repkv.eval.recall import FIRST_LAYER, layer_shares, run_recall, stability, summary
 
     tokens = model.tokenizer.encode(text or "")
     done: Result = {"task": "recall", "text": args.text, "lengths": {}}
@@ -248,8 +248,11 @@ def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | No
         if length > len(tokens):
             raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
         memory = memory_config(args, args.ctx_size or length)
-        shares = summary(list(run_recall(model, memory, tokens[:length], args.blocks, N_CHUNKS, N_DECODE)))
+        results = list(run_recall(model, memory, tokens[:length], args.blocks, N_CHUNKS, N_DECODE))
+        shares, by_layer, same = summary(results), layer_shares(results), stability(results)
         done["lengths"][str(length)] = shares
+        done.setdefault("layers", {})[str(length)] = {"first": FIRST_LAYER, **by_layer}
+        done.setdefault("stability", {})[str(length)] = same
         if args.json:
             continue
         output.write(f"{length} tokens   blocks  of the best  of all  (of the best, mean of layers)\n")
@@ -259,6 +262,19 @@ def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | No
                     f"{step:>12s}  {k:>6s}  {share['of_best']:11.3f}  {share['of_all']:6.3f}  "
                     f"{share['of_best_by_layer']:11.3f}\n"
                 )
+        output.write(
+            "selections       blocks  as the step before  in twice as many of it  as the layer before  worst layer\n"
+        )
+        for step, by_k in same.items():
+            for k, s in by_k.items():
+                worst = min(range(len(by_layer[step][k])), key=by_layer[step][k].__getitem__)
+                output.write(
+                    f"{step:>12s}  {k:>9s}  {s['step']:18.3f}  {s['step_2k']:22.3f}  {s['layer']:19.3f}  "
+                    f"{by_layer[step][k][worst]:.3f} ({worst + FIRST_LAYER})\n"
+                )
+            there = next(iter(by_k.values())).get("there")
+            if there is not None:
+                output.write(f"{step:>12s}  {100 * there:.1f} % of the blocks were there when asked for\n")
     return done
 
 

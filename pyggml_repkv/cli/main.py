@@ -15,6 +15,7 @@ from pyggml_repkv.errors import InputError, RepkvError
 PROG = "python -m pyggml_repkv"
 COMMANDS = {
     "run": "continue a prompt, or answer one with --chat",
+    "bench": "measure speed, also against llama.cpp",
     "eval": "measure what a KV memory retrieves",
     "graph": "show, prove and compare the graphs that ggml computes",
     "model": "what is in a model file, and the memory it will need",

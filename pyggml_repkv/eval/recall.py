@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,9 @@ class RecallResult:
     """One step, for each k of the ranking's first k blocks; layers from FIRST_LAYER on.
 
     mass: [len(ks), n_layer, 3], the mass of the first k blocks, of the best k, and of all blocks.
+    ranked: int32 [n_layer, n_rows, n], the blocks of each layer (and key head, where each selects its own), best first,
+    at least twice as many as the largest k, if there are.
+    hits, required: with blocks on disk, how many of the blocks that the step asked for were there, and of how many.
     """
 
     step: str
@@ -39,6 +43,9 @@ class RecallResult:
     n_blocks: int
     ks: tuple[int, ...]
     mass: Array
+    ranked: NDArray[np.int32]
+    hits: int = 0
+    required: int = 0
 
 
 def run_recall(
@@ -62,12 +69,21 @@ def run_recall(
         assert isinstance(policy, RepKVMemory)
         policy.observed = True
         for first in range(0, n_read, memory.n_batch):
+            before = _prefetch(policy)
             session.read(tokens[first : first + memory.n_batch])
             if first >= first_measured:
-                yield _measure(policy, "chunk", tuple(ks))
+                yield _measure(policy, "chunk", tuple(ks), before)
         for token in tokens[n_read : n_read + n_decode]:
+            before = _prefetch(policy)
             session.decode(token)
-            yield _measure(policy, "decode", tuple(ks))
+            yield _measure(policy, "decode", tuple(ks), before)
+
+
+def _prefetch(policy: RepKVMemory) -> tuple[int, int]:
+    if policy.disk is None:
+        return 0, 0
+    stats = policy.disk.store.stats
+    return int(stats.hits), int(stats.required)
 
 
 def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
@@ -90,7 +106,48 @@ def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, fl
     return done
 
 
-def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...]) -> RecallResult:
+def layer_shares(results: Sequence[RecallResult]) -> dict[str, dict[str, list[float]]]:
+    """step -> k -> `of_best` of each layer from FIRST_LAYER on, over all steps."""
+    done: dict[str, dict[str, list[float]]] = {}
+    for step in dict.fromkeys(r.step for r in results):
+        mass = np.stack([r.mass for r in results if r.step == step]).sum(0)  # [len(ks), n_layer, 3]
+        shares = mass[..., 0] / np.maximum(mass[..., 1], 1e-30)
+        done[step] = {str(k): shares[i].tolist() for i, k in enumerate(results[0].ks)}
+    return done
+
+
+def stability(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
+    """step -> k -> how much of the first k blocks was also among the first k of the step before (`step`), among the
+    first 2k of it (`step_2k`: what a predictor by reuse can have fetched), and among the first k of the layer before
+    (`layer`); means over layers and steps. `there`: with blocks on disk, the share that was there when asked for.
+    """
+    done: dict[str, dict[str, dict[str, float]]] = {}
+    for name in dict.fromkeys(r.step for r in results):
+        steps = [r for r in results if r.step == name]
+        required = sum(r.required for r in steps)
+        done[name] = {}
+        for k in results[0].ks:
+            pairs = list(pairwise(steps))
+            done[name][str(k)] = {
+                "step": _mean([_overlap(b.ranked, a.ranked, k, k) for a, b in pairs]),
+                "step_2k": _mean([_overlap(b.ranked, a.ranked, k, 2 * k) for a, b in pairs]),
+                "layer": _mean([_overlap(r.ranked[1:], r.ranked[:-1], k, k) for r in steps]),
+                **({"there": sum(r.hits for r in steps) / required} if required else {}),
+            }
+    return done
+
+
+def _overlap(ranked: NDArray[np.int32], other: NDArray[np.int32], k: int, k_other: int) -> float:
+    """How much of ranked[..., :k] is in other[..., :k_other], a mean over all rows."""
+    first, pool = ranked[..., :k, None], other[..., None, :k_other]
+    return float((first == pool).any(-1).mean()) if first.size else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...], before: tuple[int, int]) -> RecallResult:
     step = policy.last_step
     assert step is not None
     first, n_tokens = policy.regions[:2].tolist()
@@ -98,19 +155,23 @@ def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...]) -> RecallResul
     bounds = np.array(policy.blocks.bounds)
     queries = np.unique(np.linspace(0, n_tokens - 1, min(N_QUERIES, n_tokens)).astype(int))
     layers = range(FIRST_LAYER, policy.config.n_layer)
+    n_rows = policy.config.n_head_kv if policy.memory.per_head else 1
     mass = np.empty((len(ks), len(layers), 3), np.float32)
+    ranked = np.empty((len(layers), n_rows, min(2 * max(ks), n_blocks)), np.int32)
     for i, layer in enumerate(layers):
         near, far = step.observed_queries(layer)
         stored, local = policy.stored_keys(layer, np.arange(start)), policy.local_keys(layer, start, first + n_tokens)
         true = block_mass(near[queries], far[queries], queries + first, stored, local, bounds)
         weight = _weight(step.observed_relevance(layer), policy.memory.relevance)
-        n_rows = policy.config.n_head_kv if policy.memory.per_head else 1
         rows = [(w.sum(0), m.sum(0)) for w, m in zip(np.split(weight, n_rows), np.split(true, n_rows), strict=True)]
+        orders = [np.argsort(-w, kind="stable") for w, _ in rows]
+        ranked[i] = [order[: ranked.shape[2]] for order in orders]
         for j, k in enumerate(ks):
-            chosen = sum(m[np.argsort(-w, kind="stable")[:k]].sum() for w, m in rows)
+            chosen = sum(m[order[:k]].sum() for order, (_, m) in zip(orders, rows, strict=True))
             best = sum(np.sort(m)[::-1][:k].sum() for _, m in rows)
             mass[j, i] = chosen, best, true.sum()
-    return RecallResult(name, first, n_blocks, ks, mass)
+    hits, required = (now - then for now, then in zip(_prefetch(policy), before, strict=True))
+    return RecallResult(name, first, n_blocks, ks, mass, ranked, hits, required)
 
 
 def _weight(x: Array, relevance: str) -> Array:

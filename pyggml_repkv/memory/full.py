@@ -11,6 +11,7 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.arenas import as_rows
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
 from pyggml_repkv.memory.policy import (
@@ -94,6 +95,16 @@ class FullMemory:
 
     def disk_need(self, n_tokens: int) -> DiskNeed | None:
         return None
+
+    def repeat(self, n: int, n_past: int) -> None:
+        """For benchmarks: the first n rows, over and over, up to n_past."""
+        source = np.arange(n, n_past) % n
+        for keys in self.k_arenas if not self._flash else self.k_arenas + self.v_arenas:
+            rows = as_rows(keys)
+            rows[n:n_past] = rows[source]
+        for values in self.v_arenas if not self._flash else ():
+            columns = as_rows(values).reshape(self.config.n_embd_kv, self.n_cells, -1)
+            columns[:, n:n_past] = columns[:, source]
 
     def stats(self, n_past: int) -> dict[str, object]:
         return {

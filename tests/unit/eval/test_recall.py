@@ -1,6 +1,7 @@
 """Recall against a softmax computed the slow way, and its command line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.eval.recall import block_mass, run_recall, summary
+from pyggml_repkv.eval.recall import RecallResult, block_mass, layer_shares, run_recall, stability, summary
 from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
@@ -105,3 +106,51 @@ def test_the_command_line(demo_model, capsys, tmp_path):
 def test_a_recall_without_text_is_one_line(capsys):
     assert main(["eval", "recall", "--kv", "repkv"]) == 2
     assert "recall needs a text: --text FILE" in capsys.readouterr().err
+
+
+def step_of(ranked, mass=(1.0, 2.0, 4.0), **counts):
+    ranked = np.array(ranked, np.int32)[:, None]
+    return RecallResult("decode", 0, 9, (1, 2), np.tile(np.float32(mass), (2, len(ranked), 1)), ranked, **counts)
+
+
+def test_overlaps_with_the_step_and_the_layer_before():
+    steps = [step_of([[1, 2, 3, 4], [1, 5, 2, 6]]), step_of([[2, 1, 7, 8], [6, 9, 5, 1]])]
+    by_k = stability(steps)["decode"]
+    # First layer: {2} was not first, but second; {2, 1} are the same two. Second: 6 was fourth; of {6, 9} 6 was.
+    assert by_k["1"] == {"step": 0.0, "step_2k": 0.5, "layer": 0.5}
+    assert by_k["2"] == {"step": 0.5, "step_2k": 0.75, "layer": 0.25}
+    assert stability(steps[:1])["decode"]["1"]["step"] == 0.0
+
+
+def test_what_was_there_when_asked_for():
+    steps = [step_of([[1, 2]], hits=3, required=4), step_of([[1, 2]], hits=0, required=4)]
+    assert stability(steps)["decode"]["1"]["there"] == 3 / 8
+
+
+def test_shares_of_each_layer():
+    steps = [step_of([[1, 2], [1, 2]], mass=(1.0, 2.0, 4.0)), step_of([[1, 2], [1, 2]], mass=(3.0, 3.0, 4.0))]
+    shares = layer_shares(steps)["decode"]
+    assert shares["1"] == shares["2"] == pytest.approx([0.8, 0.8])
+
+
+def test_rankings_are_those_of_the_engine(model):
+    """With every block attended by rank, the ranking's first blocks are what a one-token step selects."""
+    with model.session(MEMORY) as session:
+        session.policy.observed = True
+        session.read(TOKENS[:384])
+        session.decode(TOKENS[384])
+        step = session.policy.last_step
+        relevance = [step.observed_relevance(layer) for layer in range(4)]
+    *_, first = run_recall(model, MEMORY, TOKENS[:385], [3], 1, 1)
+    assert first.ranked.shape == (2, 1, 6)
+    for layer, ranked in zip((2, 3), first.ranked[:, 0], strict=True):
+        p = np.exp(relevance[layer] - relevance[layer].max(1, keepdims=True))
+        assert ranked.tolist() == np.argsort(-(p / p.sum(1, keepdims=True)).sum(0), kind="stable")[:6].tolist()
+
+
+@pytest.mark.parametrize("kv_ram", [0, 2**20])
+def test_blocks_on_disk_say_how_many_were_there(model, kv_ram, tmp_path):
+    memory = replace(MEMORY, kv_ram=kv_ram, kv_dir=str(tmp_path) if kv_ram else "")
+    results = list(run_recall(model, memory, TOKENS, [3], 1, 4))
+    assert any(r.required for r in results) == bool(kv_ram)
+    assert all(0 <= r.hits <= r.required for r in results)

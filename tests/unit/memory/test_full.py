@@ -146,3 +146,23 @@ def test_a_long_context_costs_what_is_used(model):
         before = resident()
         session.prefill(range(100))
         assert resident() - before < 8 * 2**20
+
+
+@pytest.mark.parametrize("flash_attn", [True, False])
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_rows_are_repeated(model, flash_attn, kind):
+    type_v = kind if flash_attn else "f16"
+    memory = MemoryConfig(n_ctx=64, flash_attn=flash_attn, type_k=kind, type_v=type_v)
+    with model.session(memory) as session:
+        session.read([5, 6, 7, 8, 9])
+        policy = session.policy
+        policy.repeat(5, 23)
+        for k, v in zip(policy.k_arenas, policy.v_arenas, strict=True):
+            keys = tensor_bytes(k).reshape(64 * 4, -1)
+            values = (
+                tensor_bytes(v).reshape(64 * 4, -1) if flash_attn else tensor_bytes(v).view(np.int16).reshape(-1, 256).T
+            )
+            for rows in (keys, values):
+                assert np.array_equal(rows[:23], rows[np.arange(23) % 5])
+                assert rows[:5].any()
+                assert not rows[23:].any()

@@ -10,15 +10,14 @@ TOOLS = Path(__file__).resolve().parents[3] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 FAKE = """
-import sys
-sys.path.insert(0, {tools!r})
 import numpy as np
-from _worker import serve
+from pyggml_repkv.bench.workers._worker import serve
 
 class Engine:
     '''Its logits depend on all the tokens in the context, and on nothing else.'''
     version = "fake 1"
     n_vocab = 50
+    can_rewind = True
 
     def __init__(self, model, n_threads, exact_graph=False):
         self.exact = exact_graph
@@ -57,12 +56,12 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """fakes(llama=..., repkv=...): the engines are fakes, and that line of code may change their logits x."""
-    import _engines
+    from pyggml_repkv.bench import engines
 
     def install(llama: str = "pass", repkv: str = "pass") -> None:
         for name, line in (("LLAMA_WORKER", llama), ("REPKV_WORKER", repkv)):
             path = tmp_path / f"{name}.py"
-            path.write_text(FAKE.format(tools=str(TOOLS), line=line))
-            monkeypatch.setattr(_engines, name, path)
+            path.write_text(FAKE.format(line=line))
+            monkeypatch.setattr(engines, name, (str(path),))
 
     return install

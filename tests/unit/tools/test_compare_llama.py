@@ -1,16 +1,15 @@
 """compare_llama.py: what counts as equal, and the same tokens for every engine."""
 
 import json
-import os
 from importlib.util import find_spec
 
-import _engines
 import compare_llama
 import numpy as np
 import pytest
-from _engines import run_tool
+from _common import run_tool
 from compare_llama import compare
 
+from pyggml_repkv.bench import engines
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tokenizer import Tokenizer
 
@@ -105,20 +104,17 @@ def test_text_is_repeated_to_the_longest_prompt(tiny_model, tmp_path):
 
 def test_our_own_engine(tiny_model, tmp_path, monkeypatch, capsys):
     """Ours against ours: the worker of the real engine, rewound and opened again, stays the same."""
-    tools = _engines.REPKV_WORKER.parent
     path = tmp_path / "worker.py"
     path.write_text(
-        f"import sys\nsys.path[:0] = [{str(tools)!r}]\nfrom repkv_worker import RepkvEngine, serve\n"
+        "from pyggml_repkv.bench.workers.repkv_worker import RepkvEngine, serve\n"
         "serve(lambda **options: RepkvEngine(**options, exact_graph=True))\n"
     )
-    monkeypatch.setattr(_engines, "LLAMA_WORKER", path)
-    monkeypatch.setenv("PYTHONPATH", str(tools.parent))
+    monkeypatch.setattr(engines, "LLAMA_WORKER", (str(path),))
     assert call("-m", str(tiny_model()), "--lengths", "1,40", "-t", "1", "-n", "4", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert min(row["default_min_cosine"] for row in rows) > 0.999
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (make bench does)")
-def test_llama_cpp_itself(tiny_model, monkeypatch, capsys):
-    monkeypatch.setenv("PYTHONPATH", str(_engines.REPKV_WORKER.parents[1]), prepend=os.pathsep)
+def test_llama_cpp_itself(tiny_model, capsys):
     assert call("-m", str(tiny_model()), "--lengths", "1,40", "-t", "1", "-n", "4") == 0, capsys.readouterr().err

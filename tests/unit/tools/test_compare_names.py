@@ -2,7 +2,7 @@
 
 import compare_names
 import pytest
-from _engines import run_tool
+from _common import run_tool
 from compare_names import aligned, same
 
 OURS = [("norm-0", "rms_norm"), ("Qcur-0", "mul_mat"), ("attn_out-0", "mul_mat"), ("l_out-0", "add")]

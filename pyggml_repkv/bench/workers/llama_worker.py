@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python's low-level bindings, as a worker of the comparison tools."""
+"""llama.cpp, through llama-cpp-python's low-level bindings, as a worker: run as a script, in any interpreter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,33 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from _llama_state import repeat_cells
 from _worker import serve
 
-# What one llama_decode takes, and the chunks that it computes in: llama.cpp's own defaults.
+# What one llama_decode takes: llama.cpp's own default.
 N_BATCH = 2048
-N_UBATCH = 512
+
+# Of enum ggml_type.
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
+
+# Tokens really read where a depth is made of repeated cells.
+N_CELLS = 512
 
 
 class LlamaEngine:
-    """An Engine; on the CPU, and otherwise with llama.cpp's defaults."""
+    """An Engine; on the CPU, and otherwise with llama.cpp's defaults. n_chunk: its n_ubatch."""
 
-    def __init__(self, llama: ModuleType, model: str, n_threads: int) -> None:
+    can_rewind = True
+
+    def __init__(
+        self,
+        llama: ModuleType,
+        model: str,
+        n_threads: int,
+        n_chunk: int = 512,
+        type_k: str = "f16",
+        type_v: str = "f16",
+    ) -> None:
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
@@ -31,6 +47,7 @@ class LlamaEngine:
             raise RuntimeError(f"{model}: llama.cpp cannot load it")
         self.version = f"llama-cpp-python {llama.__version__}"
         self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
+        self._n_chunk, self._types = n_chunk, (CACHE_TYPES[type_k], CACHE_TYPES[type_v])
         self._context: Any = None
         # What is called for each node; kept alive here.
         self._look: Any = None
@@ -41,8 +58,9 @@ class LlamaEngine:
             llama.llama_free(self._context)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = min(N_BATCH, n_ctx)
-        params.n_ubatch = min(N_UBATCH, n_ctx)
+        params.n_batch = min(max(N_BATCH, self._n_chunk), n_ctx)
+        params.n_ubatch = min(self._n_chunk, n_ctx)
+        params.type_k, params.type_v = self._types
         params.n_threads = params.n_threads_batch = self._n_threads
         params.offload_kqv = params.op_offload = False
         on, off = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -67,6 +85,14 @@ class LlamaEngine:
         if not self._llama.llama_memory_seq_rm(memory, 0, n_past, -1):
             raise RuntimeError(f"llama.cpp cannot forget the tokens from {n_past} on")
 
+    def place(self, tokens: Sequence[int], n_past: int) -> None:
+        self.prefill(tokens[: min(N_CELLS, n_past)])
+        self._restore(repeat_cells(self._state(), n_past), n_past)
+
+    def memory(self) -> dict[str, Any]:
+        """llama.cpp does not tell."""
+        return {}
+
     def node_names(self, tokens: Sequence[int], flash_attn: bool) -> list[tuple[str, str]]:
         """Name and op of every node of the graph that reads these tokens, in the order of compute.
 
@@ -90,6 +116,23 @@ class LlamaEngine:
         self._read(tokens)
         return found
 
+    def _state(self) -> np.ndarray:
+        """Of sequence 0, uint8 [n_bytes]."""
+        state = np.empty(self._llama.llama_state_seq_get_size(self._context, 0), np.uint8)
+        if self._llama.llama_state_seq_get_data(self._context, _bytes(state), len(state), 0) != len(state):
+            raise RuntimeError("llama.cpp could not write its state")
+        return state
+
+    def _restore(self, state: np.ndarray, n_tokens: int) -> None:
+        """Makes sequence 0 what the state says, which must be n_tokens."""
+        if self._llama.llama_state_seq_set_data(self._context, _bytes(state), len(state), 0) != len(state):
+            raise RuntimeError(f"llama.cpp could not restore a state of {n_tokens} tokens")
+        memory = self._llama.llama_get_memory(self._context)
+        first = self._llama.llama_memory_seq_pos_min(memory, 0)
+        last = self._llama.llama_memory_seq_pos_max(memory, 0)
+        if (first, last) != (0, n_tokens - 1):
+            raise RuntimeError(f"llama.cpp restored positions {first} to {last} instead of 0 to {n_tokens - 1}")
+
     def _read(self, tokens: Sequence[int]) -> None:
         array = (self._llama.llama_token * len(tokens))(*tokens)
         status = self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(array, len(tokens)))
@@ -102,12 +145,18 @@ class LlamaEngine:
         return np.ctypeslib.as_array(row, shape=(self.n_vocab,))
 
 
-def make_engine(model: str, n_threads: int) -> LlamaEngine:
+def _bytes(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+
+
+def make_engine(**options: Any) -> LlamaEngine:
     try:
         import llama_cpp
     except ImportError as error:
-        raise RuntimeError(f"{error}: run `make bench`, or pip install '.[bench]'") from None
-    return LlamaEngine(llama_cpp, model, n_threads)
+        raise RuntimeError(
+            f"{error}: run `make bench`, pip install '.[bench]', or name an interpreter that has it with --llama-python"
+        ) from None
+    return LlamaEngine(llama_cpp, **options)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""Takes turns: in each round every case is taken of one engine after the other, while the others rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from statistics import fmean, median, stdev
+from typing import Any
+
+from pyggml_repkv.bench.engines import EngineProcess, check_same_vocabulary, context_size, start_llama, start_repkv
+from pyggml_repkv.bench.load import REST_S, busy_cores
+
+# Of the longest sample to the shortest: more than this is a noisy machine.
+MAX_SPREAD = 1.3
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Reading n_prompt tokens at once, or n_gen one by one (the other is 0), after `depth` others."""
+
+    n_prompt: int
+    n_gen: int
+    depth: int = 0
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_prompt or self.n_gen
+
+    @property
+    def name(self) -> str:
+        """As llama-bench calls it."""
+        name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
+        return f"{name} @ d{self.depth}" if self.depth else name
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An engine and what it is started with. name: the policy of ours, or llama.cpp's flash attention."""
+
+    name: str
+    is_ours: bool
+    load: dict[str, Any]
+    flash_attn: bool
+    can_rewind: bool
+    python: str = ""
+
+    def start(self, stack: ExitStack) -> EngineProcess:
+        if self.is_ours:
+            return start_repkv(stack, self.name, **self.load)
+        return start_llama(stack, self.name, self.python, **self.load)
+
+
+@dataclass(slots=True)
+class Result:
+    """A case of one engine. seconds: of each round; depths: of the context before each, which grows where an engine
+    cannot rewind; synthetic: whether that is made of repeated keys and values; memory: what a worker says of it after
+    the last round; hits, required: blocks that were there when they were asked for, and that were asked for.
+    """
+
+    case: Case
+    contender: Contender
+    synthetic: bool
+    version: str = ""
+    seconds: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict)
+    hits: int = 0
+    required: int = 0
+    busy: float = 0.0
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens/s."""
+        return [self.case.n_tokens / s for s in self.seconds]
+
+    @property
+    def mean_rate(self) -> float:
+        return fmean(self.rates)
+
+    @property
+    def stddev_rate(self) -> float:
+        return stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+    @property
+    def median_rate(self) -> float:
+        return median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        return max(self.seconds) / min(self.seconds)
+
+    def speedups(self, other: Result) -> list[float]:
+        """Round by round: how many times as fast this is."""
+        return [theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure. stream(n_tokens, n_vocab): the tokens that are read. synthetic: depths are made of repeated keys
+    and values by those that can (llama.cpp and `--kv full`).
+    """
+
+    cases: Sequence[Case]
+    contenders: Sequence[Contender]
+    rounds: int
+    stream: Callable[[int, int], list[int]]
+    warm_up: bool = True
+    synthetic: bool = False
+
+    def room(self, depth: int) -> int:
+        """Tokens after the depth, at most, of an engine that cannot rewind."""
+        # One token is read before those that are timed one by one.
+        return (self.rounds + self.warm_up) * sum(t.n_tokens + 1 for t in self.cases if t.depth == depth)
+
+
+def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
+    """The results of each depth in turn, from the least on. Raises RepkvError where an engine fails.
+
+    Ours are started first, because what they say about a bad file is more than llama.cpp does.
+    """
+    cases = sorted(plan.cases, key=lambda case: case.depth)
+    deepest = max(case.depth + case.n_tokens + 1 for case in cases)
+    with ExitStack() as stack:
+        engines = [(c, c.start(stack)) for c in sorted(plan.contenders, key=lambda c: not c.is_ours)]
+        n_vocab = check_same_vocabulary(engine for _, engine in engines)
+        tokens = plan.stream(max(t.depth + plan.room(t.depth) for t in cases), n_vocab)
+        for contender, engine in engines:
+            engine.ask("open", n_ctx=context_size(deepest), flash_attn=contender.flash_attn)
+        for depth, group in groupby(cases, key=lambda case: case.depth):
+            for contender, engine in engines:
+                if not contender.can_rewind:
+                    # With the context that this depth needs: some memories go by that from the start.
+                    n_ctx = context_size(depth + plan.room(depth))
+                    engine.ask("open", n_ctx=n_ctx, flash_attn=contender.flash_attn)
+            yield _measure_depth(plan, list(group), engines, tokens, say)
+
+
+def _measure_depth(
+    plan: Plan, cases: Sequence[Case], engines: Sequence[tuple[Contender, EngineProcess]], tokens: list[int], say: Say
+) -> list[Result]:
+    results = {
+        (case, contender.name): Result(case, contender, plan.synthetic and contender.can_rewind, engine.version)
+        for case in cases
+        for contender, engine in engines
+    }
+    busy = [busy_cores()]
+    for n_round in range(not plan.warm_up, plan.rounds + 1):
+        for case in cases:
+            for contender, engine in engines:
+                say(f"{case.name}, {f'round {n_round} of {plan.rounds}' if n_round else 'warm-up'}: {contender.name}")
+                _take(plan, results[case, contender.name], engine, tokens, counts=n_round > 0)
+        busy.append(busy_cores())
+    for result in results.values():
+        result.busy = max(busy)
+    return list(results.values())
+
+
+def _take(plan: Plan, result: Result, engine: EngineProcess, tokens: list[int], *, counts: bool) -> None:
+    case = result.case
+    slack = plan.room(case.depth)
+    reached = engine.ask("reach", tokens=tokens[: case.depth], slack=slack, synthetic=result.synthetic)["n_past"]
+    before = _prefetch(engine.ask("memory"))
+    time.sleep(REST_S)
+    op = "time_chunk" if case.n_prompt else "time_tokens"
+    seconds = engine.ask(op, tokens=tokens[reached : reached + case.n_tokens])["seconds"]
+    if not counts:
+        return
+    result.memory = engine.ask("memory")
+    result.seconds.append(seconds)
+    result.depths.append(reached)
+    after = _prefetch(result.memory)
+    result.hits += after[0] - before[0]
+    result.required += after[1] - before[1]
+
+
+def _prefetch(memory: dict[str, Any]) -> tuple[int, int]:
+    prefetch = memory.get("prefetch") or {}
+    return prefetch.get("hits", 0), prefetch.get("required", 0)
+
+
+def best_of(results: Sequence[Result], case: Case) -> Result | None:
+    """llama.cpp's fastest for a case, by its median."""
+    theirs = [r for r in results if r.case == case and not r.contender.is_ours]
+    return max(theirs, key=lambda r: r.median_rate, default=None)
+
+
+def spread_warnings(results: Sequence[Result]) -> list[str]:
+    return [
+        f"{r.case.name} of {r.contender.name} varies by a factor of {r.spread:.2f} (above {MAX_SPREAD})"
+        for r in results
+        if r.spread > MAX_SPREAD
+    ]

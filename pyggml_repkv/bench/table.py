@@ -1,0 +1,177 @@
+"""llama-bench's table and records, with what is ours to the right."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from pyggml_repkv.bench.measure import Case, Result, best_of
+from pyggml_repkv.engine.budget import size
+from pyggml_repkv.inspect.peak import Peak
+
+Record = dict[str, Any]
+
+# Heading, and how wide at least: a row is printed as soon as it is measured.
+_COLUMNS = (
+    ("model", 24), ("size", 9), ("params", 8), ("backend", 7), ("threads", 7), ("policy", 17), ("test", 16),
+    ("t/s", 17), ("median", 8), ("of memory", 9), ("KV", 8), ("blocks in RAM", 13), ("on disk", 8),
+    ("prefetch hit", 12), ("peak RSS", 8),
+)  # fmt: skip
+_LEFT = {"model", "backend", "policy"}
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What all records have in common. model_type: as llama-bench's; step_bytes: of one token at a depth, by policy."""
+
+    cpu: str
+    model_filename: str
+    model_type: str
+    model_size: int
+    model_n_params: int
+    n_threads: int
+    n_batch: int
+    type_k: str
+    type_v: str
+    test_time: str
+    peak: Peak
+    step_bytes: dict[tuple[str, int], int]
+
+
+def record(about: About, result: Result, others: Sequence[Result]) -> Record:
+    """llama-bench's fields, then ours. vs: of ours, the speed over each llama.cpp's, round by round.
+
+    others: all results of the same depth.
+    """
+    case, contender, memory = result.case, result.contender, result.memory
+    ns = [round(1e9 * s) for s in result.seconds]
+    return {
+        "build": result.version,
+        "cpu_info": about.cpu,
+        "backends": "CPU",
+        "model_filename": about.model_filename,
+        "model_type": about.model_type,
+        "model_size": about.model_size,
+        "model_n_params": about.model_n_params,
+        "n_batch": about.n_batch,
+        "n_ubatch": about.n_batch,
+        "n_threads": about.n_threads,
+        "type_k": about.type_k,
+        "type_v": about.type_v,
+        "flash_attn": contender.flash_attn,
+        "n_prompt": case.n_prompt,
+        "n_gen": case.n_gen,
+        "n_depth": case.depth,
+        "test_time": about.test_time,
+        "avg_ns": round(sum(ns) / len(ns)),
+        "avg_ts": result.mean_rate,
+        "stddev_ts": result.stddev_rate,
+        "samples_ns": ns,
+        "samples_ts": result.rates,
+        "test": case.name,
+        "engine": "pyggml_repkv" if contender.is_ours else "llama.cpp",
+        "policy": contender.name,
+        "median_ts": result.median_rate,
+        "depths": result.depths,
+        "depth_is": "repeated" if result.synthetic and case.depth else "read",
+        "of_memory_bandwidth": _of_bandwidth(about, result),
+        "resident_kv_bytes": memory.get("resident_bytes"),
+        "ram_bytes": memory.get("ram_bytes"),
+        "disk_bytes": memory.get("disk_bytes"),
+        "prefetch_hit": result.hits / result.required if result.required else None,
+        "peak_rss_bytes": memory.get("peak_rss_bytes"),
+        "peak_gflops": about.peak.gflops,
+        "peak_gbytes_per_second": about.peak.gbytes_per_second,
+        "spread": result.spread,
+        "busy_cores": result.busy,
+        "vs": _versus(result, others) if contender.is_ours else {},
+    }
+
+
+def _of_bandwidth(about: About, result: Result) -> float | None:
+    """Of one token: the bytes that it must read at least over those that memory delivers in that time."""
+    n_bytes = about.step_bytes.get((result.contender.name, result.case.depth))
+    if not result.case.n_gen or n_bytes is None:
+        return None
+    return n_bytes * result.median_rate / 1e9 / about.peak.gbytes_per_second
+
+
+def _versus(result: Result, others: Sequence[Result]) -> dict[str, dict[str, float]]:
+    found = {}
+    for other in others:
+        if other.case == result.case and not other.contender.is_ours:
+            ratios = result.speedups(other)
+            found[other.contender.name] = {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
+    return found
+
+
+def header() -> str:
+    """Two lines of Markdown."""
+    cells = [name.ljust(n) if name in _LEFT else name.rjust(n) for name, n in _COLUMNS]
+    rules = ["-" * (n - (name not in _LEFT)) + ":" * (name not in _LEFT) for name, n in _COLUMNS]
+    return f"| {' | '.join(cells)} |\n| {' | '.join(rules)} |\n"
+
+
+def row(r: Record) -> str:
+    share, hit = r["of_memory_bandwidth"], r["prefetch_hit"]
+    values = (
+        r["model_type"], f"{r['model_size'] / 2**20:.2f} MiB", f"{r['model_n_params'] / 1e6:.2f} M", r["backends"],
+        str(r["n_threads"]), r["policy"], r["test"], f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
+        f"{r['median_ts']:.2f}", f"{100 * share:.0f} %" if share is not None else "",
+        *(_size(r[key]) for key in ("resident_kv_bytes", "ram_bytes", "disk_bytes")),
+        f"{100 * hit:.1f} %" if hit is not None else "", _size(r["peak_rss_bytes"]),
+    )  # fmt: skip
+    cells = [
+        v.ljust(n) if name in _LEFT else v.rjust(n) for v, (name, n) in zip(values, _COLUMNS, strict=True)
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _size(n_bytes: int | None) -> str:
+    return size(n_bytes) if n_bytes else ""
+
+
+def ratio_table(results: Sequence[Result]) -> str:
+    """Of ours against llama.cpp's better, Markdown; "" where there is no llama.cpp."""
+    rows = []
+    for result in results:
+        best = best_of(results, result.case)
+        if not result.contender.is_ours or best is None:
+            continue
+        ratios = result.speedups(best)
+        rows.append(
+            f"| {result.case.name:>16} | {result.contender.name:17} | {best.contender.name:17} "
+            f"| {median(ratios):6.2f} | {min(ratios):6.2f} | {max(ratios):6.2f} |\n"
+        )
+    if not rows:
+        return ""
+    head = f"| {'test':>16} | {'policy':17} | {'times as fast as':17} | {'median':>6} | {'min':>6} | {'max':>6} |\n"
+    return f"\n{head}| {'-' * 15}: | {'-' * 17} | {'-' * 17} | {'-' * 5}: | {'-' * 5}: | {'-' * 5}: |\n{''.join(rows)}"
+
+
+def csv_lines(records: Sequence[Record], *, with_header: bool) -> str:
+    """Lists and objects stand in it as JSON."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    if with_header:
+        writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in r.items()} for r in records)
+    return text.getvalue()
+
+
+def json_lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
+
+
+def all_cases(prompts: Sequence[int], gens: Sequence[int], depths: Sequence[int]) -> list[Case]:
+    """As llama-bench combines them."""
+    return [
+        case for depth in depths for case in (
+            *(Case(n, 0, depth) for n in prompts), *(Case(0, n, depth) for n in gens),
+        )
+    ]  # fmt: skip

@@ -1,0 +1,326 @@
+"""`bench`: how fast, at which depth, with which memory, and against llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
+from pyggml_repkv.cli.parser import HelpFormatter, integer
+from pyggml_repkv.cli.prompt import read_text_file
+from pyggml_repkv.cli.run import memory_config, model_path
+from pyggml_repkv.engine.threads import default_threads
+from pyggml_repkv.errors import InputError
+
+if TYPE_CHECKING:
+    from pyggml_repkv.bench.measure import Contender, Plan, Result
+    from pyggml_repkv.bench.table import About, Record
+    from pyggml_repkv.inspect.peak import Peak
+    from pyggml_repkv.memory.config import MemoryConfig
+
+MAX_TOKENS = 2**20
+FORMATS = ("md", "csv", "json", "jsonl")
+LLAMA = "llama.cpp"
+
+EXAMPLES = """
+examples:
+  %(prog)s -p 512,2048 -n 64
+  %(prog)s -d 0,8192,32768 --kv window,repkv -r 3
+  %(prog)s -d 0,8192 --kv full,repkv --vs llama.cpp -o json > speed.json
+  %(prog)s -d 65536 --kv repkv --vs llama.cpp --synthetic-depth
+  %(prog)s --machine
+"""
+
+
+def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Adds `bench` and its options."""
+    parser = subparsers.add_parser(
+        "bench",
+        usage="%(prog)s [-m FILE] [-p N,..] [-n N,..] [-d N,..] [options]",
+        description="Measures speed as llama-bench does. Every policy, and llama.cpp, has a process of its own, and "
+        "they take turns.",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+    )
+    group = parser.add_argument_group("tests")
+    for flag, name, low, default, what in (
+        ("-p", "n-prompt", 0, [512], "tokens read at once"),
+        ("-n", "n-gen", 0, [128], "tokens read one by one"),
+        ("-d", "n-depth", 0, [0], "tokens in the context before those, really read"),
+    ):
+        group.add_argument(
+            flag,
+            f"--{name}",
+            metavar="N,...",
+            type=_integers(low, MAX_TOKENS),
+            default=default,
+            help=f"{what}; 0 is none (default: {default[0]})",
+        )
+    group.add_argument(
+        "-r", "--repetitions", metavar="N", type=integer(1, 1000), default=5, help="rounds (default: %(default)s)"
+    )
+    group.add_argument("--no-warmup", action="store_true", help="no round before those that count")
+    group.add_argument("--text", metavar="FILE", help="what is read (default: random tokens, as llama-bench)")
+    group.add_argument(
+        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="of random tokens (default: %(default)s)"
+    )
+    group.add_argument(
+        "--synthetic-depth",
+        action="store_true",
+        help="repeat the keys and values of 512 tokens instead of reading more, for llama.cpp and --kv full: a step "
+        "costs the same; window and repkv still read",
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--vs", choices=(LLAMA,), help="also measure llama.cpp (llama-cpp-python), in turn")
+    group.add_argument(
+        "--llama-fa",
+        choices=("on", "off", "both"),
+        default="both",
+        help="llama.cpp's flash attention; ratios are to the faster (default: %(default)s)",
+    )
+    group.add_argument(
+        "--llama-python",
+        metavar="FILE",
+        default=sys.executable,
+        help="interpreter that has llama-cpp-python and numpy (default: the one that runs this)",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", metavar="FORMAT", choices=FORMATS, default="md", help="md, csv, json, jsonl (default: md)"
+    )
+    group.add_argument("--progress", action="store_true", help="say on stderr what is being measured")
+    group.add_argument(
+        "--machine",
+        action="store_true",
+        help="measure this machine instead of a model: memory bandwidth, GFLOP/s by weight type",
+    )
+    add_model_options(parser)
+    add_context_options(parser, several=True)
+    add_memory_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints each depth's results as soon as they are there. Raises RepkvError."""
+    args.threads = args.threads or default_threads()
+    if args.machine:
+        return _machine(args)
+    if args.ctx_size:
+        raise InputError("-c follows from -p, -n and -d here and cannot be given")
+    from pyggml_repkv.bench.load import load_warning
+    from pyggml_repkv.bench.measure import measure, spread_warnings
+    from pyggml_repkv.bench.table import record
+
+    args.quiet = args.output != "md"
+    args.model = str(model_path(args))
+    memories = dict(_memories(args))
+    plan = _plan(args, memories)
+    about = _about(args, memories, plan)
+    printer = _Printer(args.output)
+    say = output.say if args.progress or sys.stderr.isatty() else lambda _: None
+    done: list[Result] = []
+    try:
+        for results in measure(plan, say):
+            printer.add([record(about, r, results) for r in results])
+            done += results
+    finally:
+        # Also for whoever stops it: what was measured is not lost.
+        printer.end(done)
+    for warning in (load_warning([r.busy for r in done]), *spread_warnings(done)):
+        if warning:
+            output.say(f"warning: {warning}")
+    return 0
+
+
+class _Printer:
+    """Rows as they come, but for `json`, which is one array at the end."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._records: list[Record] = []
+
+    def add(self, records: list[Record]) -> None:
+        from pyggml_repkv.bench import table
+
+        first = not self._records
+        self._records += records
+        if self._kind == "md":
+            output.write((table.header() if first else "") + "".join(map(table.row, records)))
+        elif self._kind == "csv":
+            output.write(table.csv_lines(records, with_header=first))
+        elif self._kind == "jsonl":
+            output.write(table.json_lines(records))
+
+    def end(self, results: list[Result]) -> None:
+        from pyggml_repkv.bench import table
+
+        if self._kind == "md":
+            output.write(table.ratio_table(results))
+        elif self._kind == "json" and self._records:
+            output.write(json.dumps(self._records, indent=2, allow_nan=False) + "\n")
+
+
+def _memories(args: argparse.Namespace) -> Iterator[tuple[str, MemoryConfig]]:
+    policies: list[str] = args.kv
+    for name in policies:
+        args.kv = name
+        yield name, memory_config(args, 0)
+    args.kv = policies
+
+
+def _plan(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> Plan:
+    from pyggml_repkv.bench.measure import Plan
+    from pyggml_repkv.bench.table import all_cases
+
+    prompts, gens = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
+    cases = all_cases(prompts, gens, args.n_depth)
+    if not cases:
+        raise InputError("nothing to measure: give -p or -n a number of tokens")
+    return Plan(
+        cases, _contenders(args, memories), args.repetitions, _stream(args), not args.no_warmup, args.synthetic_depth
+    )
+
+
+def _contenders(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> list[Contender]:
+    from pyggml_repkv.bench.measure import Contender
+
+    common = {"model": args.model, "n_threads": args.threads}
+    found = []
+    for name, memory in memories.items():
+        own = {"exact_graph": args.exact_graph, "repack": _repacks(args, name), "memory": asdict(memory)}
+        found.append(Contender(name, True, common | own, memory.flash_attn, can_rewind=name == "full"))
+    if args.vs:
+        for flash_attn in ("on", "off") if args.llama_fa == "both" else (args.llama_fa,):
+            own = {"n_chunk": args.batch_size, "type_k": args.cache_type_k, "type_v": args.cache_type_v}
+            name = f"{LLAMA} -fa {flash_attn}"
+            found.append(Contender(name, False, common | own, flash_attn == "on", True, args.llama_python))
+    return found
+
+
+def _repacks(args: argparse.Namespace, policy: str) -> bool:
+    # As `run` does.
+    return policy == "full" and not args.no_repack
+
+
+def _stream(args: argparse.Namespace) -> Callable[[int, int], list[int]]:
+    from pyggml_repkv.bench.engines import random_tokens
+
+    if args.text is None:
+        return lambda n_tokens, n_vocab: random_tokens(n_tokens, n_vocab, args.seed)
+    from pyggml_repkv.model.gguf_file import GGUFFile
+    from pyggml_repkv.model.tokenizer import Tokenizer
+
+    tokens = Tokenizer.from_metadata(GGUFFile.open(Path(args.model)).metadata).encode(
+        read_text_file(args.text, "--text")
+    )
+
+    def first(n_tokens: int, n_vocab: int) -> list[int]:
+        if n_tokens > len(tokens):
+            raise InputError(f"--text {args.text} has {len(tokens)} tokens and the tests need {n_tokens}")
+        return tokens[:n_tokens]
+
+    return first
+
+
+def _about(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Plan) -> About:
+    from pyggml_repkv.bench.load import cpu_name
+    from pyggml_repkv.bench.table import About
+    from pyggml_repkv.inspect.model_info import ModelInfo
+    from pyggml_repkv.model.gguf_file import GGUFFile
+
+    info = ModelInfo(GGUFFile.open(Path(args.model)))
+    if not info.types:
+        raise InputError(f"{args.model}: has a vocabulary and no weights")
+    main_type = max(info.types, key=lambda t: t.bytes).type
+    return About(
+        cpu=cpu_name(),
+        model_filename=args.model,
+        model_type=f"qwen2 {_short_count(info.n_parameters)} {main_type.upper()}",
+        model_size=info.weight_bytes,
+        model_n_params=info.n_parameters,
+        n_threads=args.threads,
+        n_batch=args.batch_size,
+        type_k=args.cache_type_k,
+        type_v=args.cache_type_v,
+        test_time=datetime.now(UTC).isoformat(timespec="seconds"),
+        peak=_peak(args),
+        step_bytes=_step_bytes(args, memories, plan),
+    )
+
+
+def _short_count(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.0f}M"
+
+
+def _peak(args: argparse.Namespace) -> Peak:
+    from pyggml_repkv.ffi.handles import Backend
+    from pyggml_repkv.inspect.peak import measure_peak
+
+    backend = Backend(args.threads)
+    try:
+        return measure_peak(backend)
+    finally:
+        backend.close()
+
+
+def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Plan) -> dict[tuple[str, int], int]:
+    """Of one token at each depth, by contender: llama.cpp's are those of our `full`."""
+    from dataclasses import replace
+
+    from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
+    from pyggml_repkv.memory.config import MemoryConfig
+
+    found = {}
+    for depth in {case.depth for case in plan.cases}:
+        for c in plan.contenders:
+            memory = replace(memories[c.name] if c.is_ours else MemoryConfig(), n_ctx=depth + 256, kv_dir="", kv_ram=0)
+            wanted = Wanted("decode", memory, depth, args.threads, exact=args.exact_graph and c.is_ours)
+            with BuiltGraph(args.model, wanted) as graph:
+                found[c.name, depth] = sum(node.bytes_moved for node in graph.snapshot().nodes)
+    return found
+
+
+def _machine(args: argparse.Namespace) -> int:
+    from pyggml_repkv.bench.load import busy_cores, cpu_name, load_warning
+    from pyggml_repkv.bench.machine import measure_types
+    from pyggml_repkv.ffi.handles import Backend
+
+    busy, peak = [busy_cores()], _peak(args)
+    backend = Backend(args.threads)
+    try:
+        types = list(measure_types(backend))
+    finally:
+        backend.close()
+    busy.append(busy_cores())
+    if args.output == "md":
+        output.write(
+            f"{cpu_name()}, {args.threads} threads: {peak.gbytes_per_second:.1f} GB/s from memory, "
+            f"{peak.gflops:.0f} GFLOP/s of F32 multiply-adds\n\n"
+            "| weights | GFLOP/s, 512 tokens | GB/s, one token |\n| ------- | ------------------: | --------------: |\n"
+        )
+        output.write("".join(f"| {t.type:7} | {t.gflops:19.0f} | {t.gbytes_per_second:15.1f} |\n" for t in types))
+    else:
+        common = {"cpu_info": cpu_name(), "n_threads": args.threads, "peak_gflops": peak.gflops,
+                  "peak_gbytes_per_second": peak.gbytes_per_second}  # fmt: skip
+        rows = [common | asdict(t) for t in types]
+        if args.output == "json":
+            output.write(json.dumps({**common, "types": [asdict(t) for t in types]}, indent=2) + "\n")
+        else:
+            from pyggml_repkv.bench import table
+
+            output.write(table.json_lines(rows) if args.output == "jsonl" else table.csv_lines(rows, with_header=True))
+    warning = load_warning(busy)
+    if warning:
+        output.say(f"warning: {warning}")
+    return 0
+
+
+def _integers(low: int, high: int) -> Callable[[str], list[int]]:
+    parse = integer(low, high)
+    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",")))

@@ -1,0 +1,154 @@
+"""`bench` as a user calls it: with our engine on a tiny model, and against a fake llama.cpp."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from pyggml_repkv.bench import engines, measure
+from pyggml_repkv.cli.main import main
+
+FAKE = """
+import numpy as np
+from pyggml_repkv.bench.workers._worker import serve
+
+class Engine:
+    version, n_vocab, can_rewind = "fake llama", 288, True
+    def __init__(self, **options): pass
+    def open(self, n_ctx, flash_attn): self.n = 0
+    def rewind(self, n_past): self.n = n_past
+    def prefill(self, tokens): self.n += len(tokens)
+    def decode(self, token): self.n += 1
+    def place(self, tokens, n_past): self.n = n_past
+    def memory(self): return {}
+
+serve(Engine)
+"""
+
+
+@pytest.fixture
+def path(tiny_model, monkeypatch):
+    monkeypatch.setattr(measure, "REST_S", 0)
+    monkeypatch.setattr(measure, "busy_cores", lambda: 0.0)
+    return str(tiny_model(n_layer=2, n_ctx=512, head_dim=32))
+
+
+def bench(capsys, path, *argv, code=0):
+    assert main(["bench", "-m", path, "-t", "1", *argv]) == code
+    return capsys.readouterr()
+
+
+POLICIES = ("--kv", "full,window,repkv", "--n-local", "64", "--block", "fixed:16", "--n-dense", "0")
+
+
+def test_every_policy_at_every_depth(path, capsys):
+    out, _ = bench(capsys, path, "-p", "40", "-n", "3", "-d", "0,200", "-r", "2", *POLICIES, "-o", "json")
+    records = json.loads(out)
+    assert [(r["test"], r["policy"]) for r in records] == [
+        (test, policy)
+        for test in ("pp40", "tg3", "pp40 @ d200", "tg3 @ d200")
+        for policy in ("full", "window", "repkv")
+    ]
+    for r in records:
+        assert len(r["samples_ns"]) == len(r["depths"]) == 2
+        assert min(r["samples_ns"]) > 0
+        assert r["n_depth"] <= min(r["depths"])
+        assert r["depth_is"] == "read"
+        assert (r["of_memory_bandwidth"] is None) == (r["n_gen"] == 0)
+        assert r["peak_rss_bytes"] > r["resident_kv_bytes"] > 0
+    full = [r for r in records if r["policy"] == "full"]
+    assert [r["depths"] for r in full] == [[0, 0], [0, 0], [200, 200], [200, 200]]
+
+
+def test_against_llama_cpp(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama.py").write_text(FAKE)
+    monkeypatch.setattr(engines, "LLAMA_WORKER", (str(tmp_path / "llama.py"),))
+    argv = ("-p", "40", "-n", "0", "-d", "300", "-r", "2", "--vs", "llama.cpp", "--synthetic-depth")
+    out, err = bench(capsys, path, *argv, "--kv", "full", "--progress")
+    lines = out.splitlines()
+    assert [line.split("|")[6].strip() for line in lines[2:5]] == ["full", "llama.cpp -fa on", "llama.cpp -fa off"]
+    assert lines[5] == ""
+    assert lines[8].split("|")[1].strip() == "pp40 @ d300"
+    assert "pp40 @ d300, round 2 of 2: llama.cpp -fa off" in err
+    out, _ = bench(capsys, path, *argv, "--llama-fa", "on", "-o", "jsonl", "--kv", "full")
+    full, on = map(json.loads, out.splitlines())
+    assert set(full["vs"]) == {"llama.cpp -fa on"}
+    assert (full["depth_is"], on["depth_is"], on["engine"], on["flash_attn"]) == (
+        "repeated",
+        "repeated",
+        "llama.cpp",
+        True,
+    )
+
+
+def test_csv(path, capsys):
+    out, _ = bench(capsys, path, "-p", "8", "-n", "2", "-r", "1", "-o", "csv", "--no-warmup")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["test"] for row in rows] == ["pp8", "tg2"]
+    assert json.loads(rows[0]["samples_ns"])[0] > 0
+
+
+def test_a_text_is_read(path, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("some words and more of them " * 20)
+    argv = ("-p", "8", "-n", "2", "-r", "1", "-o", "json", "--no-warmup", "--text", str(tmp_path / "a.txt"))
+    assert len(json.loads(bench(capsys, path, *argv)[0])) == 2
+    _, err = bench(capsys, path, *argv, "-d", "9000", code=2)
+    assert "tokens and the tests need 9" in err
+
+
+def test_what_was_measured_is_printed_when_it_is_stopped(path, monkeypatch, capsys):
+    whole = measure.measure
+
+    def stopped(plan, say):
+        yield next(whole(plan, say))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure", stopped)
+    out, _ = bench(capsys, path, "-p", "8", "-n", "0", "-d", "0,16", "-r", "1", "-o", "json", code=130)
+    assert [r["test"] for r in json.loads(out)] == ["pp8"]
+
+
+def test_the_machine(capsys, monkeypatch):
+    from pyggml_repkv.bench import load, machine
+    from pyggml_repkv.inspect import peak
+
+    monkeypatch.setattr(load, "busy_cores", lambda: 0.0)
+    for module in (machine, peak):
+        monkeypatch.setattr(module, "READ_BYTES", 2**24)
+    assert main(["bench", "--machine", "-t", "1", "-o", "json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [t["type"] for t in report["types"]] == list(machine.TYPES)
+    assert all(min(t["gflops"], t["gbytes_per_second"]) > 0 for t in report["types"])
+    assert report["peak_gflops"] > 0
+    assert main(["bench", "--machine", "-t", "1"]) == 0
+    assert capsys.readouterr().out.count("\n") == 4 + len(machine.TYPES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("-p", "0", "-n", "0"), "nothing to measure: give -p or -n"),
+        (("-p", "x"), "-p/--n-prompt: must be a whole number from 0"),
+        (("-r", "0"), "-r/--repetitions: must be a whole number from 1"),
+        (("-d", "-1"), "-d/--n-depth: must be a whole number from 0"),
+        (("-c", "512"), "-c follows from -p, -n and -d"),
+        (("-o", "xml"), "-o/--output: invalid choice"),
+        (("--vs", "mlx"), "--vs: invalid choice"),
+        (("--kv", "full,full"), "names one twice"),
+        (("-m", "/no/model.gguf"), "/no/model.gguf"),
+    ],
+)
+def test_bad_usage_is_one_line(path, capsys, argv, message):
+    out, err = bench(capsys, path, *argv, code=2)
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_without_llama_cpp_one_line(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('No module named llama_cpp')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    _, err = bench(capsys, path, "-p", "8", "-n", "0", "--vs", "llama.cpp", code=1)
+    assert err.splitlines()[-1].startswith(
+        "pyggml_repkv: error: llama.cpp -fa on: No module named llama_cpp: run `make b"
+    )

@@ -1,0 +1,106 @@
+"""What the developers' scripts share: options, plain tables, one-line errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options
+from pyggml_repkv.cli.parser import Parser, integer
+from pyggml_repkv.cli.run import memory_config
+from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
+from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.demo import demo_model_path
+
+MAX_TOKENS = 2**20
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """-m, -t, --seed, --llama-python, --json."""
+    parser.add_argument("-m", "--model", metavar="FILE", type=Path, help="GGUF file (default: the demo model)")
+    parser.add_argument(
+        "-t",
+        "--threads",
+        metavar="N",
+        type=integer(1, MAX_THREADS),
+        default=default_threads(),
+        help="compute threads of each engine (default: %(default)s, the physical cores at hand)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="of the random tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--llama-python",
+        metavar="FILE",
+        default=sys.executable,
+        help="interpreter that has llama-cpp-python and numpy (default: the one that runs this)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+
+def integers(low: int, high: int = MAX_TOKENS) -> Callable[[str], tuple[int, ...]]:
+    """An argparse type: whole numbers with commas between; none at all for an empty text."""
+    parse = integer(low, high)
+    return lambda text: tuple(dict.fromkeys(map(parse, text.split(",")))) if text else ()
+
+
+def memory_of(text: str) -> MemoryConfig:
+    """The options of `run` that say what ours remembers -> its MemoryConfig."""
+    parser = Parser(prog="--ours", add_help=False)
+    add_context_options(parser)
+    add_memory_options(parser)
+    try:
+        options = parser.parse_args(shlex.split(text))
+        memory = memory_config(options, options.ctx_size)
+    except (InputError, ValueError) as error:
+        reason = str(error).removesuffix(f" (see {parser.prog} --help)")
+        raise InputError(f"--ours {text!r}: {reason}") from None
+    if memory.n_ctx:
+        raise InputError(f"--ours {text!r}: -c follows from the text and cannot be given")
+    return memory
+
+
+def run_tool(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """The exit code of main(argv), by default the process's own; an error that a user can cause becomes one line."""
+    try:
+        output.prepare()
+        code = main(sys.argv[1:] if argv is None else argv)
+        output.flush()
+    except RepkvError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        output.discard(sys.stdout)
+        return 1
+    return code
+
+
+def say(line: str) -> None:
+    """One line to stderr."""
+    output.log(f"{line}\n")
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    """-m, or the demo model."""
+    return args.model or demo_model_path(say)
+
+
+def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_left: int = 1) -> None:
+    """Columns as wide as what is in them: the first n_left to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        sized = zip(row, widths, strict=True)
+        cells = [cell.ljust(width) if i < n_left else cell.rjust(width) for i, (cell, width) in enumerate(sized)]
+        output.write("  ".join(cells).rstrip() + "\n")
+
+
+def write_json(report: object) -> None:
+    output.write(json.dumps(report, allow_nan=False) + "\n")
