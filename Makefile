@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 NATIVE := $(filter-out %/_native.c,$(wildcard pyggml_repkv/native/*.[ch])) pyggml_repkv/native/build.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv run test lint bench clean
+.PHONY: help venv run test lint bench report clean
 
 help:
 	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model; without ARGS: from a long text)"
 	@echo "make test [ARGS='-k name']          run every test"
 	@echo "make lint                           ruff and mypy"
 	@echo "make bench [MODEL=FILE] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
+	@echo "make report TEXT=FILE               measure everything in docs/RESULTS.md, for hours (goes on where it was stopped)"
 	@echo "make venv                           only set up $(VENV)"
 	@echo "make clean                          remove $(VENV) and what was built (the cached ggml wheel stays)"
 
@@ -64,6 +65,9 @@ bench: ARGS ?= -p 512,2048 -n 64 -d 0,2048
 bench: $(VENV)/.bench
 	@$(BIN)/python tools/compare_llama.py $(if $(MODEL),-m "$(MODEL)")
 	@$(BIN)/python -m pyggml_repkv bench --vs llama.cpp $(if $(MODEL),-m "$(MODEL)") $(ARGS)
+
+report: $(VENV)/.bench
+	@$(BIN)/python tools/report.py $(if $(TEXT),--text "$(TEXT)") $(ARGS)
 
 clean:
 	@[ ! -e "$(VENV)" ] || [ -f "$(VENV)/pyvenv.cfg" ] || { echo "error: $(VENV) is not a virtual environment" >&2; exit 1; }

@@ -1,0 +1,153 @@
+"""report.py: what is stored is not measured again, and the page says what is stored."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import _report_page
+import pytest
+import report
+from _common import run_tool
+from _report_page import PICTURES, Stored
+
+SPEED = {
+    "build": "ours 1", "model_filename": "m.gguf", "model_type": "qwen2 1M F32", "n_threads": 2,
+    "test_time": "2026-01-02T03:04:05+00:00", "resident_kv_bytes": 5_000_000, "peak_rss_bytes": 9_000_000,
+    "depth_is": "read", "engine": "pyggml_repkv", "vs": {},
+}  # fmt: skip
+
+
+def speeds(depth, policy, chunk_ts, token_ts, **fields):
+    common = {**SPEED, "n_depth": depth, "policy": policy, **fields}
+    return [
+        {**common, "n_prompt": 512, "n_gen": 0, "test": f"pp512 @ d{depth}", "median_ts": chunk_ts,
+         "of_memory_bandwidth": None},
+        {**common, "n_prompt": 0, "n_gen": 32, "test": f"tg32 @ d{depth}", "median_ts": token_ts,
+         "of_memory_bandwidth": 0.42},
+    ]  # fmt: skip
+
+
+def answer(task, kv, length, found, depth=0.5):
+    result = {"task": task, "kv": kv, "length": length, "depth": depth, "found": found}
+    return json.dumps({"settings": {**result, "found": None}, "result": result}) + "\n"
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A folder with a result of each kind."""
+    results = tmp_path / "results"
+    results.mkdir()
+    ratio = {"llama.cpp -fa on": {"median": 9.0, "min": 8.0, "max": 9.5},
+             "llama.cpp -fa off": {"median": 2.0, "min": 1.5, "max": 2.5}}  # fmt: skip
+    llama = {"engine": "llama.cpp", "resident_kv_bytes": None}
+    files = {
+        "text": {"name": "book.txt", "bytes": 1234567, "sha256": "ab" * 32},
+        "machine": {"cpu_info": "A CPU", "n_threads": 2, "peak_gbytes_per_second": 20.04, "peak_gflops": 300.4,
+                    "types": [{"type": "Q4_1", "gflops": 123.4, "gbytes_per_second": 5.67}]},
+        "speed": [*speeds(0, "repkv", 500.4, 100.0, vs=ratio), *speeds(0, "llama.cpp -fa on", 50.0, 11.0, **llama),
+                  *speeds(0, "llama.cpp -fa off", 250.0, 50.0, **llama)],
+        "speed_deep": speeds(32768, "full", 100.0, 10.0, depth_is="repeated"),
+        "perplexity": {"stretches": {"window": [{"begin": 0, "end": 2048, "nll": 0.0}],
+                                     "repkv": [{"begin": 0, "end": 2048, "nll": 1.0}]}},
+        "perplexity_full": {"stretches": {"full": [{"begin": 0, "end": 2048, "nll": 2.0}]}},
+        "fidelity_8": {"stretches": {"repkv": [
+            {"begin": 0, "end": 100, "nll": 1.0, "kl": 9.0, "top1": 0.1},
+            {"begin": 100, "end": 200, "nll": 1.0, "kl": 0.5, "top1": 0.9},
+            {"begin": 200, "end": 500, "nll": 1.0, "kl": 0.1, "top1": 0.5}]}},
+        "recall": {
+            "lengths": {"6200": {"decode": {"8": {"of_best": 0.9, "of_all": 0.5, "of_best_by_layer": 0.8}}}},
+            "layers": {"6200": {"first": 2, "chunk": {"8": [0.9, 0.8]}, "decode": {"8": [0.7, 0.6]}}},
+            "stability": {"6200": {"decode": {"8": {"step": 0.71, "step_2k": 0.93, "layer": 0.5}}}},
+        },
+    }  # fmt: skip
+    for name, value in files.items():
+        (results / f"{name}.json").write_text(json.dumps(value))
+    lines = [answer("passkey", "repkv", 8000, False), answer("passkey", "repkv", 8000, True),
+             answer("passkey", "repkv", 8000, False, 0.9), answer("passkey", "window", 16000, False)]  # fmt: skip
+    (results / "passkey.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+def test_the_page_says_what_is_stored(stored, capsys):
+    assert run_tool(report.main, ["--page-only", "--docs", str(stored)]) == 0
+    text = (stored / "RESULTS.md").read_text()
+    for line in (
+        "ours 1; m.gguf (qwen2 1M F32), 2 threads, 2026-01-02.",
+        "Text: book.txt, 1,234,567 bytes, SHA-256 abababababababab...",
+        "Machine: A CPU, 2 threads: 20.0 GB/s from memory, 300 GFLOP/s of F32 multiply-adds.",
+        "| Q4_1 | 123 | 5.7 |",
+        # The ratio is to the better llama.cpp, -fa off.
+        "| 0 | `repkv` | 500 | 10.0 | 42 % | 5 MB | 9 MB | 2.00 (1.50 to 2.50) | 2.00 (1.50 to 2.50) |",
+        "| 32,768* | `full` | 100 | 100.0 | 42 % | 5 MB | 9 MB |  |  |",
+        # Of the same question the last answer counts.
+        "| `passkey` | `repkv` | 1 of 2 |  |",
+        "| `passkey` | `window` |  | 0 of 1 |",
+        "| 0 to 2,048 | 7.39 | 1.00 | 2.72 |",
+        # Without the first stretch, which the window holds, and weighted by tokens.
+        "| `repkv`, 8 blocks of 128 | 2,112 | 0.2000 | 60.0 % | 0.5000 | 0.1000 |",
+        "| 6,200 | decode | 8 | 0.900 | 0.500 | 0.800 |",
+        "| 6,200 | decode | 8 | 71 % | 93 % | 50 % |",
+        "python -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv full,window,repkv",
+    ):
+        assert line in text
+    for name in PICTURES:
+        assert (stored / name).stat().st_size > 5000
+        assert name in text
+    assert capsys.readouterr().err.startswith(f"wrote {stored}/RESULTS.md")
+
+
+def test_what_is_not_stored_is_left_out(tmp_path):
+    assert _report_page.page(Stored(tmp_path), ["x"]).count("#") == 3
+    assert _report_page.draw(Stored(tmp_path), tmp_path) == []
+
+
+def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "book.txt").write_text("prose")
+    ran = []
+
+    def run(command, **_):
+        ran.append(command[3:])
+        if "--out" in command:
+            with open(command[-1], "a") as file:
+                file.write(answer("passkey", "repkv", 8000, True))
+        value = {"text": str(tmp_path / "book.txt"), "stretches": {}}
+        return SimpleNamespace(returncode=0, stdout=json.dumps(value))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(report, "draw", lambda *_: [])
+    monkeypatch.setattr(report, "page", lambda *_: "page")
+    argv = ["--text", str(tmp_path / "book.txt"), "--docs", str(tmp_path), "--llama-python", "py"]
+    assert run_tool(report.main, argv) == 0
+    files = [step.file for step in report.steps("x", llama=True)]
+    assert len(ran) == len(files)
+    # Where files lay on this machine is not stored.
+    assert json.loads((tmp_path / "results/perplexity.json").read_text())["text"] == "book.txt"
+    assert [c for c in ran if "py" in c] == [c for c in ran if "--vs" in c] != []
+    ran.clear()
+    (tmp_path / "results/recall.json").unlink()
+    assert run_tool(report.main, argv) == 0
+    # Answers are asked for again: `eval` knows which it has.
+    assert {c[1] for c in ran} == {"passkey", "number", "kv", "niah", "recall"}
+
+
+def test_a_failure_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "book.txt").write_text("prose")
+    codes = iter([0] * len(report.RETRIEVAL) + [0, 1])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=next(codes), stdout="{}"))
+    assert run_tool(report.main, ["--text", str(tmp_path / "book.txt"), "--docs", str(tmp_path)]) == 1
+    assert "exit code 1; what was measured is kept" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "results/perplexity.json").exists()
+    assert not (tmp_path / "results/perplexity_full.json").exists()
+
+
+def test_results_of_another_text_are_not_mixed(stored, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("prose")
+    assert run_tool(report.main, ["--text", str(tmp_path / "other.txt"), "--docs", str(stored)]) == 2
+    assert "are of another text (book.txt)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("argv", "message"), [([], "a text is needed"), (["--text", "/no/file"], "No such file")])
+def test_bad_usage_is_one_line(argv, message, tmp_path, capsys):
+    assert run_tool(report.main, [*argv, "--docs", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert (message in err, err.count("\n")) == (True, 1)

@@ -1,0 +1,355 @@
+"""docs/RESULTS.md and its pictures, from stored JSON. What is not stored is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pyggml_repkv.errors import InputError
+
+Record = dict[str, Any]
+
+PICTURES = ("results_cost.png", "results_retrieval.png", "results_recall.png", "results_stability.png")
+TASKS = ("passkey", "number", "kv", "niah")
+POLICIES = ("full", "window", "repkv")
+FIDELITY = ("window", "4", "8", "16", "32")
+COLOURS = {
+    "full": "#7a7a7a", "window": "#d98c3f", "repkv": "#2b6cb0", "llama.cpp -fa on": "#b03a3a",
+    "llama.cpp -fa off": "#d08a8a",
+}  # fmt: skip
+
+
+class Stored:
+    """The results in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def get(self, name: str) -> Any:
+        """None where it was not measured yet."""
+        path = self._folder / f"{name}.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    @cached_property
+    def speed(self) -> list[Record]:
+        return [r for name in ("speed", "speed_deep") for r in self.get(name) or ()]
+
+    @cached_property
+    def retrieval(self) -> list[Record]:
+        """Of each question and policy the last answer, should there be several."""
+        found: dict[str, Record] = {}
+        for task in TASKS:
+            path = self._folder / f"{task}.jsonl"
+            for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+                entry = json.loads(line)
+                found[json.dumps(entry["settings"], sort_keys=True)] = entry["result"]
+        return list(found.values())
+
+
+def page(stored: Stored, commands: Sequence[str]) -> str:
+    parts = [
+        "# Results\n\nWritten by `make report TEXT=FILE` from the JSON in `results/`, by the commands at the end.\n",
+        *(_about(stored), _speed(stored), _retrieval(stored), _perplexity(stored)),
+        *(_fidelity(stored), _recall(stored), _stability(stored)),
+        "## Commands\n\nEach result is the output of one of these.\n\n```\n" + "\n".join(commands) + "\n```\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _about(stored: Stored) -> str:
+    machine, text, speed = stored.get("machine"), stored.get("text"), stored.speed
+    lines = []
+    if speed:
+        r = speed[0]
+        builds = ", ".join(dict.fromkeys(r["build"] for r in speed))
+        lines.append(
+            f"{builds}; {r['model_filename']} ({r['model_type']}), {r['n_threads']} threads, {r['test_time'][:10]}."
+        )
+    if text:
+        lines.append(f"Text: {text['name']}, {text['bytes']:,} bytes, SHA-256 {text['sha256'][:16]}...")
+    if not machine:
+        return "\n".join([*lines, ""]) if lines else ""
+    lines.append(
+        f"Machine: {machine['cpu_info']}, {machine['n_threads']} threads: {machine['peak_gbytes_per_second']:.1f} GB/s "
+        f"from memory, {machine['peak_gflops']:.0f} GFLOP/s of F32 multiply-adds. "
+        "ggml's own products by weight type:\n\n"
+    )
+    rows = [(t["type"], f"{t['gflops']:.0f}", f"{t['gbytes_per_second']:.1f}") for t in machine["types"]]
+    return "\n".join(lines) + table(("weights", "GFLOP/s, 512 tokens", "GB/s, one token"), rows)
+
+
+def _speed(stored: Stored) -> str:
+    if not stored.speed:
+        return ""
+    text = (
+        "## Speed at depth\n\nMedians of the rounds; tokens of a prompt are read 512 at a time. `of memory`: the "
+        "bytes that a token must read at least over those that memory delivers in its time. In the last two columns, "
+        "how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, least to most). "
+        "Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always read their "
+        "prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
+    )
+    rows = []
+    for depth in sorted({r["n_depth"] for r in stored.speed}):
+        at = [r for r in stored.speed if r["n_depth"] == depth]
+        for policy in dict.fromkeys(r["policy"] for r in at):
+            chunk, token = (_one(at, policy, kind) for kind in ("n_prompt", "n_gen"))
+            if chunk is None or token is None:
+                continue
+            share = token["of_memory_bandwidth"]
+            rows.append((
+                f"{depth:,}{'*' if token['depth_is'] == 'repeated' else ''}", f"`{policy}`",
+                f"{chunk['median_ts']:.0f}",
+                f"{1e3 / token['median_ts']:.1f}", "" if share is None else f"{100 * share:.0f} %",
+                _mb(token["resident_kv_bytes"]), _mb(token["peak_rss_bytes"]), _versus(chunk, at), _versus(token, at),
+            ))  # fmt: skip
+    header = (
+        "depth", "policy", "prefill, tokens/s", "ms a token", "of memory", "KV resident", "peak RSS", "prefill, ratio",
+        "token, ratio",
+    )  # fmt: skip
+    return text + table(header, rows)
+
+
+def _one(records: Sequence[Record], policy: str, kind: str) -> Record | None:
+    return next((r for r in records if r["policy"] == policy and r[kind]), None)
+
+
+def _versus(own: Record, at: Sequence[Record]) -> str:
+    theirs = [r for r in at if r["engine"] == "llama.cpp" and r["test"] == own["test"]]
+    if not theirs or not own["vs"]:
+        return ""
+    ratio = own["vs"][max(theirs, key=lambda r: r["median_ts"])["policy"]]
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def _mb(n_bytes: int | None) -> str:
+    return f"{n_bytes / 1e6:,.0f} MB" if n_bytes else ""
+
+
+def _counts(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
+    found: dict[tuple[str, str, int], tuple[int, int]] = {}
+    for r in stored.retrieval:
+        key = r["task"], r["kv"], r["length"]
+        n_found, n = found.get(key, (0, 0))
+        found[key] = n_found + r["found"], n + 1
+    return found
+
+
+def _retrieval(stored: Stored) -> str:
+    counts = _counts(stored)
+    if not counts:
+        return ""
+    lengths = sorted({length for _, _, length in counts})
+    rows = []
+    for task in TASKS:
+        for policy in POLICIES:
+            cells = [counts.get((task, policy, length)) for length in lengths]
+            if any(cells):
+                rows.append((f"`{task}`", f"`{policy}`", *("" if c is None else f"{c[0]} of {c[1]}" for c in cells)))
+    return (
+        "## What is found\n\nQuestions answered with the whole answer, at evenly spaced depths. Empty: not asked "
+        "(`full` attends everything, at a cost that grows with the square of the length; the demo model was trained "
+        "on 8,192 tokens).\n\n![Answers by task and length](results_retrieval.png)\n\n"
+        + table(("task", "policy", *(f"{n:,}" for n in lengths)), rows)
+    )
+
+
+def _perplexity(stored: Stored) -> str:
+    found = {**((stored.get("perplexity_full") or {}).get("stretches", {})),
+             **((stored.get("perplexity") or {}).get("stretches", {}))}  # fmt: skip
+    if not found:
+        return ""
+    begins = sorted({s["begin"] for each in found.values() for s in each})
+    ends = {s["begin"]: s["end"] for each in found.values() for s in each}
+    by_begin = {policy: {s["begin"]: s for s in each} for policy, each in found.items()}
+    policies = [p for p in POLICIES if p in found]
+    rows = [
+        (f"{b:,} to {ends[b]:,}", *(_perplexity_of(by_begin[p].get(b)) for p in policies)) for b in begins
+    ]  # fmt: skip
+    return (
+        "## Perplexity of a long text\n\nOf the text's first tokens, read in one piece in chunks of 512, by "
+        "position. `full` goes on past the 8,192 tokens that the model was trained on, as llama.cpp would.\n\n"
+        + table(("tokens", *(f"`{p}`" for p in policies)), rows)
+    )
+
+
+def _perplexity_of(stretch: Record | None) -> str:
+    return "" if stretch is None else f"{math.exp(stretch['nll']):.2f}"
+
+
+def _fidelity(stored: Stored) -> str:
+    rows = []
+    for name in FIDELITY:
+        found = stored.get(f"fidelity_{name}")
+        if found is None:
+            continue
+        ((_, stretches),) = found["stretches"].items()
+        budget = "`window`" if name == "window" else f"`repkv`, {name} blocks of 128"
+        n_attended = 1088 + (0 if name == "window" else 128 * int(name))
+        last = stretches[1:]
+        weights = [s["end"] - s["begin"] for s in last]
+        kl, top1 = (sum(s[k] * w for s, w in zip(last, weights, strict=True)) / sum(weights) for k in ("kl", "top1"))
+        rows.append((budget, f"{n_attended:,}", f"{kl:.4f}", f"{100 * top1:.1f} %", *(f"{s['kl']:.4f}" for s in last)))
+    if not rows:
+        return ""
+    heads = [f"KL, {s['begin']:,} to {s['end']:,}" for s in last]
+    return (
+        "## Distance from full attention\n\nKL divergence of the next-token distribution from that of `--kv full` "
+        "(nats), and how often both find the same token most likely, within the trained context, where `full` is "
+        "right. Attended: the first 64 tokens, the last 1,024, and the blocks; positions of older tokens are far "
+        "ones.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
+    )
+
+
+def _recall(stored: Stored) -> str:
+    found = stored.get("recall")
+    if found is None:
+        return ""
+    rows = [
+        (f"{int(length):,}", step, k, f"{s['of_best']:.3f}", f"{s['of_all']:.3f}", f"{s['of_best_by_layer']:.3f}")
+        for length, steps in found["lengths"].items()
+        for step, by_k in steps.items()
+        for k, s in by_k.items()
+    ]
+    return (
+        "## Attention mass in the selected blocks\n\nOf the attention that the best k blocks get, how much the k get "
+        "that rank first; of that of all blocks; and the first as a mean over layers.\n\n![By "
+        "layer](results_recall.png)\n\n"
+        + table(("tokens", "step", "k", "of the best", "of all", "mean of layers"), rows)
+    )
+
+
+def _stability(stored: Stored) -> str:
+    found = stored.get("recall")
+    if found is None or "stability" not in found:
+        return ""
+    rows = [
+        (f"{int(length):,}", step, k, *(f"{100 * s[key]:.0f} %" for key in ("step", "step_2k", "layer")))
+        for length, steps in found["stability"].items()
+        for step, by_k in steps.items()
+        for k, s in by_k.items()
+    ]
+    header = (
+        "tokens",
+        "step",
+        "k",
+        "among the k of the step before",
+        "among 2k of it",
+        "among the k of the layer before",
+    )
+    return (
+        "## How stable selections are\n\nHow much of a layer's first k blocks a predictor could have fetched that "
+        "knows the last "
+        "step, or the layer before.\n\n![Overlap of selections](results_stability.png)\n\n" + table(header, rows)
+    )
+
+
+def draw(stored: Stored, folder: Path) -> list[str]:
+    """The names of the pictures that there was something to draw in. Raises InputError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    drawn = []
+    for name, paint in zip(PICTURES, (_draw_cost, _draw_retrieval, _draw_recall, _draw_stability), strict=True):
+        figure = paint(pyplot, stored)
+        if figure is not None:
+            figure.savefig(folder / name, dpi=100)
+            pyplot.close(figure)
+            drawn.append(name)
+    return drawn
+
+
+def _draw_cost(pyplot: Any, stored: Stored) -> Any:
+    if not stored.speed:
+        return None
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for policy in dict.fromkeys(r["policy"] for r in stored.speed):
+        mine = sorted((r for r in stored.speed if r["policy"] == policy), key=lambda r: r["n_depth"])
+        chunks, tokens = ([r for r in mine if r[kind]] for kind in ("n_prompt", "n_gen"))
+        style = {"label": policy, "color": COLOURS.get(policy), "marker": "o", "markersize": 4}
+        for axis, records, value in (
+            (axes[0], chunks, lambda r: r["median_ts"]),
+            (axes[1], tokens, lambda r: 1e3 / r["median_ts"]),
+            (axes[2], tokens, lambda r: (r["peak_rss_bytes"] or math.nan) / 1e6),
+        ):
+            axis.plot([r["n_depth"] / 1024 for r in records], [value(r) for r in records], **style)
+    for axis, title in zip(axes, ("prefill, tokens/s", "one token, ms", "peak RSS, MB"), strict=True):
+        axis.set(title=title, xlabel="tokens in the context, thousands of 1,024")
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    for axis in axes[::2]:
+        axis.set_ylim(0, None)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _draw_retrieval(pyplot: Any, stored: Stored) -> Any:
+    counts = _counts(stored)
+    if not counts:
+        return None
+    lengths = sorted({length for _, _, length in counts})
+    figure, axes = pyplot.subplots(1, len(POLICIES), figsize=(12, 3), sharey=True, layout="constrained")
+    for axis, policy in zip(axes, POLICIES, strict=True):
+        cells = [[counts.get((task, policy, n)) for n in lengths] for task in TASKS]
+        axis.imshow([[c[0] / c[1] if c else math.nan for c in row] for row in cells], vmin=0, vmax=1, cmap="RdYlGn",
+                    aspect="auto")  # fmt: skip
+        for y, row in enumerate(cells):
+            for x, c in enumerate(row):
+                axis.text(x, y, f"{c[0]}/{c[1]}" if c else "", ha="center", va="center")
+        axis.set_title(policy)
+        axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
+        axis.set_yticks(range(len(TASKS)), TASKS)
+        axis.set_xlabel("tokens")
+    return figure
+
+
+def _draw_recall(pyplot: Any, stored: Stored) -> Any:
+    found = (stored.get("recall") or {}).get("layers")
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(6 * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (length, layers) in zip(axes[0], found.items(), strict=True):
+        for step, style in (("chunk", "-"), ("decode", "--")):
+            for k, colour in zip(layers[step], ("#90b4d8", "#2b6cb0", "#123a66"), strict=False):
+                shares = layers[step][k]
+                x = range(layers["first"], layers["first"] + len(shares))
+                axis.plot(x, shares, style, color=colour, label=f"{step}, k = {k}")
+        axis.set(title=f"{int(length):,} tokens", xlabel="layer", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("attention mass, of the best k blocks'")
+    axes[0][0].legend(frameon=False, fontsize="small", ncols=2)
+    return figure
+
+
+def _draw_stability(pyplot: Any, stored: Stored) -> Any:
+    found = (stored.get("recall") or {}).get("stability")
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(found), figsize=(6 * len(found), 3.4), squeeze=False, sharey=True, layout="constrained"
+    )
+    names = {"step": "step before", "step_2k": "2k of the step before", "layer": "layer before"}
+    for axis, (length, steps) in zip(axes[0], found.items(), strict=True):
+        groups = [(step, k, s) for step, by_k in steps.items() for k, s in by_k.items()]
+        for i, (key, label) in enumerate(names.items()):
+            axis.bar([x + 0.27 * (i - 1) for x in range(len(groups))], [s[key] for *_, s in groups], 0.25, label=label)
+        axis.set_xticks(range(len(groups)), [f"{step}\nk = {k}" for step, k, _ in groups])
+        axis.set(title=f"{int(length):,} tokens", ylim=(0, 1))
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel("of the k blocks, also in")
+    axes[0][0].legend(frameon=False, fontsize="small")
+    return figure

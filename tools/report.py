@@ -1,0 +1,177 @@
+"""Measure everything that docs/RESULTS.md says, and write it: `make report TEXT=FILE`.
+
+Each result is stored as JSON in docs/results/ as soon as it is there; what is stored is not measured again, so that a
+report that was stopped goes on where it was, and one file taken away is measured anew. It takes hours. Speed is
+measured last, for an idle machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import run_tool, say
+from _report_page import Stored, draw, page
+
+from pyggml_repkv.cli.parser import HelpFormatter, Parser
+from pyggml_repkv.errors import InputError, RepkvError
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PROGRAM = ("-m", "pyggml_repkv")
+
+# task, lengths, depths and policies. `full` attends everything at a cost that grows with the square of the length, and
+# the demo model was trained on 8,192 tokens.
+RETRIEVAL = (
+    *((task, 8000, 3, "full,window,repkv") for task in ("passkey", "number", "kv", "niah")),
+    *((task, 16000, 2, "window,repkv") for task in ("passkey", "number", "kv", "niah")),
+    ("passkey", 16000, 2, "full"),
+    *((task, 32000, 2, "window,repkv") for task in ("passkey", "number", "niah")),
+    *((task, 64000, 1, "window,repkv") for task in ("passkey", "number", "niah")),
+    ("passkey", 128000, 1, "window,repkv"),
+    ("number", 128000, 1, "repkv"),
+    ("niah", 128000, 1, "repkv"),
+)
+BUDGETS = (4, 8, 16, 32)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command of the program. file: where its JSON goes; appends: the program itself adds lines to it."""
+
+    file: str
+    command: tuple[str, ...]
+    appends: bool = False
+
+    def line(self) -> str:
+        """As a user would type it."""
+        return f"python -m pyggml_repkv {shlex.join(self.command)}"
+
+
+def steps(text: str, *, llama: bool) -> list[Step]:
+    found = [
+        Step(
+            f"{task}.jsonl",
+            ("eval", task, *(("--text", text) if task == "niah" else ()), "--lengths", str(length), "--depths",
+             str(n_depths), "--kv", kv),
+            appends=True,
+        )
+        for task, length, n_depths, kv in RETRIEVAL
+    ]  # fmt: skip
+    prose = ("--text", text)
+    found += [
+        Step("perplexity.json", ("eval", "perplexity", *prose, "--lengths", "32768", "--kv", "window,repkv", "--json")),
+        Step("perplexity_full.json", ("eval", "perplexity", *prose, "--lengths", "12288", "--kv", "full", "--json")),
+        Step("fidelity_window.json", ("eval", "fidelity", *prose, "--lengths", "8192", "--kv", "window", "--json")),
+    ]
+    for n in BUDGETS:
+        options = ("--kv", "repkv", "--n-dense", "0", "--positions", "far", "--chunk-blocks", str(n))
+        found.append(
+            Step(f"fidelity_{n}.json", ("eval", "fidelity", *prose, "--lengths", "8192", *options, "--json"))
+        )  # fmt: skip
+    recall = ("--kv", "repkv", "--positions", "far", "--json")
+    found.append(Step("recall.json", ("eval", "recall", *prose, "--lengths", "6200,24600", *recall)))
+    versus = ("--vs", "llama.cpp") if llama else ()
+    speed = ("bench", "-p", "512", "-n", "32", "-r", "3", *versus, "-o", "json")
+    found += [
+        Step("machine.json", ("bench", "--machine", "-o", "json")),
+        Step("speed.json", (*speed, "-d", "0,8192", "--kv", "full,window,repkv")),
+        Step("speed_deep.json", (*speed, "-d", "16384,32768,65536", "--kv", "full,window,repkv", "--synthetic-depth")),
+    ]
+    return found
+
+
+def measure(todo: Sequence[Step], results: Path, extra: Sequence[str]) -> None:
+    """Runs what is not stored yet. extra: options for every `bench` that is compared."""
+    results.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(todo, 1):
+        path = results / step.file
+        if path.exists() and not step.appends:
+            continue
+        say(f"{number} of {len(todo)}: {step.line()}")
+        command = [sys.executable, *PROGRAM, *step.command, *(extra if "--vs" in step.command else ())]
+        if step.appends:
+            _run([*command, "--out", str(path)])
+            continue
+        report = json.loads(_run(command))
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(without_folders(report), indent=1) + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise RepkvError(f"it ended with exit code {done.returncode}; what was measured is kept")
+    return done.stdout
+
+
+def without_folders(value: Any) -> Any:
+    """Files by their names alone: where they lay on one machine says nothing to others."""
+    if isinstance(value, dict):
+        return {
+            k: Path(v).name if k in ("text", "model_filename") and isinstance(v, str) else without_folders(v)
+            for k, v in value.items()
+        }
+    return [without_folders(v) for v in value] if isinstance(value, list) else value
+
+
+def about_text(path: Path) -> dict[str, Any]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--text {path}: {error.strerror}") from None
+    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def check_same_text(text: dict[str, Any], results: Path) -> None:
+    """What is stored must be of the same text. Raises InputError where it is not."""
+    path = results / "text.json"
+    if path.exists():
+        stored = json.loads(path.read_text("utf-8"))
+        if stored["sha256"] != text["sha256"]:
+            raise InputError(f"the results in {results} are of another text ({stored['name']}): move them away first")
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="report.py", usage="%(prog)s --text FILE [options]", description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("--text", metavar="FILE", type=Path, help="prose of 140,000 tokens or more (half a megabyte)")
+    parser.add_argument("--llama-python", metavar="FILE", help="interpreter that has llama-cpp-python")
+    parser.add_argument("--no-llama", action="store_true", help="leave llama.cpp out")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is stored, measure nothing")
+    parser.add_argument("--docs", metavar="DIR", type=Path, default=DOCS, help="(default: docs)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    results = args.docs / "results"
+    todo = steps(args.text.name if args.text else "TEXT", llama=not args.no_llama)
+    if not args.page_only:
+        if args.text is None:
+            raise InputError("a text is needed: --text FILE (`make report TEXT=FILE`)")
+        check_same_text(about_text(args.text), results)
+        extra = ("--llama-python", args.llama_python) if args.llama_python else ()
+        measure(steps(str(args.text), llama=not args.no_llama), results, extra)
+    stored = Stored(results)
+    drawn = draw(stored, args.docs)
+    path = args.docs / "RESULTS.md"
+    path.write_text(page(stored, [step.line() for step in todo]), encoding="utf-8")
+    say(f"wrote {', '.join(map(str, (path, *drawn)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool(main))
