@@ -112,10 +112,11 @@ class Plan:
     warm_up: bool = True
     synthetic: bool = False
 
-    def room(self, depth: int) -> int:
-        """Tokens after the depth, at most, of an engine that cannot rewind."""
+    def room(self, depth: int, *, can_rewind: bool) -> int:
+        """Tokens after the depth, at most."""
         # One token is read before those that are timed one by one.
-        return (self.rounds + self.warm_up) * sum(t.n_tokens + 1 for t in self.cases if t.depth == depth)
+        each = [case.n_tokens + 1 for case in self.cases if case.depth == depth]
+        return max(each) if can_rewind else (self.rounds + self.warm_up) * sum(each)
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
@@ -124,19 +125,16 @@ def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
     Ours are started first, because what they say about a bad file is more than llama.cpp does.
     """
     cases = sorted(plan.cases, key=lambda case: case.depth)
-    deepest = max(case.depth + case.n_tokens + 1 for case in cases)
     with ExitStack() as stack:
         engines = [(c, c.start(stack)) for c in sorted(plan.contenders, key=lambda c: not c.is_ours)]
         n_vocab = check_same_vocabulary(engine for _, engine in engines)
-        tokens = plan.stream(max(t.depth + plan.room(t.depth) for t in cases), n_vocab)
-        for contender, engine in engines:
-            engine.ask("open", n_ctx=context_size(deepest), flash_attn=contender.flash_attn)
+        drifts = not all(c.can_rewind for c in plan.contenders)
+        tokens = plan.stream(max(c.depth + plan.room(c.depth, can_rewind=not drifts) for c in cases), n_vocab)
         for depth, group in groupby(cases, key=lambda case: case.depth):
             for contender, engine in engines:
-                if not contender.can_rewind:
-                    # With the context that this depth needs: some memories go by that from the start.
-                    n_ctx = context_size(depth + plan.room(depth))
-                    engine.ask("open", n_ctx=n_ctx, flash_attn=contender.flash_attn)
+                # The context that this depth needs: some reserve all of it at once, some memories go by its length.
+                n_ctx = context_size(depth + plan.room(depth, can_rewind=contender.can_rewind))
+                engine.ask("open", n_ctx=n_ctx, flash_attn=contender.flash_attn)
             yield _measure_depth(plan, list(group), engines, tokens, say)
 
 
@@ -162,7 +160,7 @@ def _measure_depth(
 
 def _take(plan: Plan, result: Result, engine: EngineProcess, tokens: list[int], *, counts: bool) -> None:
     case = result.case
-    slack = plan.room(case.depth)
+    slack = plan.room(case.depth, can_rewind=False)
     reached = engine.ask("reach", tokens=tokens[: case.depth], slack=slack, synthetic=result.synthetic)["n_past"]
     before = _prefetch(engine.ask("memory"))
     time.sleep(REST_S)

@@ -279,7 +279,8 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
     found = {}
     for depth in {case.depth for case in plan.cases}:
         for c in plan.contenders:
-            memory = replace(memories[c.name] if c.is_ours else MemoryConfig(), n_ctx=depth + 256, kv_dir="", kv_ram=0)
+            theirs = MemoryConfig(type_k=args.cache_type_k, type_v=args.cache_type_v)
+            memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=depth + 256, kv_dir="", kv_ram=0)
             wanted = Wanted("decode", memory, depth, args.threads, exact=args.exact_graph and c.is_ours)
             with BuiltGraph(args.model, wanted) as graph:
                 found[c.name, depth] = sum(node.bytes_moved for node in graph.snapshot().nodes)

@@ -95,12 +95,12 @@ def test_without_a_warm_up_the_first_round_counts(run):
 
 
 def test_depths_come_in_order_with_their_own_contexts(run):
-    results, log, _ = run([Case(4, 0, 600), Case(4, 0)], [ours(), ours("full", can_rewind=True)], rounds=1)
-    assert [r.case.depth for r in results] == [0, 0, 600, 600]
+    results, log, _ = run([Case(4, 0, 760), Case(4, 0)], [ours(), ours("full", can_rewind=True)], rounds=1)
+    assert [r.case.depth for r in results] == [0, 0, 760, 760]
     opened = [entry[:3] for entry in log if entry[1] == "open"]
-    # One that can rewind is opened once, for the deepest; the other for each depth, with room for all rounds.
+    # For each depth: with room for all rounds, of one that can rewind for one.
     assert opened == [
-        ("repkv", "open", 768), ("full", "open", 768), ("repkv", "open", 256), ("repkv", "open", 768),
+        ("repkv", "open", 256), ("full", "open", 256), ("repkv", "open", 1024), ("full", "open", 768),
     ]  # fmt: skip
 
 
