@@ -13,7 +13,13 @@ from pyggml_repkv.errors import InputError
 
 Record = dict[str, Any]
 
-PICTURES = ("results_cost.png", "results_retrieval.png", "results_recall.png", "results_stability.png")
+PICTURES = (
+    "results_cost.png",
+    "results_retrieval.png",
+    "results_recall.png",
+    "results_stability.png",
+    "results_prefetch.png",
+)
 TASKS = ("passkey", "number", "kv", "niah")
 POLICIES = ("full", "window", "repkv")
 FIDELITY = ("window", "4", "8", "16", "32")
@@ -54,7 +60,7 @@ def page(stored: Stored, commands: Sequence[str]) -> str:
     parts = [
         "# Results\n\nWritten by `make report TEXT=FILE` from the JSON in `results/`, by the commands at the end.\n",
         *(_about(stored), _speed(stored), _retrieval(stored), _perplexity(stored)),
-        *(_fidelity(stored), _recall(stored), _stability(stored)),
+        *(_fidelity(stored), _recall(stored), _stability(stored), _disk(stored)),
         "## Commands\n\nEach result is the output of one of these.\n\n```\n" + "\n".join(commands) + "\n```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -252,6 +258,32 @@ def _stability(stored: Stored) -> str:
     )
 
 
+def _disk(stored: Stored) -> str:
+    rows = []
+    for name, flags in (("", "default"), ("_late", "`--sticky 1.4 --late`")):
+        found = stored.get(f"ram{name}"), stored.get(f"disk{name}")
+        if not all(found):
+            continue
+        ram, disk = (records[0] for records in found)
+        hit, slower = disk["prefetch_hit"], ram["median_ts"] / disk["median_ts"]
+        rows.append((
+            flags, f"{1e3 / ram['median_ts']:.1f}", f"{1e3 / disk['median_ts']:.1f}", f"{slower:.2f}",
+            "" if hit is None else f"{100 * hit:.1f} %", _mb(disk["ram_bytes"]), _mb(disk["disk_bytes"]),
+            _mb(ram["peak_rss_bytes"]), _mb(disk["peak_rss_bytes"]),
+        ))  # fmt: skip
+    if not rows:
+        return ""
+    header = (
+        "selection", "all in RAM, ms a token", "on disk, ms", "times as long", "there when asked for", "blocks in RAM",
+        "on disk", "peak RSS, all in RAM", "peak RSS",
+    )  # fmt: skip
+    return (
+        "## Blocks on disk\n\nA token after 32,768, with `--kv-ram 75M` for the older ones. The picture has a token of "
+        "each: what is computed, layer by layer, what is waited for, and what is read meanwhile.\n\n"
+        "![Reads beside compute](results_prefetch.png)\n\n" + table(header, rows)
+    )
+
+
 def draw(stored: Stored, folder: Path) -> list[str]:
     """The names of the pictures that there was something to draw in. Raises InputError without matplotlib."""
     try:
@@ -262,7 +294,7 @@ def draw(stored: Stored, folder: Path) -> list[str]:
     from matplotlib import pyplot
 
     drawn = []
-    for name, paint in zip(PICTURES, (_draw_cost, _draw_retrieval, _draw_recall, _draw_stability), strict=True):
+    for name, paint in zip(PICTURES, _PAINTERS, strict=True):
         figure = paint(pyplot, stored)
         if figure is not None:
             figure.savefig(folder / name, dpi=100)
@@ -300,14 +332,16 @@ def _draw_retrieval(pyplot: Any, stored: Stored) -> Any:
     if not counts:
         return None
     lengths = sorted({length for _, _, length in counts})
-    figure, axes = pyplot.subplots(1, len(POLICIES), figsize=(12, 3), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(POLICIES), figsize=(12, 2.6), sharey=True, layout="constrained")
     for axis, policy in zip(axes, POLICIES, strict=True):
         cells = [[counts.get((task, policy, n)) for n in lengths] for task in TASKS]
         axis.imshow([[c[0] / c[1] if c else math.nan for c in row] for row in cells], vmin=0, vmax=1, cmap="RdYlGn",
                     aspect="auto")  # fmt: skip
         for y, row in enumerate(cells):
             for x, c in enumerate(row):
-                axis.text(x, y, f"{c[0]}/{c[1]}" if c else "", ha="center", va="center")
+                if c:
+                    pale = 0.2 < c[0] / c[1] < 0.8
+                    axis.text(x, y, f"{c[0]}/{c[1]}", ha="center", va="center", color="black" if pale else "white")
         axis.set_title(policy)
         axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
         axis.set_yticks(range(len(TASKS)), TASKS)
@@ -351,5 +385,38 @@ def _draw_stability(pyplot: Any, stored: Stored) -> Any:
         axis.set(title=f"{int(length):,} tokens", ylim=(0, 1))
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].set_ylabel("of the k blocks, also in")
-    axes[0][0].legend(frameon=False, fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
     return figure
+
+
+# Of a trace (inspect/trace.py): the threads of layers, waits and the first disk lane.
+LAYERS, WAITS, DISK = 2, 4, 10
+
+
+def _draw_prefetch(pyplot: Any, stored: Stored) -> Any:
+    traces = [
+        (title, stored.get(name)) for name, title in (("trace", "default"), ("trace_late", "--sticky 1.4 --late"))
+    ]
+    traces = [(title, trace["traceEvents"]) for title, trace in traces if trace]
+    if not traces:
+        return None
+    figure, axes = pyplot.subplots(len(traces), 1, figsize=(12, 2.6 * len(traces)), squeeze=False, sharex=True,
+                                   layout="constrained")  # fmt: skip
+    for axis, (title, events) in zip(axes[:, 0], traces, strict=True):
+        spans = [e for e in events if e["ph"] == "X"]
+        step = [e for e in spans if e["tid"] == 1][-1]
+        mine = [e for e in spans if e["ts"] >= step["ts"] and e["ts"] < step["ts"] + step["dur"]]
+        lanes = sorted({e["tid"] for e in mine if e["tid"] >= DISK})
+        rows = {LAYERS: 0, WAITS: 1, **{tid: 2 + n for n, tid in enumerate(lanes)}}
+        for tid, row in rows.items():
+            at = [((e["ts"] - step["ts"]) / 1e3, e["dur"] / 1e3) for e in mine if e["tid"] == tid]
+            colours = ["#2b6cb0", "#7fb0e0"] if tid == LAYERS else ["#c0392b"] if tid == WAITS else ["#4a9a5b"]
+            axis.broken_barh(at, (row - 0.4, 0.8), color=[colours[i % len(colours)] for i in range(len(at))] or None)
+        axis.set_yticks(list(rows.values()), ["layers", "waiting", *(f"disk {n + 1}" for n in range(len(lanes)))])
+        axis.invert_yaxis()
+        axis.set_title(f"{title}: a token in {step['dur'] / 1e3:.1f} ms", loc="left")
+    axes[-1][0].set_xlabel("ms")
+    return figure
+
+
+_PAINTERS = (_draw_cost, _draw_retrieval, _draw_recall, _draw_stability, _draw_prefetch)

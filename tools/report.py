@@ -44,11 +44,13 @@ BUDGETS = (4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command of the program. file: where its JSON goes; appends: the program itself adds lines to it."""
+    """A command of the program. file: where its JSON goes; flag: how the program is told of it, where it writes itself:
+    "--out" adds to what is there, "-o" writes a new one.
+    """
 
     file: str
     command: tuple[str, ...]
-    appends: bool = False
+    flag: str = ""
 
     def line(self) -> str:
         """As a user would type it."""
@@ -61,7 +63,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
             f"{task}.jsonl",
             ("eval", task, *(("--text", text) if task == "niah" else ()), "--lengths", str(length), "--depths",
              str(n_depths), "--kv", kv),
-            appends=True,
+            flag="--out",
         )
         for task, length, n_depths, kv in RETRIEVAL
     ]  # fmt: skip
@@ -78,12 +80,24 @@ def steps(text: str, *, llama: bool) -> list[Step]:
         )  # fmt: skip
     recall = ("--kv", "repkv", "--positions", "far", "--json")
     found.append(Step("recall.json", ("eval", "recall", *prose, "--lengths", "6200,24600", *recall)))
+    # A tenth of the keys and values of 32,768 tokens; as it is by default, and with a whole token's time to read.
+    disk = ("--kv", "repkv", "--kv-ram", "75M")
+    late = ("--sticky", "1.4", "--late")
+    trace = ("graph", "trace", "-f", text, *disk, "-c", "1000000", "-d", "32768", "-n", "2")
+    found += [Step("trace.json", trace, flag="-o"), Step("trace_late.json", (*trace, *late), flag="-o")]
     versus = ("--vs", "llama.cpp") if llama else ()
-    speed = ("bench", "-p", "512", "-n", "32", "-r", "3", *versus, "-o", "json")
+    speed = ("bench", *prose, "-p", "512", "-n", "32", "-r", "3", *versus, "-o", "json")
     found += [
         Step("machine.json", ("bench", "--machine", "-o", "json")),
         Step("speed.json", (*speed, "-d", "0,8192", "--kv", "full,window,repkv")),
         Step("speed_deep.json", (*speed, "-d", "16384,32768,65536", "--kv", "full,window,repkv", "--synthetic-depth")),
+    ]
+    tokens = ("bench", *prose, "-p", "0", "-n", "64", "-r", "3", "-d", "32768", "-o", "json")
+    found += [
+        Step("ram.json", (*tokens, "--kv", "repkv")),
+        Step("ram_late.json", (*tokens, "--kv", "repkv", *late)),
+        Step("disk.json", (*tokens, *disk)),
+        Step("disk_late.json", (*tokens, *disk, *late)),
     ]
     return found
 
@@ -93,15 +107,16 @@ def measure(todo: Sequence[Step], results: Path, extra: Sequence[str]) -> None:
     results.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(todo, 1):
         path = results / step.file
-        if path.exists() and not step.appends:
+        if path.exists() and step.flag != "--out":
             continue
         say(f"{number} of {len(todo)}: {step.line()}")
         command = [sys.executable, *PROGRAM, *step.command, *(extra if "--vs" in step.command else ())]
-        if step.appends:
-            _run([*command, "--out", str(path)])
+        if step.flag == "--out":
+            _run([*command, step.flag, str(path)])
             continue
-        report = json.loads(_run(command))
         part = path.with_suffix(".part")
+        output = _run([*command, step.flag, str(part)] if step.flag else command)
+        report = json.loads(part.read_text("utf-8") if step.flag else output)
         part.write_text(json.dumps(without_folders(report), indent=1) + "\n", encoding="utf-8")
         part.replace(path)
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import _report_page
@@ -59,6 +60,14 @@ def stored(tmp_path):
             "layers": {"6200": {"first": 2, "chunk": {"8": [0.9, 0.8]}, "decode": {"8": [0.7, 0.6]}}},
             "stability": {"6200": {"decode": {"8": {"step": 0.71, "step_2k": 0.93, "layer": 0.5}}}},
         },
+        **{
+            name: [{"median_ts": ts, "prefetch_hit": hit, "ram_bytes": 7e6, "disk_bytes": 8e7, "peak_rss_bytes": 2e8}]
+            for name, ts, hit in (("ram", 50, None), ("disk", 40, 0.8), ("ram_late", 50, None), ("disk_late", 49, 1.0))
+        },
+        "trace": {"traceEvents": [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "steps"}},
+            *({"ph": "X", "pid": 1, "tid": tid, "name": "x", "ts": ts, "dur": dur}
+              for ts in (0.0, 1000.0) for tid, dur in ((1, 900.0), (2, 300.0), (4, 50.0), (10, 40.0)))]},
     }  # fmt: skip
     for name, value in files.items():
         (results / f"{name}.json").write_text(json.dumps(value))
@@ -87,6 +96,8 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "| `repkv`, 8 blocks of 128 | 2,112 | 0.2000 | 60.0 % | 0.5000 | 0.1000 |",
         "| 6,200 | decode | 8 | 0.900 | 0.500 | 0.800 |",
         "| 6,200 | decode | 8 | 71 % | 93 % | 50 % |",
+        "| default | 20.0 | 25.0 | 1.25 | 80.0 % | 7 MB | 80 MB | 200 MB | 200 MB |",
+        "| `--sticky 1.4 --late` | 20.0 | 20.4 | 1.02 | 100.0 % |",
         "python -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv full,window,repkv",
     ):
         assert line in text
@@ -107,6 +118,8 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
 
     def run(command, **_):
         ran.append(command[3:])
+        if "-o" in command and command[-1].endswith(".part"):
+            Path(command[-1]).write_text("{}")
         if "--out" in command:
             with open(command[-1], "a") as file:
                 file.write(answer("passkey", "repkv", 8000, True))
