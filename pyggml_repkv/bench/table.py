@@ -5,24 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from pyggml_repkv.bench.measure import Case, Result, best_of
+from pyggml_repkv.bench.measure import Case, Plan, Result, best_of
 from pyggml_repkv.engine.budget import size
 from pyggml_repkv.inspect.peak import Peak
 
 Record = dict[str, Any]
-
-# Heading, and how wide at least: a row is printed as soon as it is measured.
-_COLUMNS = (
-    ("model", 24), ("size", 9), ("params", 8), ("backend", 7), ("threads", 7), ("policy", 17), ("test", 16),
-    ("t/s", 17), ("median", 8), ("of memory", 9), ("KV", 8), ("blocks in RAM", 13), ("on disk", 8),
-    ("prefetch hit", 12), ("peak RSS", 8),
-)  # fmt: skip
-_LEFT = {"model", "backend", "policy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,26 +102,66 @@ def _versus(result: Result, others: Sequence[Result]) -> dict[str, dict[str, flo
     return found
 
 
-def header() -> str:
-    """Two lines of Markdown."""
-    cells = [name.ljust(n) if name in _LEFT else name.rjust(n) for name, n in _COLUMNS]
-    rules = ["-" * (n - (name not in _LEFT)) + ":" * (name not in _LEFT) for name, n in _COLUMNS]
-    return f"| {' | '.join(cells)} |\n| {' | '.join(rules)} |\n"
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """width: at least, because a row is printed before the next is measured."""
+
+    name: str
+    width: int
+    value: Callable[[Record], str]
+    is_text: bool = False
+
+    def cell(self, text: str) -> str:
+        return text.ljust(self.width) if self.is_text else text.rjust(self.width)
+
+    @property
+    def rule(self) -> str:
+        return "-" * self.width if self.is_text else "-" * (self.width - 1) + ":"
 
 
-def row(r: Record) -> str:
-    share, hit = r["of_memory_bandwidth"], r["prefetch_hit"]
-    values = (
-        r["model_type"], f"{r['model_size'] / 2**20:.2f} MiB", f"{r['model_n_params'] / 1e6:.2f} M", r["backends"],
-        str(r["n_threads"]), r["policy"], r["test"], f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
-        f"{r['median_ts']:.2f}", f"{100 * share:.0f} %" if share is not None else "",
-        *(_size(r[key]) for key in ("resident_kv_bytes", "ram_bytes", "disk_bytes")),
-        f"{100 * hit:.1f} %" if hit is not None else "", _size(r["peak_rss_bytes"]),
-    )  # fmt: skip
-    cells = [
-        v.ljust(n) if name in _LEFT else v.rjust(n) for v, (name, n) in zip(values, _COLUMNS, strict=True)
-    ]  # fmt: skip
+class Table:
+    """llama-bench's Markdown, row by row; columns that can have nothing in any row are left out."""
+
+    def __init__(self, plan: Plan, *, on_disk: bool) -> None:
+        names = [c.name for c in plan.contenders]
+        wide = max(map(len, (case.name for case in plan.cases)))
+        self._columns = [
+            _Column("model", 20, lambda r: r["model_type"], is_text=True),
+            _Column("size", 10, lambda r: f"{r['model_size'] / 2**20:.2f} MiB"),
+            _Column("params", 8, lambda r: f"{r['model_n_params'] / 1e6:.2f} M"),
+            _Column("backend", 7, lambda r: r["backends"], is_text=True),
+            _Column("threads", 7, lambda r: str(r["n_threads"])),
+            _Column("policy", max(6, *map(len, names)), lambda r: r["policy"], is_text=True),
+            _Column("test", max(4, wide), lambda r: r["test"]),
+            _Column("t/s", 15, lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
+            _Column("median", 8, lambda r: f"{r['median_ts']:.2f}"),
+        ]
+        if any(case.n_gen for case in plan.cases):
+            self._columns.append(_Column("of memory", 9, lambda r: _percent(r["of_memory_bandwidth"])))
+        self._columns.append(_Column("KV", 7, lambda r: _size(r["resident_kv_bytes"])))
+        if any(name not in ("full", "window") for name in names):
+            self._columns.append(_Column("blocks in RAM", 13, lambda r: _size(r["ram_bytes"])))
+        if on_disk:
+            self._columns += [
+                _Column("on disk", 7, lambda r: _size(r["disk_bytes"])),
+                _Column("prefetch hit", 12, lambda r: _percent(r["prefetch_hit"], 1)),
+            ]
+        self._columns.append(_Column("peak RSS", 8, lambda r: _size(r["peak_rss_bytes"])))
+
+    def header(self) -> str:
+        """Two lines."""
+        return _line(c.cell(c.name) for c in self._columns) + _line(c.rule for c in self._columns)
+
+    def row(self, record: Record) -> str:
+        return _line(c.cell(c.value(record)) for c in self._columns)
+
+
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |\n"
+
+
+def _percent(share: float | None, n_digits: int = 0) -> str:
+    return "" if share is None else f"{100 * share:.{n_digits}f} %"
 
 
 def _size(n_bytes: int | None) -> str:

@@ -21,7 +21,7 @@ from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
     from pyggml_repkv.bench.measure import Contender, Plan, Result
-    from pyggml_repkv.bench.table import About, Record
+    from pyggml_repkv.bench.table import About, Record, Table
     from pyggml_repkv.inspect.peak import Peak
     from pyggml_repkv.memory.config import MemoryConfig
 
@@ -115,14 +115,14 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("-c follows from -p, -n and -d here and cannot be given")
     from pyggml_repkv.bench.load import load_warning
     from pyggml_repkv.bench.measure import measure, spread_warnings
-    from pyggml_repkv.bench.table import record
+    from pyggml_repkv.bench.table import Table, record
 
     args.quiet = args.output != "md"
     args.model = str(model_path(args))
     memories = dict(_memories(args))
     plan = _plan(args, memories)
     about = _about(args, memories, plan)
-    printer = _Printer(args.output)
+    printer = _Printer(args.output, Table(plan, on_disk=any(memory.on_disk for memory in memories.values())))
     say = output.say if args.progress or sys.stderr.isatty() else lambda _: None
     done: list[Result] = []
     try:
@@ -141,8 +141,8 @@ def main(args: argparse.Namespace) -> int:
 class _Printer:
     """Rows as they come, but for `json`, which is one array at the end."""
 
-    def __init__(self, kind: str) -> None:
-        self._kind = kind
+    def __init__(self, kind: str, table: Table) -> None:
+        self._kind, self._table = kind, table
         self._records: list[Record] = []
 
     def add(self, records: list[Record]) -> None:
@@ -151,7 +151,7 @@ class _Printer:
         first = not self._records
         self._records += records
         if self._kind == "md":
-            output.write((table.header() if first else "") + "".join(map(table.row, records)))
+            output.write((self._table.header() if first else "") + "".join(map(self._table.row, records)))
         elif self._kind == "csv":
             output.write(table.csv_lines(records, with_header=first))
         elif self._kind == "jsonl":

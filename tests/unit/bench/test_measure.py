@@ -8,7 +8,7 @@ from pyggml_repkv.bench import load
 from pyggml_repkv.bench import measure as measuring
 from pyggml_repkv.bench.load import busy_ticks, load_warning
 from pyggml_repkv.bench.measure import Case, Contender, Plan, Result, best_of, measure, spread_warnings
-from pyggml_repkv.bench.table import About, all_cases, csv_lines, header, json_lines, ratio_table, record, row
+from pyggml_repkv.bench.table import About, Table, all_cases, csv_lines, json_lines, ratio_table, record
 from pyggml_repkv.inspect.peak import Peak
 
 ABOUT = About(
@@ -172,12 +172,27 @@ def test_a_record_has_llama_benchs_fields_and_ours():
     assert json.loads(json_lines([r])) == r
 
 
-def test_a_row_is_as_wide_as_the_header():
-    result = result_of("repkv", (0.01, 0.012), memory={"resident_bytes": 50 * 10**6, "peak_rss_bytes": 10**9})
-    lines = (header() + row(record(ABOUT, result, []))).splitlines()
+def test_rows_are_as_wide_as_the_header():
+    results = [
+        result_of("repkv", (0.01, 0.012), memory={"resident_bytes": 50 * 10**6, "peak_rss_bytes": 10**9}),
+        result_of("on", (0.01, 0.01), Case(512, 0, 65536)),
+    ]
+    plan = Plan([r.case for r in results], [r.contender for r in results], 2, lambda n, n_vocab: [])
+    table = Table(plan, on_disk=True)
+    lines = (table.header() + "".join(table.row(record(ABOUT, r, [])) for r in results)).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
     assert "916.67 ± 117.85" in lines[2]
+
+
+def test_columns_with_nothing_in_them_are_left_out():
+    def names(cases, contenders, **fields):
+        header = Table(Plan(cases, contenders, 1, lambda n, n_vocab: []), **fields).header().splitlines()[0]
+        return {name.strip() for name in header.split("|")} & {"of memory", "blocks in RAM", "on disk", "prefetch hit"}
+
+    assert names([Case(512, 0)], [ours("full")], on_disk=False) == set()
+    assert names([Case(0, 1)], [ours("window")], on_disk=False) == {"of memory"}
+    assert names([Case(512, 0)], [ours()], on_disk=True) == {"blocks in RAM", "on disk", "prefetch hit"}
 
 
 def test_csv_has_one_header_and_json_in_cells():
