@@ -53,7 +53,9 @@ class EngineProcess:
             line = ""
         if not line:
             raise RepkvError(f"{self.name}: {self._ending()} during {op!r}: {self._last_error_line()}")
-        reply: dict[str, Any] = json.loads(line)
+        reply = _as_reply(line)
+        if reply is None or (op == "load" and not {"version", "n_vocab", "error"} & reply.keys()):
+            raise RepkvError(f"{self.name}: what was started is no worker: it answered {line.strip()[:60]!r}")
         if "error" in reply:
             kind = InputError if reply["exit_code"] == InputError.exit_code else RepkvError
             raise kind(f"{self.name}: {reply['error']}")
@@ -77,6 +79,14 @@ class EngineProcess:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def _as_reply(line: str) -> dict[str, Any] | None:
+    try:
+        reply = json.loads(line)
+    except ValueError:
+        return None
+    return reply if isinstance(reply, dict) else None
 
 
 def start_llama(stack: ExitStack, name: str, python: str, **options: Any) -> EngineProcess:

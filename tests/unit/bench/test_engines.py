@@ -58,6 +58,15 @@ def test_no_interpreter_is_one_line():
         EngineProcess("llama.cpp", LLAMA_WORKER, "/no/python")
 
 
+@pytest.mark.parametrize("interpreter", ["cat", "echo"])
+def test_what_is_no_worker_is_one_line(interpreter, tmp_path):
+    with (
+        EngineProcess("llama.cpp", script(tmp_path, ""), interpreter) as engine,
+        pytest.raises(RepkvError, match=r"^llama\.cpp: what was started is no worker: it answered '"),
+    ):
+        engine.load()
+
+
 def test_without_llama_cpp_the_remedy_is_named(tmp_path, monkeypatch):
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('No module named llama_cpp')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
