@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pyggml_repkv.ffi.context import GraphContext, TensorContext
-from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros
+from pyggml_repkv.ffi.handles import Backend, aligned_zeros
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.inspect.peak import N_RUNS, READ_BYTES
+from pyggml_repkv.inspect.peak import READ_BYTES, best_seconds
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
@@ -36,7 +34,7 @@ class TypeSpeed:
 
 
 def measure_types(backend: Backend) -> Iterator[TypeSpeed]:
-    """The best of N_RUNS each. Raises ComputeError where there is too little memory."""
+    """The best of a few runs each. Raises ComputeError where there is too little memory."""
     data = aligned_zeros(READ_BYTES)
     data[:] = FILL
     for name in TYPES:
@@ -49,27 +47,7 @@ def measure_types(backend: Backend) -> Iterator[TypeSpeed]:
 
 
 def _seconds(backend: Backend, data: np.ndarray, type_: int, n_rows: int, n_columns: int, n_tokens: int) -> float:
-    leaves, context = TensorContext(8), GraphContext(16)
-    allocator, weights = GraphAllocator(backend), Buffer.over(data)
     x = aligned_zeros(4 * n_tokens * n_columns)
     x.view(np.float32)[:] = 0.5
-    activations = Buffer.over(x)
-    try:
-        weight, source = leaves.new(type_, (n_rows, n_columns), "w"), leaves.new(0, (n_tokens, n_columns), "x")
-        weights.place(weight, 0)
-        activations.place(source, 0)
-        context.output(context.linear(weight, source))
-        allocator.allocate(context.graph)
-        times = []
-        with backend.lock:
-            for _ in range(N_RUNS):
-                start = time.perf_counter()
-                backend.compute(context.native_graph)
-                times.append(time.perf_counter() - start)
-        return min(times)
-    finally:
-        context.close()
-        allocator.close()
-        leaves.close()
-        weights.close()
-        activations.close()
+    leaves = [(data, type_, (n_rows, n_columns)), (x, g.GGML_TYPE_F32, (n_tokens, n_columns))]
+    return best_seconds(backend, leaves, lambda context, sources: context.linear(*sources))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +40,29 @@ def measure_peak(backend: Backend) -> Peak:
 
 
 def _seconds(backend: Backend, op: int, data: np.ndarray, type_: int, n: int = 0) -> float:
-    leaves, context = TensorContext(4), GraphContext(16)
-    allocator, buffer = GraphAllocator(backend), Buffer.over(data)
+    params = native_ffi.new("struct repkv_op_params *")
+    address = int(native_ffi.cast("uintptr_t", native.repkv_op_address(op)))
+
+    def build(context: GraphContext, sources: list[Tensor]) -> Tensor:
+        return context.custom((backend.n_threads,), sources, address, params)
+
+    return best_seconds(backend, [(data, type_, (n or len(data) // 4,))], build)
+
+
+def best_seconds(
+    backend: Backend,
+    leaves: Sequence[tuple[np.ndarray, int, tuple[int, ...]]],
+    build: Callable[[GraphContext, list[Tensor]], Tensor],
+) -> float:
+    """Of N_RUNS computes of the node that `build` makes of the leaves: (aligned bytes, ggml's type, shape)."""
+    tensors, context = TensorContext(len(leaves) + 8), GraphContext(16)
+    allocator, buffers = GraphAllocator(backend), [Buffer.over(data) for data, _, _ in leaves]
     try:
-        source: Tensor = leaves.new(type_, (n or len(data) // 4,), "data")
-        buffer.place(source, 0)
-        params = native_ffi.new("struct repkv_op_params *")
-        address = int(native_ffi.cast("uintptr_t", native.repkv_op_address(op)))
-        context.output(context.custom((backend.n_threads,), [source], address, params))
+        sources: list[Tensor] = []
+        for buffer, (_, type_, shape) in zip(buffers, leaves, strict=True):
+            sources.append(tensors.new(type_, shape, f"data_{len(sources)}"))
+            buffer.place(sources[-1], 0)
+        context.output(build(context, sources))
         allocator.allocate(context.graph)
         times = []
         with backend.lock:
@@ -58,5 +74,6 @@ def _seconds(backend: Backend, op: int, data: np.ndarray, type_: int, n: int = 0
     finally:
         context.close()
         allocator.close()
-        leaves.close()
-        buffer.close()
+        tensors.close()
+        for buffer in buffers:
+            buffer.close()
