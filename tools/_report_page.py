@@ -279,7 +279,8 @@ def _disk(stored: Stored) -> str:
     )  # fmt: skip
     return (
         "## Blocks on disk\n\nA token after 32,768, with `--kv-ram 75M` for the older ones. The picture has a token of "
-        "each: what is computed, layer by layer, what is waited for, and what is read meanwhile.\n\n"
+        "each: what is computed, layer by layer, what is waited for, and what is read meanwhile. The runs "
+        "were one after another, not in turn: small differences are the machine's.\n\n"
         "![Reads beside compute](results_prefetch.png)\n\n" + table(header, rows)
     )
 
