@@ -101,7 +101,8 @@ def _speed(stored: Stored) -> str:
         "bytes that a token must read at least over those that memory delivers in its time. In the last two columns, "
         "how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, least to most). "
         "Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always read their "
-        "prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
+        "prompt.\n\nllama.cpp's peak RSS at * includes copies of its state.\n\n"
+        "![Cost against the length of the context](results_cost.png)\n\n"
     )
     rows = []
     for depth in sorted({r["n_depth"] for r in stored.speed}):
