@@ -1,4 +1,4 @@
-"""docs/RESULTS.md and its pictures, from stored JSON. What is not stored is left out."""
+"""docs/RESULTS.md from stored JSON. What is not stored is left out."""
 
 from __future__ import annotations
 
@@ -9,24 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pyggml_repkv.errors import InputError
-
 Record = dict[str, Any]
 
-PICTURES = (
-    "results_cost.png",
-    "results_retrieval.png",
-    "results_recall.png",
-    "results_stability.png",
-    "results_prefetch.png",
-)
 TASKS = ("passkey", "number", "kv", "niah")
 POLICIES = ("full", "window", "repkv")
 FIDELITY = ("window", "4", "8", "16", "32")
-COLOURS = {
-    "full": "#7a7a7a", "window": "#d98c3f", "repkv": "#2b6cb0", "llama.cpp -fa on": "#b03a3a",
-    "llama.cpp -fa off": "#d08a8a",
-}  # fmt: skip
 
 
 class Stored:
@@ -141,7 +128,7 @@ def _mb(n_bytes: int | None) -> str:
     return f"{n_bytes / 1e6:,.0f} MB" if n_bytes else ""
 
 
-def _counts(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
+def counts_of(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
     found: dict[tuple[str, str, int], tuple[int, int]] = {}
     for r in stored.retrieval:
         key = r["task"], r["kv"], r["length"]
@@ -151,7 +138,7 @@ def _counts(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
 
 
 def _retrieval(stored: Stored) -> str:
-    counts = _counts(stored)
+    counts = counts_of(stored)
     if not counts:
         return ""
     lengths = sorted({length for _, _, length in counts})
@@ -266,159 +253,21 @@ def _disk(stored: Stored) -> str:
         if not all(found):
             continue
         ram, disk = (records[0] for records in found)
-        hit, slower = disk["prefetch_hit"], ram["median_ts"] / disk["median_ts"]
+        hit = disk["prefetch_hit"]
         rows.append((
-            flags, f"{1e3 / ram['median_ts']:.1f}", f"{1e3 / disk['median_ts']:.1f}", f"{slower:.2f}",
+            flags, f"{1e3 / ram['median_ts']:.1f}", f"{1e3 / disk['median_ts']:.1f}",
             "" if hit is None else f"{100 * hit:.1f} %", _mb(disk["ram_bytes"]), _mb(disk["disk_bytes"]),
             _mb(ram["peak_rss_bytes"]), _mb(disk["peak_rss_bytes"]),
         ))  # fmt: skip
     if not rows:
         return ""
     header = (
-        "selection", "all in RAM, ms a token", "on disk, ms", "times as long", "there when asked for", "blocks in RAM",
-        "on disk", "peak RSS, all in RAM", "peak RSS",
+        "selection", "all in RAM, ms a token", "on disk, ms", "there when asked for", "RAM store", "on disk",
+        "peak RSS, all in RAM", "peak RSS",
     )  # fmt: skip
     return (
         "## Blocks on disk\n\nA token after 32,768, with `--kv-ram 75M` for the older ones. The picture has a token of "
         "each: what is computed, layer by layer, what is waited for, and what is read meanwhile. The runs "
-        "were one after another, not in turn: small differences are the machine's.\n\n"
+        "were not in turn, so their times differ by the machine's noise too; [disk.md](disk.md) has them in turn.\n\n"
         "![Reads beside compute](results_prefetch.png)\n\n" + table(header, rows)
     )
-
-
-def draw(stored: Stored, folder: Path) -> list[str]:
-    """The names of the pictures that there was something to draw in. Raises InputError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn = []
-    for name, paint in zip(PICTURES, _PAINTERS, strict=True):
-        figure = paint(pyplot, stored)
-        if figure is not None:
-            figure.savefig(folder / name, dpi=100)
-            pyplot.close(figure)
-            drawn.append(name)
-    return drawn
-
-
-def _draw_cost(pyplot: Any, stored: Stored) -> Any:
-    if not stored.speed:
-        return None
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    for policy in dict.fromkeys(r["policy"] for r in stored.speed):
-        mine = sorted((r for r in stored.speed if r["policy"] == policy), key=lambda r: r["n_depth"])
-        chunks, tokens = ([r for r in mine if r[kind]] for kind in ("n_prompt", "n_gen"))
-        style = {"label": policy, "color": COLOURS.get(policy), "marker": "o", "markersize": 4}
-        for axis, records, value in (
-            (axes[0], chunks, lambda r: r["median_ts"]),
-            (axes[1], tokens, lambda r: 1e3 / r["median_ts"]),
-            (axes[2], tokens, lambda r: (r["peak_rss_bytes"] or math.nan) / 1e6),
-        ):
-            axis.plot([r["n_depth"] / 1024 for r in records], [value(r) for r in records], **style)
-    for axis, title in zip(axes, ("prefill, tokens/s", "one token, ms", "peak RSS, MB"), strict=True):
-        axis.set(title=title, xlabel="tokens in the context, thousands of 1,024")
-        axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
-    for axis in axes[::2]:
-        axis.set_ylim(0, None)
-    axes[0].legend(frameon=False)
-    return figure
-
-
-def _draw_retrieval(pyplot: Any, stored: Stored) -> Any:
-    counts = _counts(stored)
-    if not counts:
-        return None
-    lengths = sorted({length for _, _, length in counts})
-    figure, axes = pyplot.subplots(1, len(POLICIES), figsize=(12, 2.6), sharey=True, layout="constrained")
-    for axis, policy in zip(axes, POLICIES, strict=True):
-        cells = [[counts.get((task, policy, n)) for n in lengths] for task in TASKS]
-        axis.imshow([[c[0] / c[1] if c else math.nan for c in row] for row in cells], vmin=0, vmax=1, cmap="RdYlGn",
-                    aspect="auto")  # fmt: skip
-        for y, row in enumerate(cells):
-            for x, c in enumerate(row):
-                if c:
-                    pale = 0.2 < c[0] / c[1] < 0.8
-                    axis.text(x, y, f"{c[0]}/{c[1]}", ha="center", va="center", color="black" if pale else "white")
-        axis.set_title(policy)
-        axis.set_xticks(range(len(lengths)), [f"{n // 1000}k" for n in lengths])
-        axis.set_yticks(range(len(TASKS)), TASKS)
-        axis.set_xlabel("tokens")
-    return figure
-
-
-def _draw_recall(pyplot: Any, stored: Stored) -> Any:
-    found = (stored.get("recall") or {}).get("layers")
-    if not found:
-        return None
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(6 * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (length, layers) in zip(axes[0], found.items(), strict=True):
-        for step, style in (("chunk", "-"), ("decode", "--")):
-            for k, colour in zip(layers[step], ("#90b4d8", "#2b6cb0", "#123a66"), strict=False):
-                shares = layers[step][k]
-                x = range(layers["first"], layers["first"] + len(shares))
-                axis.plot(x, shares, style, color=colour, label=f"{step}, k = {k}")
-        axis.set(title=f"{int(length):,} tokens", xlabel="layer", ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("attention mass, of the best k blocks'")
-    axes[0][0].legend(frameon=False, fontsize="small", ncols=2)
-    return figure
-
-
-def _draw_stability(pyplot: Any, stored: Stored) -> Any:
-    found = (stored.get("recall") or {}).get("stability")
-    if not found:
-        return None
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(6 * len(found), 3.4), squeeze=False, sharey=True, layout="constrained"
-    )
-    names = {"step": "step before", "step_2k": "2k of the step before", "layer": "layer before"}
-    for axis, (length, steps) in zip(axes[0], found.items(), strict=True):
-        groups = [(step, k, s) for step, by_k in steps.items() for k, s in by_k.items()]
-        for i, (key, label) in enumerate(names.items()):
-            axis.bar([x + 0.27 * (i - 1) for x in range(len(groups))], [s[key] for *_, s in groups], 0.25, label=label)
-        axis.set_xticks(range(len(groups)), [f"{step}\nk = {k}" for step, k, _ in groups])
-        axis.set(title=f"{int(length):,} tokens", ylim=(0, 1))
-        axis.grid(alpha=0.3, axis="y")
-    axes[0][0].set_ylabel("of the k blocks, also in")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
-    return figure
-
-
-# Of a trace (inspect/trace.py): the threads of layers, waits and the first disk lane.
-LAYERS, WAITS, DISK = 2, 4, 10
-
-
-def _draw_prefetch(pyplot: Any, stored: Stored) -> Any:
-    traces = [
-        (title, stored.get(name)) for name, title in (("trace", "default"), ("trace_late", "--sticky 1.4 --late"))
-    ]
-    traces = [(title, trace["traceEvents"]) for title, trace in traces if trace]
-    if not traces:
-        return None
-    figure, axes = pyplot.subplots(len(traces), 1, figsize=(12, 2.6 * len(traces)), squeeze=False, sharex=True,
-                                   layout="constrained")  # fmt: skip
-    for axis, (title, events) in zip(axes[:, 0], traces, strict=True):
-        spans = [e for e in events if e["ph"] == "X"]
-        step = [e for e in spans if e["tid"] == 1][-1]
-        mine = [e for e in spans if e["ts"] >= step["ts"] and e["ts"] < step["ts"] + step["dur"]]
-        lanes = sorted({e["tid"] for e in mine if e["tid"] >= DISK})
-        rows = {LAYERS: 0, WAITS: 1, **{tid: 2 + n for n, tid in enumerate(lanes)}}
-        for tid, row in rows.items():
-            at = [((e["ts"] - step["ts"]) / 1e3, e["dur"] / 1e3) for e in mine if e["tid"] == tid]
-            colours = ["#2b6cb0", "#7fb0e0"] if tid == LAYERS else ["#c0392b"] if tid == WAITS else ["#4a9a5b"]
-            axis.broken_barh(at, (row - 0.4, 0.8), color=[colours[i % len(colours)] for i in range(len(at))] or None)
-        axis.set_yticks(list(rows.values()), ["layers", "waiting", *(f"disk {n + 1}" for n in range(len(lanes)))])
-        axis.invert_yaxis()
-        axis.set_title(f"{title}: a token in {step['dur'] / 1e3:.1f} ms", loc="left")
-    axes[-1][0].set_xlabel("ms")
-    return figure
-
-
-_PAINTERS = (_draw_cost, _draw_retrieval, _draw_recall, _draw_stability, _draw_prefetch)

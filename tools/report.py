@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from _common import run_tool, say
-from _report_page import Stored, draw, page
+from _report_page import Stored, page
+from _report_pictures import draw
 
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError

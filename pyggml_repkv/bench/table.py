@@ -140,7 +140,7 @@ class Table:
             self._columns.append(_Column("of memory", 9, lambda r: _percent(r["of_memory_bandwidth"])))
         self._columns.append(_Column("KV", 7, lambda r: _size(r["resident_kv_bytes"])))
         if any(name not in ("full", "window") for name in names):
-            self._columns.append(_Column("blocks in RAM", 13, lambda r: _size(r["ram_bytes"])))
+            self._columns.append(_Column("RAM store", 9, lambda r: _size(r["ram_bytes"])))
         if on_disk:
             self._columns += [
                 _Column("on disk", 7, lambda r: _size(r["disk_bytes"])),

@@ -188,11 +188,11 @@ def test_rows_are_as_wide_as_the_header():
 def test_columns_with_nothing_in_them_are_left_out():
     def names(cases, contenders, **fields):
         header = Table(Plan(cases, contenders, 1, lambda n, n_vocab: []), **fields).header().splitlines()[0]
-        return {name.strip() for name in header.split("|")} & {"of memory", "blocks in RAM", "on disk", "prefetch hit"}
+        return {name.strip() for name in header.split("|")} & {"of memory", "RAM store", "on disk", "prefetch hit"}
 
     assert names([Case(512, 0)], [ours("full")], on_disk=False) == set()
     assert names([Case(0, 1)], [ours("window")], on_disk=False) == {"of memory"}
-    assert names([Case(512, 0)], [ours()], on_disk=True) == {"blocks in RAM", "on disk", "prefetch hit"}
+    assert names([Case(512, 0)], [ours()], on_disk=True) == {"RAM store", "on disk", "prefetch hit"}
 
 
 def test_csv_has_one_header_and_json_in_cells():
