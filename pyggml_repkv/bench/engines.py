@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,11 +46,10 @@ class EngineProcess:
         """One request -> its reply. Raises RepkvError with what the worker says, or how it ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        # Of one that ended, the last words are still there to be read.
+        with suppress(BrokenPipeError):
             print(json.dumps({"op": op, **fields}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        line = self._process.stdout.readline()
         if not line:
             raise RepkvError(f"{self.name}: {self._ending()} during {op!r}: {self._last_error_line()}")
         reply = _as_reply(line)
