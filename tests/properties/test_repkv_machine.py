@@ -66,8 +66,8 @@ class RepKVMachine(RuleBasedStateMachine):
         n_past, scores = self.session.n_past, [s.copy() for s in self.policy.scores]
         whole_compute = Backend.compute
 
-        def compute_and_stop(backend, graph):
-            whole_compute(backend, graph)
+        def compute_and_stop(backend, graph, trace):
+            whole_compute(backend, graph, trace)
             raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch:

@@ -191,11 +191,11 @@ def test_threads_take_turns(model, monkeypatch):
     """Two sessions in two threads, on one model's backend and scratch: never two steps at once."""
     results, running, peaks = [[], []], [], []
 
-    def compute(backend, graph):
+    def compute(backend, graph, trace):
         running.append(graph)
         peaks.append(len(running))
         time.sleep(1e-3)
-        whole_compute(backend, graph)
+        whole_compute(backend, graph, trace)
         running.pop()
 
     def work(result):
@@ -221,11 +221,11 @@ def test_closing_waits_for_the_step_that_runs(model, monkeypatch):
     session = model.session()
     closing = threading.Thread(target=session.close)
 
-    def compute(backend, graph):
+    def compute(backend, graph, trace):
         closing.start()
         closing.join(0.1)
         assert closing.is_alive()
-        whole_compute(backend, graph)
+        whole_compute(backend, graph, trace)
 
     whole_compute = Backend.compute
     monkeypatch.setattr(Backend, "compute", compute)

@@ -26,8 +26,8 @@ def compute_and_fail(session, tokens):
     """A step that is computed to its end and then counts as failed."""
     whole_compute = Backend.compute
 
-    def compute(backend, graph):
-        whole_compute(backend, graph)
+    def compute(backend, graph, trace):
+        whole_compute(backend, graph, trace)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
