@@ -28,16 +28,14 @@ from pyggml_repkv.errors import InputError, RepkvError
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = ("-m", "pyggml_repkv")
 
-# task, lengths, depths and policies. `full` attends everything at a cost that grows with the square of the length, and
+# Task, length, depths and policies. `full` attends everything at a cost that grows with the square of the length, and
 # the demo model was trained on 8,192 tokens.
+TASKS = ("passkey", "number", "kv", "niah")
 RETRIEVAL = (
-    *((task, 8000, 3, "full,window,repkv") for task in ("passkey", "number", "kv", "niah")),
-    *((task, 16000, 2, "window,repkv") for task in ("passkey", "number", "kv", "niah")),
-    ("passkey", 16000, 2, "full"),
-    *((task, 32000, 2, "window,repkv") for task in ("passkey", "number", "niah")),
-    *((task, 64000, 1, "window,repkv") for task in ("passkey", "number")),
-    ("passkey", 128000, 1, "window,repkv"),
-    ("number", 128000, 1, "repkv"),
+    *((task, 8000, 3, "full,window,repkv") for task in TASKS),
+    *((task, 16000, 2, "full,window,repkv") for task in TASKS),
+    *((task, 32000, 2, "window,repkv") for task in TASKS),
+    *((task, length, 1, "window,repkv") for length in (64000, 128000) for task in TASKS),
 )
 BUDGETS = (4, 8, 16, 32)
 
