@@ -33,8 +33,9 @@ class EngineProcess:
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, __exit__ closes it
         try:
             self._process = subprocess.Popen(
-                [python, *worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
-            )
+                [python, *worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+                encoding="utf-8", errors="replace",
+            )  # fmt: skip
         except OSError as error:
             raise InputError(f"{python}: {error.strerror}; --llama-python takes a Python interpreter") from None
 
@@ -53,16 +54,19 @@ class EngineProcess:
         if not line:
             raise RepkvError(f"{self.name}: {self._ending()} during {op!r}: {self._last_error_line()}")
         reply = _as_reply(line)
-        if reply is None or (op == "load" and not {"version", "n_vocab", "error"} & reply.keys()):
+        if reply is None or (op == "load" and not _is_loaded(reply)):
             raise RepkvError(f"{self.name}: what was started is no worker: it answered {line.strip()[:60]!r}")
         if "error" in reply:
-            kind = InputError if reply["exit_code"] == InputError.exit_code else RepkvError
+            kind = InputError if reply.get("exit_code") == InputError.exit_code else RepkvError
             raise kind(f"{self.name}: {reply['error']}")
         return reply
 
     def _ending(self) -> str:
         code = self._process.wait()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        known = {s.value: s.name for s in signal.Signals}
+        return f"killed by {known.get(-code, f'signal {-code}')}"
 
     def _last_error_line(self) -> str:
         self._errors.seek(0)
@@ -78,6 +82,10 @@ class EngineProcess:
         self._process.kill()
         self._process.communicate()
         self._errors.close()
+
+
+def _is_loaded(reply: dict[str, Any]) -> bool:
+    return "error" in reply or {"version", "n_vocab"} <= reply.keys()
 
 
 def _as_reply(line: str) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from pyggml_repkv.bench.load import REST_S, busy_cores
 
 # Of the longest sample to the shortest: more than this is a noisy machine.
 MAX_SPREAD = 1.3
+# A tenth of the depth.
+MAX_DRIFT = 10
 
 Say = Callable[[str], None]
 
@@ -57,9 +59,9 @@ class Contender:
 
 @dataclass(slots=True)
 class Result:
-    """A case of one engine. seconds: of each round; depths: of the context before each, which grows where an engine
-    cannot rewind; synthetic: whether that is made of repeated keys and values; memory: what a worker says of it after
-    the last round; hits, required: blocks that were there when they were asked for, and that were asked for.
+    """A case of one engine. seconds: of each round; depths: of the context before each, up to a tenth more where an
+    engine cannot rewind; synthetic: whether that is made of repeated keys and values; memory: what a worker says of it
+    after the last round; hits, required: blocks that were there when they were asked for, and that were asked for.
     """
 
     case: Case
@@ -112,11 +114,20 @@ class Plan:
     warm_up: bool = True
     synthetic: bool = False
 
-    def room(self, depth: int, *, can_rewind: bool) -> int:
-        """Tokens after the depth, at most."""
+    def n_ctx(self, depth: int, contender: Contender) -> int:
+        """The context that this depth needs: some reserve all of it at once, some memories go by its length."""
+        return context_size(self.n_tokens(depth, can_rewind=contender.can_rewind))
+
+    def n_tokens(self, depth: int, *, can_rewind: bool) -> int:
+        """What a context of this depth holds at most."""
         # One token is read before those that are timed one by one.
-        each = [case.n_tokens + 1 for case in self.cases if case.depth == depth]
-        return max(each) if can_rewind else (self.rounds + self.warm_up) * sum(each)
+        after = max(case.n_tokens + 1 for case in self.cases if case.depth == depth)
+        return depth + after + (0 if can_rewind else drift(depth))
+
+
+def drift(depth: int) -> int:
+    """Tokens by which the context of an engine that cannot rewind may be deeper, before it is read anew."""
+    return depth // MAX_DRIFT
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
@@ -129,39 +140,46 @@ def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
         engines = [(c, c.start(stack)) for c in sorted(plan.contenders, key=lambda c: not c.is_ours)]
         n_vocab = check_same_vocabulary(engine for _, engine in engines)
         drifts = not all(c.can_rewind for c in plan.contenders)
-        tokens = plan.stream(max(c.depth + plan.room(c.depth, can_rewind=not drifts) for c in cases), n_vocab)
+        tokens = plan.stream(max(plan.n_tokens(c.depth, can_rewind=not drifts) for c in cases), n_vocab)
         for depth, group in groupby(cases, key=lambda case: case.depth):
             for contender, engine in engines:
-                # The context that this depth needs: some reserve all of it at once, some memories go by its length.
-                n_ctx = context_size(depth + plan.room(depth, can_rewind=contender.can_rewind))
-                engine.ask("open", n_ctx=n_ctx, flash_attn=contender.flash_attn)
-            yield _measure_depth(plan, list(group), engines, tokens, say)
+                engine.ask("open", n_ctx=plan.n_ctx(depth, contender), flash_attn=contender.flash_attn)
+            yield from _measure_depth(plan, list(group), engines, tokens, say)
 
 
 def _measure_depth(
     plan: Plan, cases: Sequence[Case], engines: Sequence[tuple[Contender, EngineProcess]], tokens: list[int], say: Say
-) -> list[Result]:
+) -> Iterator[list[Result]]:
     results = {
         (case, contender.name): Result(case, contender, plan.synthetic and contender.can_rewind, engine.version)
         for case in cases
         for contender, engine in engines
     }
-    busy = [busy_cores()]
-    for n_round in range(not plan.warm_up, plan.rounds + 1):
-        for case in cases:
-            for contender, engine in engines:
-                say(f"{case.name}, {f'round {n_round} of {plan.rounds}' if n_round else 'warm-up'}: {contender.name}")
-                _take(plan, results[case, contender.name], engine, tokens, counts=n_round > 0)
+    busy = [0.0]
+    try:
+        for n_round in range(not plan.warm_up, plan.rounds + 1):
+            busy.append(busy_cores())
+            for case in cases:
+                for contender, engine in engines:
+                    turn = f"round {n_round} of {plan.rounds}" if n_round else "warm-up"
+                    say(f"{case.name}, {turn}: {contender.name}")
+                    _take(results[case, contender.name], engine, tokens, counts=n_round > 0)
         busy.append(busy_cores())
-    for result in results.values():
-        result.busy = max(busy)
-    return list(results.values())
+    finally:
+        # Also for whoever stops it: whole rounds are kept.
+        whole = min(len(result.seconds) for result in results.values())
+        for result in results.values():
+            del result.seconds[whole:], result.depths[whole:]
+            result.busy = max(busy)
+        if whole:
+            yield list(results.values())
 
 
-def _take(plan: Plan, result: Result, engine: EngineProcess, tokens: list[int], *, counts: bool) -> None:
+def _take(result: Result, engine: EngineProcess, tokens: list[int], *, counts: bool) -> None:
     case = result.case
-    slack = plan.room(case.depth, can_rewind=False)
-    reached = engine.ask("reach", tokens=tokens[: case.depth], slack=slack, synthetic=result.synthetic)["n_past"]
+    reached = engine.ask(
+        "reach", tokens=tokens[: case.depth], slack=drift(case.depth), synthetic=result.synthetic
+    )["n_past"]  # fmt: skip
     before = _prefetch(engine.ask("memory"))
     time.sleep(REST_S)
     op = "time_chunk" if case.n_prompt else "time_tokens"

@@ -50,7 +50,7 @@ def record(about: About, result: Result, others: Sequence[Result]) -> Record:
         "model_type": about.model_type,
         "model_size": about.model_size,
         "model_n_params": about.model_n_params,
-        "n_batch": about.n_batch,
+        "n_batch": contender.load.get("n_batch", about.n_batch),
         "n_ubatch": about.n_batch,
         "n_threads": about.n_threads,
         "type_k": about.type_k,

@@ -15,7 +15,7 @@ from pyggml_repkv.cli import output
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import memory_config, model_path
+from pyggml_repkv.cli.run import memory_config, model_path, repacks
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**20
 FORMATS = ("md", "csv", "json", "jsonl")
 LLAMA = "llama.cpp"
+# What its llama_decode takes at once, by default.
+LLAMA_N_BATCH = 2048
 
 EXAMPLES = """
 examples:
@@ -82,13 +84,11 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--llama-fa",
         choices=("on", "off", "both"),
-        default="both",
-        help="llama.cpp's flash attention; ratios are to the faster (default: %(default)s)",
+        help="llama.cpp's flash attention; ratios are to the faster (default: both)",
     )
     group.add_argument(
         "--llama-python",
         metavar="FILE",
-        default=sys.executable,
         help="interpreter that has llama-cpp-python and numpy (default: the one that runs this)",
     )
     group = parser.add_argument_group("output")
@@ -113,6 +113,8 @@ def main(args: argparse.Namespace) -> int:
         return _machine(args)
     if args.ctx_size:
         raise InputError("-c follows from -p, -n and -d here and cannot be given")
+    if not args.vs and (args.llama_fa or args.llama_python):
+        raise InputError("--llama-fa and --llama-python are for --vs llama.cpp, which is not given")
     from pyggml_repkv.bench.load import load_warning
     from pyggml_repkv.bench.measure import measure, spread_warnings
     from pyggml_repkv.bench.table import Table, record
@@ -193,19 +195,26 @@ def _contenders(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> 
     common = {"model": args.model, "n_threads": args.threads}
     found = []
     for name, memory in memories.items():
-        own = {"exact_graph": args.exact_graph, "repack": _repacks(args, name), "memory": asdict(memory)}
+        own = {"exact_graph": args.exact_graph, "repack": repacks(args, name), "memory": asdict(memory)}
         found.append(Contender(name, True, common | own, memory.flash_attn, can_rewind=name == "full"))
     if args.vs:
-        for flash_attn in ("on", "off") if args.llama_fa == "both" else (args.llama_fa,):
-            own = {"n_chunk": args.batch_size, "type_k": args.cache_type_k, "type_v": args.cache_type_v}
+        own = {"n_chunk": args.batch_size, "n_batch": max(LLAMA_N_BATCH, args.batch_size),
+               "type_k": args.cache_type_k, "type_v": args.cache_type_v}  # fmt: skip
+        for flash_attn in _llama_attentions(args):
             name = f"{LLAMA} -fa {flash_attn}"
-            found.append(Contender(name, False, common | own, flash_attn == "on", True, args.llama_python))
+            python = args.llama_python or sys.executable
+            found.append(Contender(name, False, common | own, flash_attn == "on", True, python))
     return found
 
 
-def _repacks(args: argparse.Namespace, policy: str) -> bool:
-    # As `run` does.
-    return policy == "full" and not args.no_repack
+def _llama_attentions(args: argparse.Namespace) -> tuple[str, ...]:
+    wanted = args.llama_fa or "both"
+    if args.cache_type_v == "q8_0" and wanted != "on":
+        if wanted == "off":
+            raise InputError("--llama-fa off: llama.cpp needs flash attention for -ctv q8_0")
+        output.say(f"{LLAMA} -fa off is left out: it cannot have -ctv q8_0")
+        return ("on",)
+    return ("on", "off") if wanted == "both" else (wanted,)
 
 
 def _stream(args: argparse.Namespace) -> Callable[[int, int], list[int]]:
@@ -280,7 +289,7 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
     for depth in {case.depth for case in plan.cases}:
         for c in plan.contenders:
             theirs = MemoryConfig(type_k=args.cache_type_k, type_v=args.cache_type_v)
-            memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=depth + 256, kv_dir="", kv_ram=0)
+            memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=plan.n_ctx(depth, c), kv_dir="", kv_ram=0)
             wanted = Wanted("decode", memory, depth, args.threads, exact=args.exact_graph and c.is_ours)
             with BuiltGraph(args.model, wanted) as graph:
                 found[c.name, depth] = sum(node.bytes_moved for node in graph.snapshot().nodes)

@@ -126,10 +126,14 @@ def load_model(args: argparse.Namespace) -> Model:
     return Model.load(
         model_path(args),
         threads=args.threads or default_threads(),
-        # Memory policies other than `full` read matrices as they lie in the file.
-        repack=not args.no_repack and args.kv == "full",
+        repack=repacks(args, args.kv),
         exact_graph=args.exact_graph,
     )
+
+
+def repacks(args: argparse.Namespace, policy: str) -> bool:
+    """Whether weights are repacked: memory policies other than `full` read matrices as they lie in the file."""
+    return policy == "full" and not args.no_repack
 
 
 def model_path(args: argparse.Namespace) -> str | Path:

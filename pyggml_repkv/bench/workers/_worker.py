@@ -6,16 +6,22 @@ so that it runs in any interpreter that has llama-cpp-python.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
+
+# Of Linux's prctl.
+_PR_SET_PDEATHSIG = 1
 
 
 class Engine(Protocol):
@@ -69,7 +75,7 @@ class Worker:
         The further tokens are `feed`, and once that is used up the most likely ones; they are the reply.
         """
         self._engine.rewind(0)
-        self._read = None
+        self._read, self._n_placed = None, 0
         rows = [self._engine.prefill(prompt).copy()]
         tokens = list(feed)
         for step in range(n_decode):
@@ -80,17 +86,16 @@ class Worker:
         return {"tokens": tokens}
 
     def reach(self, tokens: list[int], slack: int, synthetic: bool) -> dict[str, Any]:
-        """Makes the context hold these tokens, computing what it does not hold yet -> its length and seconds.
+        """Makes the context hold these tokens, computing what it does not hold yet -> its length.
 
         An engine that cannot rewind keeps up to `slack` tokens more, if there are tokens at all. synthetic: the length
         alone matters, and the keys and values of the first tokens are repeated where the engine can do that.
         """
-        start = perf_counter()
         if synthetic and tokens and self._engine.can_rewind:
             self._reach_placed(tokens)
         else:
             self._reach_read(tokens, slack)
-        return {"n_past": self._n_past, "seconds": perf_counter() - start}
+        return {"n_past": self._n_past}
 
     def time_chunk(self, tokens: list[int]) -> dict[str, Any]:
         """Seconds to read the tokens at once, after what the context holds."""
@@ -153,6 +158,7 @@ class Worker:
         else:
             self._engine.rewind(0)
             self._engine.place(tokens, len(tokens))
+            _forget_peak_rss()
         self._read, self._n_placed = None, len(tokens)
 
 
@@ -165,9 +171,22 @@ def _peak_rss_bytes() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
 
 
+def _forget_peak_rss() -> None:
+    """The peak begins anew with what there is now: copies that only `place` needs do not count."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
+
+
+def _end_with_the_parent() -> None:
+    """Whatever ends the parent: a worker that computes for minutes looks at no pipe. Linux only."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def serve(make_engine: Callable[..., Engine]) -> None:
     """Answers requests until stdin ends. make_engine gets the options of `load`."""
-    replies = os.fdopen(os.dup(1), "w")
+    _end_with_the_parent()
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     # What native code prints must not get between the replies.
     os.dup2(2, 1)
     worker = Worker(make_engine)

@@ -13,9 +13,6 @@ import numpy as np
 from _llama_state import repeat_cells
 from _worker import serve
 
-# What one llama_decode takes: llama.cpp's own default.
-N_BATCH = 2048
-
 # Of enum ggml_type.
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 
@@ -34,6 +31,7 @@ class LlamaEngine:
         model: str,
         n_threads: int,
         n_chunk: int = 512,
+        n_batch: int = 2048,
         type_k: str = "f16",
         type_v: str = "f16",
     ) -> None:
@@ -47,7 +45,7 @@ class LlamaEngine:
             raise RuntimeError(f"{model}: llama.cpp cannot load it")
         self.version = f"llama-cpp-python {llama.__version__}"
         self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
-        self._n_chunk, self._types = n_chunk, (CACHE_TYPES[type_k], CACHE_TYPES[type_v])
+        self._n_chunk, self._n_batch, self._types = n_chunk, n_batch, (CACHE_TYPES[type_k], CACHE_TYPES[type_v])
         self._context: Any = None
         # What is called for each node; kept alive here.
         self._look: Any = None
@@ -58,7 +56,7 @@ class LlamaEngine:
             llama.llama_free(self._context)
         params = llama.llama_context_default_params()
         params.n_ctx = n_ctx
-        params.n_batch = min(max(N_BATCH, self._n_chunk), n_ctx)
+        params.n_batch = min(self._n_batch, n_ctx)
         params.n_ubatch = min(self._n_chunk, n_ctx)
         params.type_k, params.type_v = self._types
         params.n_threads = params.n_threads_batch = self._n_threads
@@ -72,8 +70,8 @@ class LlamaEngine:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens")
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
-        for start in range(0, len(tokens), N_BATCH):
-            self._read(tokens[start : start + N_BATCH])
+        for start in range(0, len(tokens), self._n_batch):
+            self._read(tokens[start : start + self._n_batch])
         return self._logits()
 
     def decode(self, token: int) -> np.ndarray:

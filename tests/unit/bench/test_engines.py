@@ -1,7 +1,10 @@
 """Worker processes: requests and how they fail."""
 
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +46,53 @@ def test_a_worker_that_dies_says_how(tmp_path):
                 engine.load(how=how)
             with pytest.raises(RepkvError, match=f"{ending} during 'open'"):
                 engine.ask("open")
+
+
+def test_a_signal_without_a_name_is_told_by_number(tmp_path):
+    with (
+        EngineProcess("mine", script(tmp_path, "serve(lambda: os.kill(os.getpid(), 35))")) as engine,
+        pytest.raises(RepkvError, match=r"^mine: killed by signal 35 during 'load'"),
+    ):
+        engine.load()
+
+
+@pytest.mark.parametrize("answer", [r"\xff\xfe", '{"version": 1}', "[]", '{"n_vocab": 3}'])
+def test_an_answer_that_no_worker_gives_is_one_line(tmp_path, answer):
+    body = f"sys.stdin.readline(); os.write(1, b'{answer}\\n')"
+    with (
+        EngineProcess("mine", script(tmp_path, body)) as engine,
+        pytest.raises(RepkvError, match=r"^mine: what was started is no worker: it answered '"),
+    ):
+        engine.load()
+
+
+def test_a_worker_ends_with_its_parent_though_it_computes(tmp_path):
+    started = tmp_path / "started"
+    body = f"def make(): open({str(started)!r}, 'w').close(); __import__('time').sleep(60)\nserve(make)"
+    parent = (
+        "from pyggml_repkv.bench.engines import EngineProcess\n"
+        f"engine = EngineProcess('mine', {script(tmp_path, body)!r}); print(engine._process.pid, flush=True)\n"
+        "engine.load()"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        wait_until(started.exists)
+        process.kill()
+    wait_until(lambda: has_ended(pid))
+
+
+def wait_until(true):
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def has_ended(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_the_process_is_gone_afterwards(tmp_path):

@@ -6,9 +6,11 @@ import pytest
 
 from pyggml_repkv.bench import load
 from pyggml_repkv.bench import measure as measuring
+from pyggml_repkv.bench.engines import context_size
 from pyggml_repkv.bench.load import busy_ticks, load_warning
 from pyggml_repkv.bench.measure import Case, Contender, Plan, Result, best_of, measure, spread_warnings
 from pyggml_repkv.bench.table import About, Table, all_cases, csv_lines, json_lines, ratio_table, record
+from pyggml_repkv.errors import RepkvError
 from pyggml_repkv.inspect.peak import Peak
 
 ABOUT = About(
@@ -33,7 +35,7 @@ class FakeEngine:
             self.drift = 0
         elif op == "reach":
             depth = len(fields["tokens"])
-            if not self.can_rewind and depth == 0:
+            if self.drift > fields["slack"]:
                 self.drift = 0
             return {"n_past": depth + self.drift, "seconds": 0.0}
         elif op == "memory":
@@ -98,22 +100,60 @@ def test_depths_come_in_order_with_their_own_contexts(run):
     results, log, _ = run([Case(4, 0, 760), Case(4, 0)], [ours(), ours("full", can_rewind=True)], rounds=1)
     assert [r.case.depth for r in results] == [0, 0, 760, 760]
     opened = [entry[:3] for entry in log if entry[1] == "open"]
-    # For each depth: with room for all rounds, of one that can rewind for one.
+    # For each depth: with room for one test, and for a tenth of the depth where it cannot rewind.
     assert opened == [
         ("repkv", "open", 256), ("full", "open", 256), ("repkv", "open", 1024), ("full", "open", 768),
     ]  # fmt: skip
 
 
-def test_where_it_cannot_rewind_each_depth_is_told(run):
-    results, log, _ = run([Case(4, 0, 64)], [ours(), llama()], rounds=2)
+def test_where_it_cannot_rewind_each_depth_is_told_and_stays_within_a_tenth(run):
+    results, log, _ = run([Case(4, 0, 64)], [ours(), llama()], rounds=3)
     repkv, other = results
-    assert repkv.depths == [68, 72]
-    assert other.depths == [64, 64]
-    assert [entry[2] for entry in timed(log) if entry[0] == "repkv"] == [
-        [64, 65, 66, 67],
-        [68, 69, 70, 71],
-        [72, 73, 74, 75],
-    ]
+    assert repkv.depths == [68, 64, 68]
+    assert other.depths == [64, 64, 64]
+    assert [entry[2][0] for entry in timed(log) if entry[0] == "repkv"] == [64, 68, 64, 68]
+
+
+@pytest.mark.parametrize("rounds", [1, 100])
+def test_a_context_does_not_grow_with_the_rounds(rounds):
+    plan = Plan([Case(512, 0), Case(0, 64), Case(512, 0, 8192)], [], rounds, lambda n, n_vocab: [])
+    assert plan.n_ctx(0, ours()) == plan.n_ctx(0, llama()) == 768
+    assert plan.n_ctx(8192, llama()) == 8960
+    assert plan.n_ctx(8192, ours()) == context_size(8192 + 819 + 513)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RepkvError("killed")])
+def test_whole_rounds_are_kept_when_it_is_stopped(run, monkeypatch, error):
+    plan_cases = [Case(4, 0), Case(0, 2)]
+    ask = FakeEngine.ask
+
+    def stops(engine, op, **fields):
+        if op.startswith("time") and engine.n_timed == 7:
+            raise error
+        return ask(engine, op, **fields)
+
+    monkeypatch.setattr(FakeEngine, "ask", stops)
+    monkeypatch.setattr(Contender, "start", lambda c, stack: FakeEngine(c.name, [], c.can_rewind))
+    plan = Plan(plan_cases, [ours(), llama()], 9, lambda n, n_vocab: list(range(n)))
+    found = measure(plan, lambda _: None)
+    # Seven were timed: of the warm-up, of two rounds, and the first of another one.
+    results = next(found)
+    assert [len(r.seconds) for r in results] == [len(r.depths) for r in results] == [2, 2, 2, 2]
+    assert record(ABOUT, results[0], results)["samples_ns"] == [3 * 10**9, 5 * 10**9]
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        next(found)
+
+
+def test_nothing_is_said_of_a_depth_without_a_whole_round(run, monkeypatch):
+    monkeypatch.setattr(Contender, "start", lambda c, stack: FakeEngine(c.name, [], c.can_rewind))
+    plan = Plan([Case(4, 0)], [ours()], 9, lambda n, n_vocab: list(range(n)))
+
+    def interrupts(line):
+        if "round 1" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        next(measure(plan, interrupts))
 
 
 def test_prefetch_counts_what_was_measured_alone(run):
@@ -221,3 +261,11 @@ def test_busy_ticks_count_what_computes():
     while load.time.process_time() < end:
         pass
     assert busy_ticks() - start >= 0.2 * load.os.sysconf("SC_CLK_TCK")
+
+
+def test_busy_ticks_are_those_of_the_cores_at_work(monkeypatch):
+    stat = "cpu  1 1 1 1 1 1 1 1 0 0\ncpu0 1 20 300 4000 50000 600000 7000000 80000000 9 9\ncpu1 5 5 5 5 5 5 5 5 0 0\n"
+    monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(load.Path, "read_text", lambda *_: stat)
+    # Without idle and iowait, and without guests, which are in user already.
+    assert busy_ticks() == 87_600_321

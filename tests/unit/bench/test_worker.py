@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from pyggml_repkv.bench.workers import _worker
 from pyggml_repkv.bench.workers._worker import Worker
 
 
@@ -59,7 +60,7 @@ def reach(worker, tokens, slack=0, synthetic=False):
 def test_a_depth_is_reached_by_reading_what_is_missing(worker):
     w = worker(True)
     assert reach(w, [1, 2, 3]) == (3, [("prefill", [1, 2, 3])])
-    assert w.time_chunk([7, 8])["seconds"] >= 0
+    w.time_chunk([7, 8])
     assert w._engine.tokens == [1, 2, 3, 7, 8]
     assert reach(w, [1, 2, 3]) == (3, [])
     assert w._engine.tokens == [1, 2, 3]
@@ -109,6 +110,31 @@ def test_repeated_cells(worker):
     assert reach(w, [1, 2], synthetic=False) == (2, [("prefill", [1, 2])])
     assert w._engine.tokens == [1, 2]
     assert reach(w, [], synthetic=True) == (0, [])
+
+
+def test_seconds_are_those_of_the_tokens_that_count(worker, monkeypatch):
+    w = worker(True)
+    reach(w, [1])
+    now = [0.0]
+    monkeypatch.setattr(_worker, "perf_counter", lambda: now[0])
+    for name in ("prefill", "decode"):
+        inner = getattr(w._engine, name)
+
+        def slow(x, inner=inner):
+            now[0] += 5.0
+            return inner(x)
+
+        monkeypatch.setattr(w._engine, name, slow)
+    assert w.time_chunk([7, 8]) == {"seconds": 5.0}
+    assert w.time_tokens([7, 8]) == {"seconds": 10.0}
+
+
+def test_repeated_cells_are_made_again_after_logits(worker, tmp_path):
+    w = worker(True)
+    reach(w, [1] * 8, synthetic=True)
+    w._engine.prefill = w._engine.decode = lambda _: np.zeros(10, np.float32)
+    w.logits([5], [], 0, str(tmp_path / "x.npy"))
+    assert reach(w, [1] * 8, synthetic=True) == (8, [("place", 8)])
 
 
 def test_what_cannot_rewind_reads_even_then(worker):

@@ -82,6 +82,19 @@ def test_against_llama_cpp(path, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_quantized_values_leave_llama_cpp_flash_attention_alone(path, tmp_path, monkeypatch, capsys):
+    (tmp_path / "llama.py").write_text(FAKE)
+    monkeypatch.setattr(engines, "LLAMA_WORKER", (str(tmp_path / "llama.py"),))
+    argv = ("-p", "40", "-n", "0", "-r", "1", "--vs", "llama.cpp", "-ctv", "q8_0", "-b", "4096", "-o", "jsonl")
+    out, err = bench(capsys, path, *argv)
+    assert [(r["policy"], r["n_batch"], r["n_ubatch"]) for r in map(json.loads, out.splitlines())] == [
+        ("full", 4096, 4096), ("llama.cpp -fa on", 4096, 4096),
+    ]  # fmt: skip
+    assert "llama.cpp -fa off is left out: it cannot have -ctv q8_0\n" in err
+    out, _ = bench(capsys, path, *argv[:-6], "-o", "jsonl")
+    assert [json.loads(line)["n_batch"] for line in out.splitlines()] == [512, 2048, 2048]
+
+
 def test_csv(path, capsys):
     out, _ = bench(capsys, path, "-p", "8", "-n", "2", "-r", "1", "-o", "csv", "--no-warmup")
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -135,6 +148,9 @@ def test_the_machine(capsys, monkeypatch):
         (("-c", "512"), "-c follows from -p, -n and -d"),
         (("-o", "xml"), "-o/--output: invalid choice"),
         (("--vs", "mlx"), "--vs: invalid choice"),
+        (("--llama-fa", "on"), "--llama-fa and --llama-python are for --vs llama.cpp, which is not given"),
+        (("--llama-python", "python3"), "--llama-fa and --llama-python are for --vs llama.cpp"),
+        (("--vs", "llama.cpp", "--llama-fa", "off", "-ctv", "q8_0"), "llama.cpp needs flash attention for -ctv q8_0"),
         (("--kv", "full,full"), "names one twice"),
         (("-m", "/no/model.gguf"), "/no/model.gguf"),
     ],
