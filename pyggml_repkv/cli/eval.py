@@ -6,7 +6,9 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress, report
@@ -16,11 +18,14 @@ from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.cli.run import load_model, memory_config
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.eval.retrieval_tasks import TASKS as RETRIEVAL
+from pyggml_repkv.eval.retrieval_tasks import VERSION
+from pyggml_repkv.memory.config import MEMORY_FIELDS
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.eval.results_file import ResultsFile
     from pyggml_repkv.eval.retrieval import Asked, RetrievalResult
+    from pyggml_repkv.memory.config import MemoryConfig
 
 MAX_LENGTH = 2**20
 
@@ -124,7 +129,13 @@ def main(args: argparse.Namespace) -> int:
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: give --kv repkv, or another")
     args.quiet = args.json
-    # One that any of the policies needs is what all of them get: weights as in the file.
+    if args.png:
+        from pyggml_repkv.eval.heat_map import check_can_draw
+
+        check_can_draw(args.png)
+    # Weights as in the file where one of the policies needs them so; and for all questions, so that what `full`
+    # answers does not depend on which others are asked.
+    args.no_repack = args.no_repack or args.task in RETRIEVAL
     args.kv = next((kv for kv in policies if kv != "full"), "full")
     tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
     with load_model(args) as model, progress.notices(quiet=True):
@@ -144,16 +155,15 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
     from pyggml_repkv.eval.results_file import ResultsFile
     from pyggml_repkv.eval.retrieval import questions, summary
 
-    lengths = args.lengths or [4096]
-    file = ResultsFile(args.out) if args.out else None
     results: list[RetrievalResult] = []
-    for asked in questions(lengths, args.depths):
-        # With a context of its own, so that a result does not depend on what else is asked.
-        for _, memory in _memories(args, policies, asked.length + ROOM):
-            result = _answer(args, model, memory, asked, text, file)
-            results.append(result)
-            if not args.json:
-                output.write(_line(result))
+    with ResultsFile(args.out) if args.out else nullcontext() as file:
+        for asked in questions(args.lengths or [4096], args.depths):
+            # With a context of its own, so that a result does not depend on what else is asked.
+            for _, memory in _memories(args, policies, asked.length + ROOM):
+                result = _answer(args, model, memory, asked, text, file)
+                results.append(result)
+                if not args.json:
+                    output.write(_line(result))
     done = summary(results)
     if not args.json:
         for kv, by_length in done["found"].items():
@@ -167,17 +177,25 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
 
 
 def _answer(
-    args: argparse.Namespace, model: Model, memory: Any, asked: Asked, text: str | None, file: ResultsFile | None
+    args: argparse.Namespace,
+    model: Model,
+    memory: MemoryConfig,
+    asked: Asked,
+    text: str | None,
+    file: ResultsFile | None,
 ) -> RetrievalResult:
     from pyggml_repkv.eval.retrieval import RetrievalResult, run_retrieval
 
     settings = {
         "task": args.task,
+        "version": VERSION,
         "model": model.fingerprint,
-        "memory": asdict(memory),
+        "exact_graph": args.exact_graph,
+        "memory": _that_matters(memory),
+        "policy_file": _policy_file(memory.kv),
         "asked": asdict(asked),
         "seed": args.seed,
-        "text": hashlib.sha256(text.encode()).hexdigest() if text is not None else None,
+        "text": _digest(text.encode()) if text is not None else None,
     }
     known = file.get(settings) if file is not None else None
     if known is not None:
@@ -189,6 +207,26 @@ def _answer(
     if file is not None:
         file.add(settings, asdict(result))
     return result
+
+
+def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
+    """Without what the policy does not look at: results do not depend on it."""
+    ignored = {"full": set(MEMORY_FIELDS), "window": set(MEMORY_FIELDS) - {"n_sink", "n_local", "positions"}}
+    return {k: v for k, v in asdict(memory).items() if k not in ignored.get(memory.kv, ())}
+
+
+def _policy_file(kv: str) -> str | None:
+    """What `--kv FILE.py` is, None for a policy of ours."""
+    if not kv.endswith(".py"):
+        return None
+    try:
+        return _digest(Path(kv).read_bytes())
+    except OSError as error:
+        raise InputError(f"--kv {kv}: {error.strerror}") from None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _perplexity(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
@@ -280,7 +318,7 @@ def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | No
 
 def _line(result: RetrievalResult) -> str:
     found = "found" if result.found else "LOST "
-    rate = 1e3 * result.n_tokens / result.prompt_ms
+    rate = 1e3 * result.n_tokens / max(result.prompt_ms, 1e-9)
     return (
         f"{result.kv}  {result.n_tokens:7d} tokens  depth {result.depth:.2f}  {found}  "
         f"{rate:7.1f} tokens/s  {result.decode_ms:6.2f} ms/token\n"
@@ -291,6 +329,6 @@ def _integers(low: int, high: int) -> Callable[[str], list[int]]:
     parse = integer(low, high)
 
     def parse_all(text: str) -> list[int]:
-        return [parse(part) for part in text.split(",")]
+        return list(dict.fromkeys(parse(part) for part in text.split(",")))
 
     return parse_all

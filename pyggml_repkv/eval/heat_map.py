@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.eval.retrieval import RetrievalResult
 
 
-def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
-    """Raises InputError without matplotlib, or for a format that it does not know."""
+def check_can_draw(path: str) -> None:
+    """Raises InputError without matplotlib, for a format that it does not know, and for a folder that is not there."""
+    pyplot = _pyplot()
+    figure = pyplot.figure()
+    known = figure.canvas.get_supported_filetypes()
+    pyplot.close(figure)
+    suffix = Path(path).suffix.removeprefix(".")
+    if suffix and suffix.lower() not in known:
+        raise InputError(f"--png {path}: a picture can be {', '.join(sorted(known))}, not {suffix}")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"--png {path}: {os.strerror(errno.ENOENT)}")
+
+
+def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError:
         raise InputError("--png: matplotlib is not installed: pip install -e '.[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
+    """Raises InputError for what `check_can_draw` refuses, RepkvError where it cannot be written."""
+    pyplot = _pyplot()
 
     policies = list(dict.fromkeys(r.kv for r in results))
     lengths, depths = sorted({r.length for r in results}), sorted({r.depth for r in results})

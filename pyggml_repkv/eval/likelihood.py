@@ -13,6 +13,9 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import MemoryConfig
 
+# Of fewer nothing is judged.
+MIN_CHUNK = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
@@ -42,8 +45,10 @@ def chunk_perplexity(
     """llama-perplexity's number: the text is cut into chunks of n_chunk tokens, each read by itself, and the second
     half of each is judged. Yields (tokens judged so far, perplexity of them) after each chunk.
 
-    Raises InputError for a text that fills no chunk.
+    Raises InputError for a text that fills no chunk, and for chunks without a second half.
     """
+    if n_chunk < MIN_CHUNK:
+        raise InputError(f"-c {n_chunk}: a chunk takes {MIN_CHUNK} tokens at least, of which the last is judged")
     if len(tokens) < n_chunk:
         raise InputError(f"the text has {len(tokens)} tokens, one chunk takes {n_chunk}: give -c, or a longer text")
     first, total, n_judged = n_chunk // 2, 0.0, 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
@@ -13,25 +16,24 @@ _BEGINNING = '{"settings": '
 
 
 class ResultsFile:
-    """What is there is kept, less a line that a crash cut off. Raises InputError for another kind of file."""
+    """What is there is kept, less a line that a crash cut off. Nobody else writes to it until it is closed.
+
+    Raises InputError for another kind of file, and where another process has it open.
+    """
 
     def __init__(self, name: str) -> None:
         self._path = Path(name)
         self._found: dict[str, dict[str, Any]] = {}
-        text = self._read()
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                entry = json.loads(line)
-                self._found[_key(entry["settings"])] = dict(entry["result"])
-            except (KeyError, TypeError, ValueError):
-                raise InputError(f"--out {name}: line {number} is no result; give a file that --out wrote") from None
-        rest = text[len(whole) :]
-        if rest:
-            # Whatever else it is, is not ours to drop.
-            if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
-                raise InputError(f"--out {name}: its last line is no result; give a file that --out wrote")
-            self._write(whole, "w")
+        try:
+            self._file = self._path.open("a+b")
+        except OSError as error:
+            raise InputError(f"--out {name}: {error.strerror}") from None
+        try:
+            self._lock()
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
 
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
         """The result of these settings, if it is known."""
@@ -39,25 +41,61 @@ class ResultsFile:
 
     def add(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Raises RepkvError where it cannot be written."""
-        self._found[_key(settings)] = result
-        self._write(json.dumps({"settings": settings, "result": result}) + "\n", "a")
-
-    def _read(self) -> str:
+        line = json.dumps({"settings": settings, "result": result}) + "\n"
         try:
-            return self._path.read_text("utf-8")
-        except FileNotFoundError:
-            return ""
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RepkvError(f"--out {self._path}: {error.strerror}") from None
+        self._found[_key(settings)] = result
+
+    def __enter__(self) -> ResultsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._file.close()
+        except OSError:
+            # Of a line that could not be written, which `add` has told.
+            return
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                raise InputError(f"--out {self._path}: another process writes to it") from None
+            # A file system without locks: then nobody is kept out.
+
+    def _read(self) -> None:
+        self._file.seek(0)
+        try:
+            data = self._file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            lines = whole.decode("utf-8").split("\n")[:-1]
+            rest = data[len(whole) :].decode("utf-8")
         except OSError as error:
             raise InputError(f"--out {self._path}: {error.strerror}") from None
         except UnicodeError:
             raise InputError(f"--out {self._path}: not a text; give a file that --out wrote") from None
-
-    def _write(self, text: str, mode: str) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                self._found[_key(entry["settings"])] = dict(entry["result"])
+            except (KeyError, TypeError, ValueError, RecursionError):
+                raise InputError(
+                    f"--out {self._path}: line {number} is no result; give a file that --out wrote"
+                ) from None
+        if not rest:
+            return
+        # Whatever else it is, is not ours to drop.
+        if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
+            raise InputError(f"--out {self._path}: its last line is no result; give a file that --out wrote")
         try:
-            with self._path.open(mode, encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            self._file.truncate(len(whole))
         except OSError as error:
             raise RepkvError(f"--out {self._path}: {error.strerror}") from None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 @dataclass(frozen=True, slots=True)
 class RetrievalResult:
-    """One question. length: what was asked for, n_tokens: of the prompt; share: how much of what was expected stands at
-    the beginning of the answer, 1 where it is found anywhere; times of the prompt and of one decoded token.
+    """One question. length: what was asked for, n_tokens: of the prompt; found: whether all that was expected stands in
+    the answer, lines broken as they may be; share: how much of it stands at its beginning, 1 where it is found
+    anywhere; times of the prompt and of one decoded token.
     """
 
     task: str
@@ -57,14 +59,20 @@ def prompt_of(
     """-> token ids, what is expected, and in how many tokens. The same for every policy: only the seed, length and
     depth decide. text: the haystack, repeated where it is too short; None is the classic filler.
     """
-    encode = model.tokenizer.encode
+    encode, n_bos = partial(model.tokenizer.encode, add_special=False), len(bos := model.tokenizer.encode(""))
     rng = np.random.default_rng([seed, asked.length, asked.depth_index])
     question = TASKS[task].make(rng, asked.depth)
     if task == "kv":
-        prompt = build_json_prompt(encode, question, asked.length, pairs(rng))
+        prompt = build_json_prompt(encode, question, asked.length - n_bos, pairs(rng))
     else:
-        prompt = build_prompt(encode, question, asked.length, encode(text or FILLER))
-    return prompt, question.expected, question.n_answer
+        haystack = encode(text or FILLER)
+        ends = _sentence_ends(model, haystack) if text else ()
+        prompt = build_prompt(encode, question, asked.length - n_bos, haystack, ends)
+    return [*bos, *prompt], question.expected, question.n_answer
+
+
+def _sentence_ends(model: Model, tokens: Sequence[int]) -> set[int]:
+    return {t for t in set(tokens) if model.tokenizer.decode([t]).endswith((".", "!", "?"))}
 
 
 def run_retrieval(
@@ -83,7 +91,7 @@ def run_retrieval(
                 logits = session.decode(tokens[-1])
             done = time.perf_counter()
             answer = model.tokenizer.decode(tokens)
-            found = expected in answer
+            found, share = judged(answer, expected)
             yield RetrievalResult(
                 task=task,
                 kv=memory.kv,
@@ -93,11 +101,18 @@ def run_retrieval(
                 expected=expected,
                 answer=answer,
                 found=found,
-                share=1.0 if found else common_prefix(answer.lstrip(), expected) / len(expected),
+                share=share,
                 prompt_ms=1e3 * (read - start),
                 decode_ms=1e3 * (done - read) / n_answer,
                 kv_stats=session.stats(),
             )
+
+
+def judged(answer: str, expected: str) -> tuple[bool, float]:
+    """`found` and `share` of RetrievalResult."""
+    answer, expected = (" ".join(text.split()) for text in (answer, expected))
+    found = expected in answer
+    return found, 1.0 if found else common_prefix(answer, expected) / len(expected)
 
 
 def common_prefix(a: str, b: str) -> int:

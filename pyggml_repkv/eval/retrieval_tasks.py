@@ -8,7 +8,7 @@ the first of them Landmark Attention's (arXiv 2305.16300); `niah` is the needle 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +22,9 @@ FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. T
 
 INFO = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
 TASK = INFO + "I will quiz you about the important information there.\n\n"
+
+# Of the wording, and of where needles are put: results of another one are of other questions.
+VERSION = 1
 
 # Repetitions of the haystack from which a needle is put between two of them.
 MANY = 20
@@ -144,9 +147,12 @@ TASKS = {
 }
 
 
-def build_prompt(encode: Encode, question: Question, n_tokens: int, haystack: Sequence[int]) -> list[int]:
+def build_prompt(
+    encode: Encode, question: Question, n_tokens: int, haystack: Sequence[int], ends: Container[int] = ()
+) -> list[int]:
     """Token ids of exactly n_tokens; the haystack is repeated as often as it takes.
 
+    ends: tokens that end a sentence: a needle is put after the last of them before its depth, where there is any.
     Raises InputError where they have no room for the question.
     """
     head, tail = encode(question.head) if question.head else [], encode(question.question)
@@ -160,6 +166,7 @@ def build_prompt(encode: Encode, question: Question, n_tokens: int, haystack: Se
         at = int(n_filler * depth)
         # Between two sentences where the filler repeats a few.
         at -= at % len(haystack) if MANY * len(haystack) < n_filler else 0
+        at = next((i for i in range(at, begin, -1) if filler[i - 1] in ends), at)
         prompt += [*filler[begin:at], *needle]
         begin = at
     return [*prompt, *filler[begin:], *tail]

@@ -7,9 +7,9 @@ import pytest
 
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.eval.results_file import ResultsFile
-from pyggml_repkv.eval.retrieval import Asked, common_prefix, prompt_of, questions
+from pyggml_repkv.eval.retrieval import Asked, common_prefix, judged, prompt_of, questions
 from pyggml_repkv.eval.retrieval_tasks import TASKS
 
 
@@ -65,6 +65,31 @@ def test_a_prompt_without_room_is_an_error(model):
             prompt_of(model, task, Asked(20, 0, 1), 1, PROSE)
 
 
+def test_an_answer_may_break_its_lines():
+    assert judged(" swim in the\ncold river.", "swim in the cold river") == (True, 1.0)
+    assert judged("He said: swim  in the cold river", "swim in the cold river") == (True, 1.0)
+    assert judged("swim in\nthe hot river", "swim in the cold river") == (False, 12 / 22)
+    assert judged("", "31415") == (False, 0.0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_text_begins_once(model, monkeypatch, task):
+    plain = prompt_of(model, task, Asked(500, 0, 2), 1, PROSE)[0]
+    monkeypatch.setattr(model.tokenizer, "add_bos", True)
+    monkeypatch.setattr(model.tokenizer, "bos_id", 1)
+    assert 1 not in plain
+    prompt = prompt_of(model, task, Asked(500, 0, 2), 1, PROSE)[0]
+    assert (prompt[0], prompt.count(1)) == (1, 1)
+    assert len(prompt) <= 500
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_a_needle_is_put_after_a_sentence(model, index):
+    prompt, _, _ = prompt_of(model, "niah", Asked(1000, index, 10), 1, PROSE)
+    before = model.tokenizer.decode(prompt).split("\n\nThe best thing")[0]
+    assert before == "" or before.endswith(".")
+
+
 def test_how_much_of_an_answer_is_there():
     assert common_prefix("31415", "31410") == 4
     assert common_prefix("", "31410") == 0
@@ -105,8 +130,67 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
     assert json.loads(capsys.readouterr().out)["results"] == again["results"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--seed", "2"],
+        ["--exact-graph"],
+        ["--kv", "window", "--n-local", "200"],
+        ["-b", "64"],
+        ["-ctk", "q8_0"],
+        ["-c", "500"],
+        ["--text", "{text}"],
+        ["--depths", "3"],
+        ["-m", "{other}"],
+        ["--kv", "{policy}"],
+    ],
+    ids=lambda change: " ".join(change[:2]),
+)
+def test_other_settings_are_asked_again(demo_model, tiny_model, tmp_path, capsys, change):
+    files = {"text": tmp_path / "text", "policy": tmp_path / "mine.py", "other": tiny_model(n_layer=2, n_ctx=512)}
+    files["text"].write_text(PROSE)
+    files["policy"].write_text("from pyggml_repkv.memory.full import FullMemory as make_policy")
+    out = tmp_path / "results.jsonl"
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out), "--json"]
+    changed = [*argv, *(part.format(**files) for part in change)]
+    for arguments, n_lines in ((argv, 1), (argv, 1), (changed, 1 + (3 if "3" in change else 1)), (argv, None)):
+        assert main(arguments) == 0
+        if n_lines is not None:
+            assert len(out.read_text().splitlines()) == n_lines
+    n_lines = len(out.read_text().splitlines())
+    if "{policy}" in change:
+        files["policy"].write_text("from pyggml_repkv.memory.full import FullMemory as make_policy  # but other")
+    assert main(changed) == 0
+    assert len(out.read_text().splitlines()) == n_lines + ("{policy}" in change)
+
+
+@pytest.mark.parametrize(
+    "change", [["--n-local", "512"], ["--top-blocks", "2"], ["--no-repack"], ["--lengths", "300,300"]]
+)
+def test_what_changes_no_answer_is_not_asked_again(demo_model, tmp_path, capsys, change):
+    out = tmp_path / "results.jsonl"
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out), "--json"]
+    assert main(argv) == main([*argv, *change]) == 0
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_one_process_writes_to_a_file(tmp_path):
+    path = str(tmp_path / "x")
+    with ResultsFile(path) as file:
+        file.add({"a": 1}, {"b": 2})
+        with pytest.raises(InputError, match="another process writes to it"):
+            ResultsFile(path)
+    with ResultsFile(path) as file:
+        assert file.get({"a": 1}) == {"b": 2}
+
+
+def test_a_full_disk_is_one_line():
+    with ResultsFile("/dev/full") as file, pytest.raises(RepkvError, match="--out /dev/full: No space left"):
+        file.add({"a": 1}, {"b": 2})
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path):
-    for text in ("hello\n", '{"settings": {}}\n', "[1, 2]\n"):
+    for text in ("hello\n", '{"settings": {}}\n', "[1, 2]\n", "[" * 100_000 + "\n"):
         (tmp_path / "x").write_text(text)
         with pytest.raises(InputError, match="line 1 is no result"):
             ResultsFile(str(tmp_path / "x"))
@@ -115,7 +199,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         ResultsFile(str(tmp_path / "x"))
     assert (tmp_path / "x").read_text() == "a note without an end"
     (tmp_path / "x").write_text('{"sett')
-    ResultsFile(str(tmp_path / "x"))
+    with ResultsFile(str(tmp_path / "x")):
+        pass
     assert (tmp_path / "x").read_text() == ""
     (tmp_path / "x").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not a text"):
@@ -135,7 +220,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["recall", "--text", "{text}", "--kv", "repkv,window"], "recall looks at the blocks of --kv repkv"),
         (["perplexity", "--text", "{text}", "--lengths", "9999"], "has only"),
         (["perplexity", "--text", "{text}", "-c", "9999"], "one chunk takes 9999"),
+        (["perplexity", "--text", "{text}", "-c", "2"], "-c 2: a chunk takes 3 tokens at least"),
+        (["passkey", "--lengths", "256", "--kv", "{folder}/no.py"], "No such file"),
+        (["passkey", "--lengths", "256", "--kv", "{folder}/no.py", "--out", "{folder}/x"], "No such file"),
         (["passkey", "--lengths", "256", "--png", "{folder}/no/x.png"], "No such file"),
+        (["passkey", "--lengths", "256", "--png", "x.foo"], "a picture can be "),
         (["passkey", "--lengths", "256", "--out", "{folder}/no/x"], "No such file"),
     ],
 )
