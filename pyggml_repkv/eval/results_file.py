@@ -24,6 +24,8 @@ class ResultsFile:
     def __init__(self, name: str) -> None:
         self._path = Path(name)
         self._found: dict[str, dict[str, Any]] = {}
+        if self._path.exists() and not self._path.is_file():
+            raise InputError(f"--out {name}: not a regular file")
         try:
             self._file = self._path.open("a+b")
         except OSError as error:

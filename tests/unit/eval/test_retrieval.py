@@ -1,6 +1,8 @@
 """Retrieval tasks: exact lengths, each needle once in its place, results that are kept, and the command line."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -184,9 +186,19 @@ def test_one_process_writes_to_a_file(tmp_path):
         assert file.get({"a": 1}) == {"b": 2}
 
 
-def test_a_full_disk_is_one_line():
-    with ResultsFile("/dev/full") as file, pytest.raises(RepkvError, match="--out /dev/full: No space left"):
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with ResultsFile(str(tmp_path / "x")) as file, pytest.raises(RepkvError, match="x: No space left on device"):
         file.add({"a": 1}, {"b": 2})
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "/tmp"])
+def test_what_is_no_file_is_refused(name):
+    with pytest.raises(InputError, match=f"--out {name}: not a regular file"):
+        ResultsFile(name)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
