@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pyggml_repkv.errors import InputError
+
 Record = dict[str, Any]
 
 TASKS = ("passkey", "number", "kv", "niah")
@@ -23,9 +25,12 @@ class Stored:
         self._folder = folder
 
     def get(self, name: str) -> Any:
-        """None where it was not measured yet."""
+        """None where it was not measured yet. Raises InputError for what is no JSON."""
         path = self._folder / f"{name}.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        return _parsed(path, path.read_text("utf-8", errors="replace")) if path.exists() else None
+
+    def has_answers(self, task: str, length: int, policies: Sequence[str]) -> bool:
+        return all((task, policy, length) in counts_of(self) for policy in policies)
 
     @cached_property
     def speed(self) -> list[Record]:
@@ -33,14 +38,37 @@ class Stored:
 
     @cached_property
     def retrieval(self) -> list[Record]:
-        """Of each question and policy the last answer, should there be several."""
+        """Of each question and policy the last answer; of each policy those with the settings of its last answer."""
         found: dict[str, Record] = {}
         for task in TASKS:
-            path = self._folder / f"{task}.jsonl"
-            for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-                entry = json.loads(line)
-                found[json.dumps(entry["settings"], sort_keys=True)] = entry["result"]
+            entries = self._answers(task)
+            last = {entry["result"]["kv"]: _setup(entry["settings"]) for entry in entries}
+            for entry in entries:
+                if _setup(entry["settings"]) == last[entry["result"]["kv"]]:
+                    found[json.dumps(entry["settings"], sort_keys=True)] = entry["result"]
         return list(found.values())
+
+    def _answers(self, task: str) -> list[Record]:
+        path = self._folder / f"{task}.jsonl"
+        text = path.read_text("utf-8", errors="replace") if path.exists() else ""
+        # A line that is not whole yet is none.
+        entries = [_parsed(path, line) for line in text.split("\n")[:-1]]
+        if not all(isinstance(e, dict) and {"settings", "result"} <= e.keys() for e in entries):
+            raise InputError(f"{path}: is not what `eval --out` writes; move it away")
+        return entries
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: is no JSON; move it away, and it is measured again") from None
+
+
+def _setup(settings: Record) -> Record:
+    """What all answers of a table have in common: not which question it was, nor a context's size, which follows."""
+    memory = {k: v for k, v in settings.get("memory", {}).items() if k != "n_ctx"}
+    return {**{k: v for k, v in settings.items() if k not in ("task", "asked")}, "memory": memory}
 
 
 def page(stored: Stored, commands: Sequence[str]) -> str:
@@ -198,8 +226,8 @@ def _fidelity(stored: Stored) -> str:
     return (
         "## Distance from full attention\n\nKL divergence of the next-token distribution from that of `--kv full` "
         "(nats), and how often both find the same token most likely, within the trained context, where `full` is "
-        "right. Attended: the first 64 tokens, the last 1,024, and the blocks; positions of older tokens are far "
-        "ones.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
+        "right. Attended, at most: the first 64 tokens, the last 1,024, and the blocks; positions of older "
+        "tokens are far ones.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
     )
 
 
@@ -241,8 +269,8 @@ def _stability(stored: Stored) -> str:
     )
     return (
         "## How stable selections are\n\nHow much of a layer's first k blocks a predictor could have fetched that "
-        "knows the last "
-        "step, or the layer before.\n\n![Overlap of selections](results_stability.png)\n\n" + table(header, rows)
+        "knows the last step, or the layer before. Steps: the text's last two chunks, so one pair, and 48 tokens after "
+        "them.\n\n![Overlap of selections](results_stability.png)\n\n" + table(header, rows)
     )
 
 
@@ -268,6 +296,7 @@ def _disk(stored: Stored) -> str:
     return (
         "## Blocks on disk\n\nA token after 32,768, with `--kv-ram 75M` for the older ones. The picture has a token of "
         "each: what is computed, layer by layer, what is waited for, and what is read meanwhile. The runs "
-        "were not in turn, so their times differ by the machine's noise too; [disk.md](disk.md) has them in turn.\n\n"
+        "were not in turn, so their times differ by the machine's noise too; [disk.md](disk.md) has such runs in turn, "
+        "at 65,536.\n\n"
         "![Reads beside compute](results_prefetch.png)\n\n" + table(header, rows)
     )

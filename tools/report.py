@@ -49,10 +49,17 @@ class Step:
     file: str
     command: tuple[str, ...]
     flag: str = ""
+    # Of a task: its name, length and policies.
+    asked: tuple[str, int, tuple[str, ...]] | None = None
 
     def line(self) -> str:
         """As a user would type it."""
         return f"python -m pyggml_repkv {shlex.join(self.command)}"
+
+    def is_stored(self, stored: Stored) -> bool:
+        if self.asked is not None:
+            return stored.has_answers(*self.asked)
+        return stored.get(self.file.removesuffix(".json")) is not None
 
 
 def steps(text: str, *, llama: bool) -> list[Step]:
@@ -62,6 +69,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
             ("eval", task, *(("--text", text) if task == "niah" else ()), "--lengths", str(length), "--depths",
              str(n_depths), "--kv", kv),
             flag="--out",
+            asked=(task, length, tuple(kv.split(","))),
         )
         for task, length, n_depths, kv in RETRIEVAL
     ]  # fmt: skip
@@ -149,7 +157,9 @@ def check_same_text(text: dict[str, Any], results: Path) -> None:
     """What is stored must be of the same text. Raises InputError where it is not."""
     path = results / "text.json"
     if path.exists():
-        stored = json.loads(path.read_text("utf-8"))
+        stored = Stored(results).get("text")
+        if not isinstance(stored, dict) or not text.keys() <= stored.keys():
+            raise InputError(f"{path}: does not say which text it was; move the results away")
         if stored["sha256"] != text["sha256"]:
             raise InputError(f"the results in {results} are of another text ({stored['name']}): move them away first")
         return
@@ -171,6 +181,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
+    if not args.docs.is_dir():
+        raise InputError(f"--docs {args.docs}: no such folder")
     results = args.docs / "results"
     if not args.page_only:
         if args.text is None:
@@ -182,8 +194,11 @@ def main(argv: Sequence[str]) -> int:
     drawn = draw(stored, args.docs)
     path = args.docs / "RESULTS.md"
     text = (stored.get("text") or {"name": "TEXT"})["name"]
-    commands = [step.line() for step in steps(text, llama=not args.no_llama)]
-    path.write_text(page(stored, commands), encoding="utf-8")
+    commands = [step.line() for step in steps(text, llama=not args.no_llama) if step.is_stored(stored)]
+    try:
+        path.write_text(page(stored, commands), encoding="utf-8")
+    except OSError as error:
+        raise RepkvError(f"{path}: {error.strerror}") from None
     say(f"wrote {', '.join(map(str, (path, *drawn)))}")
     return 0
 

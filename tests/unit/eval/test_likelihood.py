@@ -61,6 +61,9 @@ def test_stretches_cover_the_text(model):
     judged = [min(s.end, 699) - s.begin for s in found]
     assert np.average([s.nll for s in found], weights=judged) == pytest.approx(nll.mean(), rel=1e-6)
     assert np.average([s.kl for s in found], weights=sizes) == pytest.approx(divergence(full, mine).mean(), rel=1e-5)
+    same = full.argmax(-1) == mine.argmax(-1)
+    assert [s.top1 for s in found] == pytest.approx([same[s.begin : s.end].mean() for s in found])
+    assert 0 < same.mean() < 1
     # Within the window nothing is lost; beyond it two blocks are not all that matters.
     assert found[0].kl < found[-1].kl
     alone = list(stretches(model, FULL, TOKENS, 96))

@@ -133,6 +133,19 @@ def test_shares_of_each_layer():
     assert shares["1"] == shares["2"] == pytest.approx([0.8, 0.8])
 
 
+def test_shares_are_sums_over_steps_and_layers():
+    """[steps, ks, layers, (first k, best k, all)], and what numpy makes of it by the definitions."""
+    mass = np.random.default_rng(3).uniform(0.1, 1, (3, 2, 4, 3)).astype(np.float32)
+    steps = [replace(step_of([[1, 2]]), mass=m) for m in mass]
+    found = summary(steps)["decode"]
+    for i, k in enumerate(("1", "2")):
+        first, best, everything = np.moveaxis(mass[:, i].astype(float), -1, 0)
+        assert found[k] == pytest.approx({
+            "of_best": first.sum() / best.sum(), "of_all": first.sum() / everything.sum(),
+            "of_best_by_layer": (first / best).mean(),
+        })  # fmt: skip
+
+
 def test_rankings_are_those_of_the_engine(model):
     """With every block attended by rank, the ranking's first blocks are what a one-token step selects."""
     with model.session(MEMORY) as session:

@@ -29,9 +29,11 @@ def speeds(depth, policy, chunk_ts, token_ts, **fields):
     ]  # fmt: skip
 
 
-def answer(task, kv, length, found, depth=0.5):
+def answer(task, kv, length, found, depth=0.5, seed=1, **memory):
     result = {"task": task, "kv": kv, "length": length, "depth": depth, "found": found}
-    return json.dumps({"settings": {**result, "found": None}, "result": result}) + "\n"
+    asked = {"length": length, "depth": depth}
+    settings = {"task": task, "seed": seed, "asked": asked, "memory": {"kv": kv, "n_ctx": length + 64, **memory}}
+    return json.dumps({"settings": settings, "result": result}) + "\n"
 
 
 @pytest.fixture
@@ -99,13 +101,68 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "| 6,200 | decode | 8 | 71 % | 93 % | 50 % |",
         "| default | 20.0 | 25.0 | 80.0 % | 7 MB | 80 MB | 200 MB | 200 MB |",
         "| `--sticky 1.4 --late` | 20.0 | 20.4 | 100.0 % |",
-        "python -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv full,window,repkv",
+        "python -m pyggml_repkv bench --machine -o json",
     ):
         assert line in text
+    # Commands whose results are stored; there is none of `full` for the first, and nothing of the second.
+    for command in ("eval passkey --lengths 8000", "eval number"):
+        assert command not in text
     for name in PICTURES:
         assert (stored / name).stat().st_size > 5000
         assert name in text
     assert capsys.readouterr().err.startswith(f"wrote {stored}/RESULTS.md")
+
+
+def test_answers_of_other_settings_are_left_out(tmp_path):
+    lines = [
+        answer("passkey", "repkv", 8000, True, seed=2), answer("passkey", "repkv", 8000, True, depth=0.9, n_local=64),
+        answer("passkey", "repkv", 8000, False, n_local=1024), answer("passkey", "window", 8000, True, n_local=64),
+    ]  # fmt: skip
+    (tmp_path / "passkey.jsonl").write_text("".join(lines) + '{"settings": {"half')
+    assert _report_page.counts_of(Stored(tmp_path)) == {
+        ("passkey", "repkv", 8000): (0, 1), ("passkey", "window", 8000): (1, 1),
+    }  # fmt: skip
+
+
+def test_commands_are_those_of_stored_results(tmp_path):
+    (tmp_path / "passkey.jsonl").write_text("".join(answer("passkey", kv, 8000, True) for kv in report_policies(8000)))
+    (tmp_path / "machine.json").write_text("{}")
+    found = [step.line() for step in report.steps("x", llama=True) if step.is_stored(Stored(tmp_path))]
+    assert [line.split(" ", 3)[3] for line in found] == [
+        "eval passkey --lengths 8000 --depths 3 --kv full,window,repkv", "bench --machine -o json",
+    ]  # fmt: skip
+
+
+def report_policies(length):
+    return next(kv for task, n, _, kv in report.RETRIEVAL if (task, n) == ("passkey", length)).split(",")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("recall.json", "{", "recall.json: is no JSON"),
+        ("number.jsonl", "{}\n", "number.jsonl: is not what `eval --out` writes"),
+        ("number.jsonl", "x\n", "number.jsonl: is no JSON"),
+    ],
+)
+def test_a_damaged_result_is_one_line(stored, capsys, name, content, message):
+    (stored / "results" / name).write_text(content)
+    assert run_tool(report.main, ["--page-only", "--docs", str(stored)]) == 2
+    err = capsys.readouterr().err
+    assert (message in err, err.count("\n")) == (True, 1)
+
+
+def test_a_text_that_is_not_told_is_one_line(stored, tmp_path, capsys):
+    (stored / "results/text.json").write_text("{}")
+    (tmp_path / "other.txt").write_text("prose")
+    assert run_tool(report.main, ["--text", str(tmp_path / "other.txt"), "--docs", str(stored)]) == 2
+    assert "does not say which text it was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["/no/folder", __file__])
+def test_no_folder_is_one_line(folder, capsys):
+    assert run_tool(report.main, ["--page-only", "--docs", folder]) == 2
+    assert capsys.readouterr().err == f"error: --docs {folder}: no such folder\n"
 
 
 def test_what_is_not_stored_is_left_out(tmp_path):
