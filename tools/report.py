@@ -35,6 +35,7 @@ RETRIEVAL = (
     *((task, 8000, 3, "full,window,repkv") for task in TASKS),
     *((task, 16000, 2, "full,window,repkv") for task in TASKS),
     *((task, 32000, 2, "window,repkv") for task in TASKS),
+    *((task, 32000, 1, "full") for task in TASKS),
     *((task, length, 1, "window,repkv") for length in (64000, 128000) for task in TASKS),
 )
 BUDGETS = (4, 8, 16, 32)
