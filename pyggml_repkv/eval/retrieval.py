@@ -53,6 +53,10 @@ def questions(lengths: Sequence[int], n_depths: int) -> list[Asked]:
     return [Asked(length, i, n_depths) for length in lengths for i in range(n_depths)]
 
 
+_FULL_STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+_CLOSING = " \n\r\t\"')]*_\u00bb\u2019\u201d\u300d"
+
+
 def prompt_of(
     model: Model, task: str, asked: Asked, seed: int, text: str | None
 ) -> tuple[list[int], str, int]:  # fmt: skip
@@ -72,7 +76,8 @@ def prompt_of(
 
 
 def _sentence_ends(model: Model, tokens: Sequence[int]) -> set[int]:
-    return {t for t in set(tokens) if model.tokenizer.decode([t]).endswith((".", "!", "?"))}
+    # Also those with a closing quotation mark or a line's end.
+    return {t for t in set(tokens) if model.tokenizer.decode([t]).rstrip(_CLOSING).endswith(_FULL_STOPS)}
 
 
 def run_retrieval(

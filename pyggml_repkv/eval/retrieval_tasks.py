@@ -26,6 +26,9 @@ TASK = INFO + "I will quiz you about the important information there.\n\n"
 # Of the wording, and of where needles are put: results of another one are of other questions.
 VERSION = 1
 
+# Tokens in which the end of a sentence is looked for.
+NEAR = 100
+
 # Repetitions of the haystack from which a needle is put between two of them.
 MANY = 20
 
@@ -152,7 +155,8 @@ def build_prompt(
 ) -> list[int]:
     """Token ids of exactly n_tokens; the haystack is repeated as often as it takes.
 
-    ends: tokens that end a sentence: a needle is put after the last of them before its depth, where there is any.
+    ends: tokens that end a sentence: a needle is put after one of them that is less than NEAR tokens before its depth,
+    where there is any.
     Raises InputError where they have no room for the question.
     """
     head, tail = encode(question.head) if question.head else [], encode(question.question)
@@ -166,7 +170,7 @@ def build_prompt(
         at = int(n_filler * depth)
         # Between two sentences where the filler repeats a few.
         at -= at % len(haystack) if MANY * len(haystack) < n_filler else 0
-        at = next((i for i in range(at, begin, -1) if filler[i - 1] in ends), at)
+        at = next((i for i in range(at, max(begin, at - NEAR), -1) if filler[i - 1] in ends), at)
         prompt += [*filler[begin:at], *needle]
         begin = at
     return [*prompt, *filler[begin:], *tail]

@@ -92,6 +92,22 @@ def test_a_needle_is_put_after_a_sentence(model, index):
     assert before == "" or before.endswith(".")
 
 
+@pytest.mark.parametrize("end", [".", "!", "?", '."', ".)", ".\n", "\u3002"])
+def test_a_sentence_may_end_in_many_ways(model, end):
+    text = (("on " * 20).strip() + end) * 50
+    prompt, _, _ = prompt_of(model, "niah", Asked(600, 1, 3), 1, text)
+    before = model.tokenizer.decode(prompt).split("\n\nThe best thing")[0]
+    assert before.rstrip().endswith(end.rstrip())
+
+
+def test_a_needle_stays_near_its_depth_where_no_sentence_ends(model):
+    text = "Hello. " + "word and more of it, " * 1000
+    for index in range(5):
+        prompt, expected, _ = prompt_of(model, "niah", Asked(2000, index, 5), 1, text)
+        found = model.tokenizer.decode(prompt)
+        assert found.index(expected) / len(found) == pytest.approx((index + 0.5) / 5, abs=0.05)
+
+
 def test_how_much_of_an_answer_is_there():
     assert common_prefix("31415", "31410") == 4
     assert common_prefix("", "31410") == 0
