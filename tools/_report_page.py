@@ -29,33 +29,45 @@ class Stored:
         path = self._folder / f"{name}.json"
         return _parsed(path, path.read_text("utf-8", errors="replace")) if path.exists() else None
 
-    def has_answers(self, task: str, length: int, policies: Sequence[str]) -> bool:
-        return all((task, policy, length) in counts_of(self) for policy in policies)
+    def policies(self, task: str, length: int, n_depths: int) -> list[str]:
+        """Of which there is an answer."""
+        asked = {
+            e["result"]["kv"] for e in self.answers
+            if (e["result"]["task"], e["result"]["length"], e["settings"]["asked"]["n_depths"])
+            == (task, length, n_depths)
+        }  # fmt: skip
+        return [policy for policy in POLICIES if policy in asked]
+
+    @property
+    def has_llama(self) -> bool:
+        return any(r["engine"] == "llama.cpp" for r in self.speed)
 
     @cached_property
     def speed(self) -> list[Record]:
         return [r for name in ("speed", "speed_deep") for r in self.get(name) or ()]
 
     @cached_property
-    def retrieval(self) -> list[Record]:
-        """Of each question and policy the last answer; of each policy those with the settings of its last answer."""
-        found: dict[str, Record] = {}
+    def answers(self) -> list[Record]:
+        """Of each question and policy the last. Those of another model, seed, text or version than a file's last one,
+        of other options than the policy's last one, and of other depths than the last ones of a length are left out.
+        """
+        found: dict[tuple[Any, ...], Record] = {}
         for task in TASKS:
-            entries = self._answers(task)
-            last = {entry["result"]["kv"]: _setup(entry["settings"]) for entry in entries}
+            entries = self._entries(task)
+            last: dict[Any, Any] = {}
             for entry in entries:
-                if _setup(entry["settings"]) == last[entry["result"]["kv"]]:
-                    found[json.dumps(entry["settings"], sort_keys=True)] = entry["result"]
+                last.update(_decisive(entry))
+            for entry in entries:
+                if all(last[name] == value for name, value in _decisive(entry).items()):
+                    asked, kv = entry["settings"]["asked"], entry["result"]["kv"]
+                    found[task, kv, asked["length"], asked["depth_index"]] = entry
         return list(found.values())
 
-    def _answers(self, task: str) -> list[Record]:
+    def _entries(self, task: str) -> list[Record]:
         path = self._folder / f"{task}.jsonl"
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
         # A line that is not whole yet is none.
-        entries = [_parsed(path, line) for line in text.split("\n")[:-1]]
-        if not all(isinstance(e, dict) and {"settings", "result"} <= e.keys() for e in entries):
-            raise InputError(f"{path}: is not what `eval --out` writes; move it away")
-        return entries
+        return [_parsed(path, line) for line in text.split("\n")[:-1]]
 
 
 def _parsed(path: Path, text: str) -> Any:
@@ -65,10 +77,15 @@ def _parsed(path: Path, text: str) -> Any:
         raise InputError(f"{path}: is no JSON; move it away, and it is measured again") from None
 
 
-def _setup(settings: Record) -> Record:
-    """What all answers of a table have in common: not which question it was, nor a context's size, which follows."""
-    memory = {k: v for k, v in settings.get("memory", {}).items() if k != "n_ctx"}
-    return {**{k: v for k, v in settings.items() if k not in ("task", "asked")}, "memory": memory}
+def _decisive(entry: Record) -> dict[Any, Any]:
+    """What must be the same: in a file, for a policy, for a length."""
+    settings, kv = entry["settings"], entry["result"]["kv"]
+    options = ("asked", "memory", "policy_file", "task")
+    return {
+        "file": {k: v for k, v in settings.items() if k not in options},
+        kv: {k: v for k, v in settings["memory"].items() if k != "n_ctx"},
+        (kv, settings["asked"]["length"]): settings["asked"]["n_depths"],
+    }
 
 
 def page(stored: Stored, commands: Sequence[str]) -> str:
@@ -116,8 +133,7 @@ def _speed(stored: Stored) -> str:
         "bytes that a token must read at least over those that memory delivers in its time. In the last two columns, "
         "how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, least to most). "
         "Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always read their "
-        "prompt.\n\nllama.cpp's peak RSS at * includes copies of its state.\n\n"
-        "![Cost against the length of the context](results_cost.png)\n\n"
+        "prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
     )
     rows = []
     for depth in sorted({r["n_depth"] for r in stored.speed}):
@@ -158,7 +174,8 @@ def _mb(n_bytes: int | None) -> str:
 
 def counts_of(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
     found: dict[tuple[str, str, int], tuple[int, int]] = {}
-    for r in stored.retrieval:
+    for entry in stored.answers:
+        r = entry["result"]
         key = r["task"], r["kv"], r["length"]
         n_found, n = found.get(key, (0, 0))
         found[key] = n_found + r["found"], n + 1

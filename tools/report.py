@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +50,20 @@ class Step:
     file: str
     command: tuple[str, ...]
     flag: str = ""
-    # Of a task: its name, length and policies.
-    asked: tuple[str, int, tuple[str, ...]] | None = None
+    # Of a task: its name, length and number of depths.
+    asked: tuple[str, int, int] | None = None
 
     def line(self) -> str:
         """As a user would type it."""
         return f"python -m pyggml_repkv {shlex.join(self.command)}"
 
-    def is_stored(self, stored: Stored) -> bool:
-        if self.asked is not None:
-            return stored.has_answers(*self.asked)
-        return stored.get(self.file.removesuffix(".json")) is not None
+    def of_what_is_stored(self, stored: Stored) -> Step | None:
+        """This, of the policies whose answers are stored; None where nothing is."""
+        if self.asked is None:
+            return None if stored.get(self.file.removesuffix(".json")) is None else self
+        policies = stored.policies(*self.asked)
+        # --kv is the last of a task's options.
+        return replace(self, command=(*self.command[:-1], ",".join(policies))) if policies else None
 
 
 def steps(text: str, *, llama: bool) -> list[Step]:
@@ -70,7 +73,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
             ("eval", task, *(("--text", text) if task == "niah" else ()), "--lengths", str(length), "--depths",
              str(n_depths), "--kv", kv),
             flag="--out",
-            asked=(task, length, tuple(kv.split(","))),
+            asked=(task, length, n_depths),
         )
         for task, length, n_depths, kv in RETRIEVAL
     ]  # fmt: skip
@@ -191,17 +194,25 @@ def main(argv: Sequence[str]) -> int:
         check_same_text(about_text(args.text), results)
         extra = ("--llama-python", args.llama_python) if args.llama_python else ()
         measure(steps(str(args.text), llama=not args.no_llama), results, extra)
-    stored = Stored(results)
-    drawn = draw(stored, args.docs)
-    path = args.docs / "RESULTS.md"
-    text = (stored.get("text") or {"name": "TEXT"})["name"]
-    commands = [step.line() for step in steps(text, llama=not args.no_llama) if step.is_stored(stored)]
-    try:
-        path.write_text(page(stored, commands), encoding="utf-8")
-    except OSError as error:
-        raise RepkvError(f"{path}: {error.strerror}") from None
-    say(f"wrote {', '.join(map(str, (path, *drawn)))}")
+    say(f"wrote {', '.join(write_report(results, args.docs))}")
     return 0
+
+
+def write_report(results: Path, docs: Path) -> list[str]:
+    """RESULTS.md and its pictures, from what is stored -> their names."""
+    stored, path = Stored(results), docs / "RESULTS.md"
+    try:
+        drawn = draw(stored, docs)
+        text = (stored.get("text") or {"name": "TEXT"})["name"]
+        known = (step.of_what_is_stored(stored) for step in steps(text, llama=stored.has_llama))
+        path.write_text(page(stored, [step.line() for step in known if step is not None]), encoding="utf-8")
+    except OSError as error:
+        raise RepkvError(f"{error.filename or path}: {error.strerror}") from None
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{results}: a result is not what this version writes ({type(error).__name__}: {error}); move it away"
+        ) from error
+    return [str(path), *drawn]
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ class Contender:
 
 @dataclass(slots=True)
 class Result:
-    """A case of one engine. seconds: of each round; depths: of the context before each, up to a tenth more where an
-    engine cannot rewind; synthetic: whether that is made of repeated keys and values; memory: what a worker says of it
-    after the last round; hits, required: blocks that were there when they were asked for, and that were asked for.
+    """A case of one engine. Of each round, seconds; depths: of the context before it, up to a tenth more where an
+    engine cannot rewind; memories: what a worker says of it afterwards; hits, required: blocks that were there when
+    they were asked for, and that were asked for. synthetic: whether the context is of repeated keys and values.
     """
 
     case: Case
@@ -70,10 +70,25 @@ class Result:
     version: str = ""
     seconds: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
-    memory: dict[str, Any] = field(default_factory=dict)
-    hits: int = 0
-    required: int = 0
+    memories: list[dict[str, Any]] = field(default_factory=list)
+    hits: list[int] = field(default_factory=list)
+    required: list[int] = field(default_factory=list)
     busy: float = 0.0
+
+    def keep_rounds(self, n: int) -> None:
+        """Drops what came after the first n."""
+        for each in (self.seconds, self.depths, self.memories, self.hits, self.required):
+            del each[n:]
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """After the last round."""
+        return self.memories[-1] if self.memories else {}
+
+    @property
+    def prefetch_hit(self) -> float | None:
+        """Share of the blocks asked for; None where none were."""
+        return sum(self.hits) / sum(self.required) if any(self.required) else None
 
     @property
     def rates(self) -> list[float]:
@@ -169,7 +184,7 @@ def _measure_depth(
         # Also for whoever stops it: whole rounds are kept.
         whole = min(len(result.seconds) for result in results.values())
         for result in results.values():
-            del result.seconds[whole:], result.depths[whole:]
+            result.keep_rounds(whole)
             result.busy = max(busy)
         if whole:
             yield list(results.values())
@@ -186,12 +201,13 @@ def _take(result: Result, engine: EngineProcess, tokens: list[int], *, counts: b
     seconds = engine.ask(op, tokens=tokens[reached : reached + case.n_tokens])["seconds"]
     if not counts:
         return
-    result.memory = engine.ask("memory")
+    memory = engine.ask("memory")
+    after = _prefetch(memory)
     result.seconds.append(seconds)
     result.depths.append(reached)
-    after = _prefetch(result.memory)
-    result.hits += after[0] - before[0]
-    result.required += after[1] - before[1]
+    result.memories.append(memory)
+    result.hits.append(after[0] - before[0])
+    result.required.append(after[1] - before[1])
 
 
 def _prefetch(memory: dict[str, Any]) -> tuple[int, int]:

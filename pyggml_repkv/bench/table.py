@@ -75,7 +75,7 @@ def record(about: About, result: Result, others: Sequence[Result]) -> Record:
         "resident_kv_bytes": memory.get("resident_bytes"),
         "ram_bytes": memory.get("ram_bytes"),
         "disk_bytes": memory.get("disk_bytes"),
-        "prefetch_hit": result.hits / result.required if result.required else None,
+        "prefetch_hit": result.prefetch_hit,
         "peak_rss_bytes": memory.get("peak_rss_bytes"),
         "peak_gflops": about.peak.gflops,
         "peak_gbytes_per_second": about.peak.gbytes_per_second,

@@ -134,9 +134,9 @@ def main(args: argparse.Namespace) -> int:
     finally:
         # Also for whoever stops it: what was measured is not lost.
         printer.end(done)
-    for warning in (load_warning([r.busy for r in done]), *spread_warnings(done)):
-        if warning:
-            output.say(f"warning: {warning}")
+        for warning in (load_warning([r.busy for r in done]), *spread_warnings(done)):
+            if warning:
+                output.say(f"warning: {warning}")
     return 0
 
 

@@ -138,7 +138,8 @@ def test_whole_rounds_are_kept_when_it_is_stopped(run, monkeypatch, error):
     found = measure(plan, lambda _: None)
     # Seven were timed: of the warm-up, of two rounds, and the first of another one.
     results = next(found)
-    assert [len(r.seconds) for r in results] == [len(r.depths) for r in results] == [2, 2, 2, 2]
+    for r in results:
+        assert [len(x) for x in (r.seconds, r.depths, r.memories, r.hits, r.required)] == [2] * 5
     assert record(ABOUT, results[0], results)["samples_ns"] == [3 * 10**9, 5 * 10**9]
     with pytest.raises(error if isinstance(error, type) else type(error)):
         next(found)
@@ -158,7 +159,7 @@ def test_nothing_is_said_of_a_depth_without_a_whole_round(run, monkeypatch):
 
 def test_prefetch_counts_what_was_measured_alone(run):
     (result,), _, _ = run([Case(4, 0)], [ours()], rounds=2)
-    assert (result.hits, result.required) == (6, 8)
+    assert (result.hits, result.required, result.prefetch_hit) == ([3, 3], [4, 4], 0.75)
     assert result.memory["resident_bytes"] == 3000
 
 
@@ -197,7 +198,8 @@ def test_ratios_are_of_rounds_and_to_the_faster():
 
 
 def test_a_record_has_llama_benchs_fields_and_ours():
-    result = result_of("repkv", (1.0, 2.0), hits=3, required=4, memory={"resident_bytes": 8, "peak_rss_bytes": 9})
+    memory = {"resident_bytes": 8, "peak_rss_bytes": 9}
+    result = result_of("repkv", (1.0, 2.0), hits=[0, 3], required=[1, 3], memories=[{}, memory])
     r = record(ABOUT, result, [result, result_of("on", (2.0, 6.0))])
     assert (r["n_prompt"], r["n_gen"], r["n_depth"], r["test"]) == (0, 10, 0, "tg10")
     assert (r["samples_ns"], r["avg_ns"], r["samples_ts"]) == ([10**9, 2 * 10**9], 1_500_000_000, [10.0, 5.0])
@@ -214,7 +216,7 @@ def test_a_record_has_llama_benchs_fields_and_ours():
 
 def test_rows_are_as_wide_as_the_header():
     results = [
-        result_of("repkv", (0.01, 0.012), memory={"resident_bytes": 50 * 10**6, "peak_rss_bytes": 10**9}),
+        result_of("repkv", (0.01, 0.012), memories=[{"resident_bytes": 50 * 10**6, "peak_rss_bytes": 10**9}]),
         result_of("on", (0.01, 0.01), Case(512, 0, 65536)),
     ]
     plan = Plan([r.case for r in results], [r.contender for r in results], 2, lambda n, n_vocab: [])

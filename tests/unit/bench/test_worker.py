@@ -129,6 +129,16 @@ def test_seconds_are_those_of_the_tokens_that_count(worker, monkeypatch):
     assert w.time_tokens([7, 8]) == {"seconds": 10.0}
 
 
+def test_the_peak_begins_anew_with_repeated_cells(worker, monkeypatch):
+    written = []
+    monkeypatch.setattr(_worker.Path, "write_text", lambda path, text, _: written.append((str(path), text)))
+    w = worker(True)
+    reach(w, [1] * 8)
+    assert written == []
+    reach(w, [1] * 9, synthetic=True)
+    assert written == [("/proc/self/clear_refs", "5")]
+
+
 def test_repeated_cells_are_made_again_after_logits(worker, tmp_path):
     w = worker(True)
     reach(w, [1] * 8, synthetic=True)

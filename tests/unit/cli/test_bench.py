@@ -8,6 +8,7 @@ import pytest
 
 from pyggml_repkv.bench import engines, measure
 from pyggml_repkv.cli.main import main
+from pyggml_repkv.errors import RepkvError
 
 FAKE = """
 import numpy as np
@@ -93,6 +94,21 @@ def test_quantized_values_leave_llama_cpp_flash_attention_alone(path, tmp_path, 
     assert "llama.cpp -fa off is left out: it cannot have -ctv q8_0\n" in err
     out, _ = bench(capsys, path, *argv[:-6], "-o", "jsonl")
     assert [json.loads(line)["n_batch"] for line in out.splitlines()] == [512, 2048, 2048]
+
+
+@pytest.mark.parametrize(
+    ("flags", "repacked"), [((), {"full": True, "window": False}), (("--no-repack",), {"full": False, "window": False})]
+)
+def test_weights_are_as_run_has_them(path, monkeypatch, capsys, flags, repacked):
+    loads = {}
+    monkeypatch.setattr(measure.Contender, "start", lambda c, stack: loads.setdefault(c.name, c.load))
+    monkeypatch.setattr(measure, "check_same_vocabulary", stop)
+    bench(capsys, path, "-p", "8", "--kv", "full,window", *flags, code=1)
+    assert {name: load["repack"] for name, load in loads.items()} == repacked
+
+
+def stop(_):
+    raise RepkvError("enough")
 
 
 def test_csv(path, capsys):

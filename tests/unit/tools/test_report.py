@@ -29,9 +29,9 @@ def speeds(depth, policy, chunk_ts, token_ts, **fields):
     ]  # fmt: skip
 
 
-def answer(task, kv, length, found, depth=0.5, seed=1, **memory):
-    result = {"task": task, "kv": kv, "length": length, "depth": depth, "found": found}
-    asked = {"length": length, "depth": depth}
+def answer(task, kv, length, found, index=0, n_depths=3, seed=1, **memory):
+    result = {"task": task, "kv": kv, "length": length, "found": found}
+    asked = {"length": length, "depth_index": index, "n_depths": n_depths}
     settings = {"task": task, "seed": seed, "asked": asked, "memory": {"kv": kv, "n_ctx": length + 64, **memory}}
     return json.dumps({"settings": settings, "result": result}) + "\n"
 
@@ -75,7 +75,7 @@ def stored(tmp_path):
     for name, value in files.items():
         (results / f"{name}.json").write_text(json.dumps(value))
     lines = [answer("passkey", "repkv", 8000, False), answer("passkey", "repkv", 8000, True),
-             answer("passkey", "repkv", 8000, False, 0.9), answer("passkey", "window", 16000, False)]  # fmt: skip
+             answer("passkey", "repkv", 8000, False, 1), answer("passkey", "window", 16000, False)]  # fmt: skip
     (results / "passkey.jsonl").write_text("".join(lines))
     return tmp_path
 
@@ -104,9 +104,9 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "python -m pyggml_repkv bench --machine -o json",
     ):
         assert line in text
-    # Commands whose results are stored; there is none of `full` for the first, and nothing of the second.
-    for command in ("eval passkey --lengths 8000", "eval number"):
-        assert command not in text
+    # Commands whose results are stored.
+    assert "\npython -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv repkv\n" in text
+    assert "eval number" not in text
     for name in PICTURES:
         assert (stored / name).stat().st_size > 5000
         assert name in text
@@ -115,8 +115,10 @@ def test_the_page_says_what_is_stored(stored, capsys):
 
 def test_answers_of_other_settings_are_left_out(tmp_path):
     lines = [
-        answer("passkey", "repkv", 8000, True, seed=2), answer("passkey", "repkv", 8000, True, depth=0.9, n_local=64),
-        answer("passkey", "repkv", 8000, False, n_local=1024), answer("passkey", "window", 8000, True, n_local=64),
+        answer("passkey", "repkv", 8000, True, seed=2), answer("passkey", "repkv", 8000, True, 1, n_local=64),
+        answer("passkey", "full", 8000, True, seed=2), answer("passkey", "repkv", 8000, True, 1, 5, n_local=1024),
+        answer("passkey", "repkv", 8000, True, n_local=1024), answer("passkey", "repkv", 8000, False, n_local=1024),
+        answer("passkey", "window", 8000, True, n_local=64),
     ]  # fmt: skip
     (tmp_path / "passkey.jsonl").write_text("".join(lines) + '{"settings": {"half')
     assert _report_page.counts_of(Stored(tmp_path)) == {
@@ -125,24 +127,29 @@ def test_answers_of_other_settings_are_left_out(tmp_path):
 
 
 def test_commands_are_those_of_stored_results(tmp_path):
-    (tmp_path / "passkey.jsonl").write_text("".join(answer("passkey", kv, 8000, True) for kv in report_policies(8000)))
+    (tmp_path / "passkey.jsonl").write_text(
+        answer("passkey", "repkv", 8000, True) + answer("passkey", "full", 8000, True)
+    )
     (tmp_path / "machine.json").write_text("{}")
-    found = [step.line() for step in report.steps("x", llama=True) if step.is_stored(Stored(tmp_path))]
-    assert [line.split(" ", 3)[3] for line in found] == [
-        "eval passkey --lengths 8000 --depths 3 --kv full,window,repkv", "bench --machine -o json",
+    found = [step.of_what_is_stored(Stored(tmp_path)) for step in report.steps("x", llama=True)]
+    assert [step.line().split(" ", 3)[3] for step in found if step] == [
+        "eval passkey --lengths 8000 --depths 3 --kv full,repkv", "bench --machine -o json",
     ]  # fmt: skip
-
-
-def report_policies(length):
-    return next(kv for task, n, _, kv in report.RETRIEVAL if (task, n) == ("passkey", length)).split(",")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("recall.json", "{", "recall.json: is no JSON"),
-        ("number.jsonl", "{}\n", "number.jsonl: is not what `eval --out` writes"),
         ("number.jsonl", "x\n", "number.jsonl: is no JSON"),
+        ("number.jsonl", "{}\n", "a result is not what this version writes (KeyError"),
+        ("number.jsonl", '{"settings": [], "result": {"kv": "full"}}\n', "a result is not what this version writes"),
+        ("number.jsonl", '{"settings": {}, "result": []}\n', "a result is not what this version writes"),
+        ("text.json", '{"a": 1}', "a result is not what this version writes (KeyError: 'name')"),
+        ("machine.json", '{"a": 1}', "a result is not what this version writes"),
+        ("speed.json", '{"a": 1}', "a result is not what this version writes"),
+        ("recall.json", "[]", "a result is not what this version writes"),
+        ("recall.json", "[1]", "a result is not what this version writes"),
     ],
 )
 def test_a_damaged_result_is_one_line(stored, capsys, name, content, message):
@@ -185,8 +192,7 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
         return SimpleNamespace(returncode=0, stdout=json.dumps(value))
 
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.setattr(report, "draw", lambda *_: [])
-    monkeypatch.setattr(report, "page", lambda *_: "page")
+    monkeypatch.setattr(report, "write_report", lambda *_: [])
     argv = ["--text", str(tmp_path / "book.txt"), "--docs", str(tmp_path), "--llama-python", "py"]
     assert run_tool(report.main, argv) == 0
     files = [step.file for step in report.steps("x", llama=True)]
