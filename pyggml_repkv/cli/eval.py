@@ -121,6 +121,8 @@ def main(args: argparse.Namespace) -> int:
     text = read_text_file(args.text, "--text") if args.text else None
     if args.task in NEED_TEXT and text is None:
         raise InputError(f"{args.task} needs a text: --text FILE")
+    if text is not None and not text.strip():
+        raise InputError(f"--text {args.text}: is empty")
     if args.task not in RETRIEVAL and (args.out or args.png):
         raise InputError(f"--out and --png are for {', '.join(RETRIEVAL)}; {args.task} has no use for them")
     policies: list[str] = args.kv
@@ -142,6 +144,11 @@ def main(args: argparse.Namespace) -> int:
         done = tasks.get(args.task, _retrieval)(args, model, policies, text)
     if args.json:
         output.write(json.dumps({**done, "peak_rss_bytes": report.peak_rss_bytes()}) + "\n")
+    if args.png:
+        from pyggml_repkv.eval.heat_map import draw_heat_map
+        from pyggml_repkv.eval.retrieval import RetrievalResult
+
+        draw_heat_map(args.png, [RetrievalResult.from_dict(result) for result in done["results"]])
     return 0
 
 
@@ -169,10 +176,6 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
         for kv, by_length in done["found"].items():
             for length, (n_found, n) in by_length.items():
                 output.write(f"{kv}  {length} tokens: {n_found} of {n} found\n")
-    if args.png:
-        from pyggml_repkv.eval.heat_map import draw_heat_map
-
-        draw_heat_map(args.png, results)
     return done
 
 
@@ -200,8 +203,8 @@ def _answer(
     known = file.get(settings) if file is not None else None
     if known is not None:
         try:
-            return RetrievalResult(**known)
-        except TypeError:
+            return RetrievalResult.from_dict(known)
+        except (TypeError, ValueError):
             raise InputError(f"--out {args.out} holds results of another version: give another file") from None
     (result,) = run_retrieval(model, memory, args.task, [asked], args.seed, text)
     if file is not None:
@@ -211,7 +214,11 @@ def _answer(
 
 def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
     """Without what the policy does not look at: results do not depend on it."""
-    ignored = {"full": set(MEMORY_FIELDS), "window": set(MEMORY_FIELDS) - {"n_sink", "n_local", "positions"}}
+    ignored = {
+        "full": set(MEMORY_FIELDS),
+        "window": set(MEMORY_FIELDS) - {"n_sink", "n_local", "positions"},
+        "repkv": {"kv_dir", "kv_disk_max"},
+    }
     return {k: v for k, v in asdict(memory).items() if k not in ignored.get(memory.kv, ())}
 
 

@@ -13,16 +13,25 @@ from pyggml_repkv.eval.retrieval import RetrievalResult
 
 
 def check_can_draw(path: str) -> None:
-    """Raises InputError without matplotlib, for a format that it does not know, and for a folder that is not there."""
+    """Raises InputError without matplotlib, for a format that it does not know, a place that it cannot write to."""
     pyplot = _pyplot()
     figure = pyplot.figure()
     known = figure.canvas.get_supported_filetypes()
     pyplot.close(figure)
     suffix = Path(path).suffix.removeprefix(".")
-    if suffix and suffix.lower() not in known:
-        raise InputError(f"--png {path}: a picture can be {', '.join(sorted(known))}, not {suffix}")
-    if not Path(path).parent.is_dir():
-        raise InputError(f"--png {path}: {os.strerror(errno.ENOENT)}")
+    if suffix.lower() not in known:
+        kinds = ", ".join(sorted(known))
+        raise InputError(
+            f"--png {path}: " + (f"a picture can be {kinds}, not {suffix}" if suffix else "name it NAME.png")
+        )
+    folder = Path(path).parent
+    for fails, reason in (
+        (not folder.is_dir(), errno.ENOENT),
+        (Path(path).is_dir(), errno.EISDIR),
+        (not os.access(path if Path(path).exists() else folder, os.W_OK), errno.EACCES),
+    ):
+        if fails:
+            raise InputError(f"--png {path}: {os.strerror(reason)}")
 
 
 def _pyplot() -> Any:

@@ -35,6 +35,23 @@ class RetrievalResult:
     decode_ms: float
     kv_stats: dict[str, object]
 
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> RetrievalResult:
+        """What `asdict` made. Raises TypeError and ValueError for anything else."""
+        result = cls(**fields)
+        for name, kinds in _KINDS.items():
+            if type(fields[name]) not in kinds:
+                raise ValueError(name)
+        return result
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "task": (str,), "kv": (str,), "length": (int,), "n_tokens": (int,), "depth": _NUMBER, "expected": (str,),
+    "answer": (str,), "found": (bool,), "share": _NUMBER, "prompt_ms": _NUMBER, "decode_ms": _NUMBER,
+    "kv_stats": (dict,),
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:

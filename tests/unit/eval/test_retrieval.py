@@ -10,6 +10,7 @@ import pytest
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.eval import heat_map
 from pyggml_repkv.eval.results_file import ResultsFile
 from pyggml_repkv.eval.retrieval import Asked, common_prefix, judged, prompt_of, questions
 from pyggml_repkv.eval.retrieval_tasks import TASKS
@@ -192,6 +193,27 @@ def test_what_changes_no_answer_is_not_asked_again(demo_model, tmp_path, capsys,
     assert len(out.read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("field", [{"n_tokens": "a"}, {"found": "x"}, {"more": 1}, {"prompt_ms": None}])
+def test_a_damaged_answer_is_one_line(demo_model, tmp_path, capsys, field):
+    out = tmp_path / "results.jsonl"
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out)]
+    assert main(argv) == 0
+    entry = json.loads(out.read_text())
+    out.write_text(json.dumps({**entry, "result": entry["result"] | field}) + "\n")
+    assert main(argv) == 2
+    assert capsys.readouterr().err.endswith(f"--out {out} holds results of another version: give another file\n")
+
+
+def test_a_picture_that_fails_leaves_the_answers(demo_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(heat_map, "check_can_draw", lambda _: None)
+    (tmp_path / "x.png").mkdir()
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--json"]
+    assert main([*argv, "--png", str(tmp_path / "x.png")]) == 1
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["results"]) == 1
+    assert "x.png: Is a directory" in err
+
+
 def test_one_process_writes_to_a_file(tmp_path):
     path = str(tmp_path / "x")
     with ResultsFile(path) as file:
@@ -253,11 +275,15 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["passkey", "--lengths", "256", "--kv", "{folder}/no.py", "--out", "{folder}/x"], "No such file"),
         (["passkey", "--lengths", "256", "--png", "{folder}/no/x.png"], "No such file"),
         (["passkey", "--lengths", "256", "--png", "x.foo"], "a picture can be "),
+        (["passkey", "--lengths", "256", "--png", "{folder}"], "Is a directory"),
+        (["niah", "--text", "{folder}/empty"], "empty: is empty"),
+        (["perplexity", "--text", "{folder}/empty"], "empty: is empty"),
         (["passkey", "--lengths", "256", "--out", "{folder}/no/x"], "No such file"),
     ],
 )
 def test_wrong_flags_get_one_line(demo_model, tmp_path, capsys, argv, message):
     (tmp_path / "text").write_text(PROSE)
+    (tmp_path / "empty").write_text("\n")
     argv = [a.format(text=tmp_path / "text", folder=tmp_path) for a in argv]
     assert main(["eval", *argv, "-m", str(demo_model), "--depths", "1"]) in (1, 2)
     err = capsys.readouterr().err
