@@ -102,7 +102,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="measure this machine instead of a model: memory bandwidth, GFLOP/s by weight type",
     )
     add_model_options(parser)
-    add_context_options(parser, several=True)
+    add_context_options(parser, several=True, sized=False)
     add_memory_options(parser)
 
 
@@ -134,6 +134,8 @@ def main(args: argparse.Namespace) -> int:
     finally:
         # Also for whoever stops it: what was measured is not lost.
         printer.end(done)
+        if done and len(done[-1].seconds) < args.repetitions:
+            output.say(f"stopped: {done[-1].case.name} has {len(done[-1].seconds)} of {args.repetitions} rounds")
         for warning in (load_warning([r.busy for r in done]), *spread_warnings(done)):
             if warning:
                 output.say(f"warning: {warning}")

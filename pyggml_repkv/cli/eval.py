@@ -104,7 +104,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         type=integer(64, MAX_LENGTH),
         default=2048,
-        help="perplexity, fidelity: tokens judged together (default: %(default)s)",
+        help="perplexity, fidelity: tokens judged together, in whole chunks of -b (default: %(default)s)",
     )
     group.add_argument(
         "--out", metavar="FILE", type=filled_text, help="retrieval: append results as JSON lines; what is there is kept"
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
     if args.task == "recall" and policies != ["repkv"]:
         raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
-        raise InputError("fidelity compares with --kv full: give --kv repkv, or another")
+        raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     args.quiet = args.json
     if args.png:
         from pyggml_repkv.eval.heat_map import check_can_draw
@@ -167,10 +167,10 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
         for asked in questions(args.lengths or [4096], args.depths):
             # With a context of its own, so that a result does not depend on what else is asked.
             for _, memory in _memories(args, policies, asked.length + ROOM):
-                result = _answer(args, model, memory, asked, text, file)
+                known, result = _answer(args, model, memory, asked, text, file)
                 results.append(result)
                 if not args.json:
-                    output.write(_line(result))
+                    output.write(_line(result, f"  (from {args.out})" if known else ""))
     done = summary(results)
     if not args.json:
         for kv, by_length in done["found"].items():
@@ -186,7 +186,8 @@ def _answer(
     asked: Asked,
     text: str | None,
     file: ResultsFile | None,
-) -> RetrievalResult:
+) -> tuple[bool, RetrievalResult]:
+    """-> whether it was in the file, the answer."""
     from pyggml_repkv.eval.retrieval import RetrievalResult, run_retrieval
 
     settings = {
@@ -203,13 +204,13 @@ def _answer(
     known = file.get(settings) if file is not None else None
     if known is not None:
         try:
-            return RetrievalResult.from_dict(known)
+            return True, RetrievalResult.from_dict(known)
         except (TypeError, ValueError):
             raise InputError(f"--out {args.out} holds results of another version: give another file") from None
     (result,) = run_retrieval(model, memory, args.task, [asked], args.seed, text)
     if file is not None:
         file.add(settings, asdict(result))
-    return result
+    return False, result
 
 
 def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
@@ -323,12 +324,12 @@ def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | No
     return done
 
 
-def _line(result: RetrievalResult) -> str:
+def _line(result: RetrievalResult, note: str) -> str:
     found = "found" if result.found else "LOST "
     rate = 1e3 * result.n_tokens / max(result.prompt_ms, 1e-9)
     return (
         f"{result.kv}  {result.n_tokens:7d} tokens  depth {result.depth:.2f}  {found}  "
-        f"{rate:7.1f} tokens/s  {result.decode_ms:6.2f} ms/token\n"
+        f"{rate:7.1f} tokens/s  {result.decode_ms:6.2f} ms/token{note}\n"
     )
 
 

@@ -54,7 +54,7 @@ examples:
 """,
     "tensors": """
 examples:
-  %(prog)s --name 'Qcur-3' -p 'The capital of France is'
+  %(prog)s --exact-graph --name 'Qcur-3' -p 'The capital of France is'
   %(prog)s --exact-graph --save a.npz; %(prog)s --exact-graph -t 1 --compare a.npz
 """,
 }
@@ -65,7 +65,8 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "graph",
         usage="%(prog)s TASK [options]",
-        description="Shows what ggml computes in a step: from the file's shapes, without reading its weights.",
+        description="Shows what ggml computes in a step: from the file's shapes, without reading its weights (but for "
+        "trace and tensors, which compute).",
         epilog="`%(prog)s TASK --help` lists the options of a task.",
         formatter_class=HelpFormatter,
     )
@@ -267,8 +268,8 @@ def _side(args: argparse.Namespace, text: str) -> Snapshot:
             return Snapshot.from_json(json.loads(Path(text).read_text("utf-8")))
         except OSError as error:
             raise InputError(f"{text}: {error.strerror}; give a file that `graph dump --json` wrote") from None
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{text}: no dump of a graph ({error})") from None
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError):
+            raise InputError(f"{text}: no dump of a graph; give a file that `graph dump --json` wrote") from None
     parser = Parser(prog="graph diff", add_help=False)
     _add_graph_options(parser)
     flags = shlex.split(text) if text.startswith("-") else ["--kv", text]

@@ -251,10 +251,14 @@ def _compare(args: argparse.Namespace, recorded: Sequence[Recorded], before: dic
     if args.json:
         output.write(json.dumps({"same": same, "first_difference": first, "missing": missing}) + "\n")
     elif first is not None:
-        output.write(f"{first['name']} is the first that differs: {first['what']}; {same} nodes are the same\n")
+        output.write(f"{first['name']} is the first that differs: {first['what']}; {_nodes(same)} the same\n")
     else:
-        output.write(f"{same} nodes are the same" + (f", {len(missing)} are new\n" if missing else "\n"))
+        output.write(f"{_nodes(same)} the same" + (f", {len(missing)} new\n" if missing else "\n"))
     return 1 if first is not None or same == 0 else 0
+
+
+def _nodes(n: int) -> str:
+    return "1 node is" if n == 1 else f"{n} nodes are"
 
 
 def _difference(a: np.ndarray, b: np.ndarray, tolerance: float) -> str:
@@ -281,8 +285,8 @@ def _load(name: str) -> dict[str, np.ndarray]:
             return {key: file[key] for key in file.files}
     except OSError as error:
         raise InputError(f"--compare {name}: {error.strerror or error}; give a file that --save wrote") from None
-    except (ValueError, KeyError, EOFError) as error:
-        raise InputError(f"--compare {name}: {error}; give a file that --save wrote") from None
+    except (ValueError, KeyError, EOFError):
+        raise InputError(f"--compare {name}: not an .npz; give a file that --save wrote") from None
     except Exception as error:  # zipfile.BadZipFile and what else a damaged archive raises
         raise InputError(f"--compare {name}: damaged ({error}); give a file that --save wrote") from None
 

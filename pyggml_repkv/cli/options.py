@@ -44,8 +44,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_context_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """-c, -b and the KV memory; several: a list of policies, separated by commas."""
+def add_context_options(parser: argparse.ArgumentParser, *, several: bool = False, sized: bool = True) -> None:
+    """-c, -b and the KV memory; several: a list of policies, separated by commas; sized: --help tells of -c."""
     group = parser.add_argument_group("context")
     group.add_argument(
         "-c",
@@ -53,7 +53,9 @@ def add_context_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         metavar="N",
         type=integer(0, MAX_INT),
         default=0,
-        help="tokens of context; 0 is what the model was trained on, or with window and repkv a million (default: 0)",
+        help="tokens of context; 0 is what the model was trained on, or with window and repkv a million (default: 0)"
+        if sized
+        else argparse.SUPPRESS,
     )
     group.add_argument(
         "-b",

@@ -48,7 +48,10 @@ def write(text: str) -> None:
 
 
 def write_file(name: str, text: str) -> None:
-    """Text to a file that a flag named. Raises RepkvError."""
+    """Text to a file that a flag named, "-" is stdout. Raises RepkvError."""
+    if name == "-":
+        write(text)
+        return
     try:
         Path(name).write_text(text, "utf-8")
     except (OSError, ValueError) as error:

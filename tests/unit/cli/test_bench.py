@@ -130,12 +130,16 @@ def test_what_was_measured_is_printed_when_it_is_stopped(path, monkeypatch, caps
     whole = measure.measure
 
     def stopped(plan, say):
-        yield next(whole(plan, say))
+        results = next(whole(plan, say))
+        for result in results:
+            result.keep_rounds(1)
+        yield results
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measure, "measure", stopped)
-    out, _ = bench(capsys, path, "-p", "8", "-n", "0", "-d", "0,16", "-r", "1", "-o", "json", code=130)
-    assert [r["test"] for r in json.loads(out)] == ["pp8"]
+    out, err = bench(capsys, path, "-p", "8", "-n", "0", "-d", "0,16", "-r", "2", "-o", "json", code=130)
+    assert [(r["test"], len(r["samples_ns"])) for r in json.loads(out)] == [("pp8", 1)]
+    assert "stopped: pp8 has 1 of 2 rounds\n" in err
 
 
 def test_the_machine(capsys, monkeypatch):

@@ -147,6 +147,8 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
     monkeypatch.setattr(Model, "session", None)
     assert main(argv) == 0
     assert json.loads(capsys.readouterr().out)["results"] == again["results"]
+    assert main(argv[:-1]) == 0
+    assert capsys.readouterr().out.count(f"  (from {out})\n") == 8
 
 
 @pytest.mark.parametrize(
@@ -264,7 +266,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["perplexity"], "perplexity needs a text"),
         (["passkey", "--kv", "full,full"], "names one twice"),
         (["passkey", "--kv", "full,other"], "'other' is none of"),
-        (["fidelity", "--text", "{text}"], "fidelity compares with --kv full"),
+        (["fidelity", "--text", "{text}"], "fidelity compares with --kv full: leave it out"),
         (["fidelity", "--text", "{text}", "--kv", "repkv", "--lengths", "300,400"], "give one of --lengths"),
         (["perplexity", "--text", "{text}", "--out", "x"], "--out and --png are for passkey"),
         (["recall", "--text", "{text}", "--kv", "repkv,window"], "recall looks at the blocks of --kv repkv"),
@@ -275,7 +277,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["passkey", "--lengths", "256", "--kv", "{folder}/no.py", "--out", "{folder}/x"], "No such file"),
         (["passkey", "--lengths", "256", "--png", "{folder}/no/x.png"], "No such file"),
         (["passkey", "--lengths", "256", "--png", "x.foo"], "a picture can be "),
-        (["passkey", "--lengths", "256", "--png", "{folder}"], "Is a directory"),
+        (["passkey", "--lengths", "256", "--png", "{folder}"], "name it NAME.png"),
+        (["passkey", "--lengths", "256", "--png", "{folder}/x.png"], "x.png: Is a directory"),
         (["niah", "--text", "{folder}/empty"], "empty: is empty"),
         (["perplexity", "--text", "{folder}/empty"], "empty: is empty"),
         (["passkey", "--lengths", "256", "--out", "{folder}/no/x"], "No such file"),
@@ -284,6 +287,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 def test_wrong_flags_get_one_line(demo_model, tmp_path, capsys, argv, message):
     (tmp_path / "text").write_text(PROSE)
     (tmp_path / "empty").write_text("\n")
+    (tmp_path / "x.png").mkdir()
     argv = [a.format(text=tmp_path / "text", folder=tmp_path) for a in argv]
     assert main(["eval", *argv, "-m", str(demo_model), "--depths", "1"]) in (1, 2)
     err = capsys.readouterr().err

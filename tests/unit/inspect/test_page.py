@@ -136,6 +136,8 @@ def test_command_line(path, tmp_path, capsys):
     streams = capsys.readouterr()
     assert streams.out == ""
     assert streams.err.startswith(f"{output}: ")
+    assert graph_html(path, "-") == 0
+    assert capsys.readouterr().out == output.read_text("utf-8")
     assert graph_html(path, tmp_path / "missing" / "graph.html") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
