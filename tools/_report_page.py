@@ -47,6 +47,15 @@ class Stored:
         return [r for name in ("speed", "speed_deep") for r in self.get(name) or ()]
 
     @cached_property
+    def peak_gbytes_per_second(self) -> float:
+        """The most that any run measured: on a machine that is shared it varies. 0: nobody measured."""
+        machine = self.get("machine")
+        found = [r["peak_gbytes_per_second"] for r in self.speed]
+        if machine is not None:
+            found += [machine["peak_gbytes_per_second"], *(t["gbytes_per_second"] for t in machine["types"])]
+        return max(found, default=0.0)
+
+    @cached_property
     def answers(self) -> list[Record]:
         """Of each question and policy the last. Those of another model, seed, text or version than a file's last one,
         of other options than the policy's last one, and of other depths than the last ones of a length are left out.
@@ -117,8 +126,8 @@ def _about(stored: Stored) -> str:
     if not machine:
         return "\n".join([*lines, ""]) if lines else ""
     lines.append(
-        f"Machine: {machine['cpu_info']}, {machine['n_threads']} threads: {machine['peak_gbytes_per_second']:.1f} GB/s "
-        f"from memory, {machine['peak_gflops']:.0f} GFLOP/s of F32 multiply-adds. "
+        f"Machine: {machine['cpu_info']}, {machine['n_threads']} threads: {stored.peak_gbytes_per_second:.1f} GB/s "
+        f"from memory (the most that any run measured), {machine['peak_gflops']:.0f} GFLOP/s of F32 multiply-adds. "
         "ggml's own products by weight type:\n\n"
     )
     rows = [(t["type"], f"{t['gflops']:.0f}", f"{t['gbytes_per_second']:.1f}") for t in machine["types"]]
@@ -130,10 +139,10 @@ def _speed(stored: Stored) -> str:
         return ""
     text = (
         "## Speed at depth\n\nMedians of the rounds; tokens of a prompt are read 512 at a time. `of memory`: the "
-        "bytes that a token must read at least over those that memory delivers in its time. In the last two columns, "
-        "how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, least to most). "
-        "Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always read their "
-        "prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
+        "bytes that a token must read at least over those that memory delivers in its time, at its best. In the "
+        "last two columns, how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, "
+        "least to most). Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always "
+        "read their prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
     )
     rows = []
     for depth in sorted({r["n_depth"] for r in stored.speed}):
@@ -143,6 +152,8 @@ def _speed(stored: Stored) -> str:
             if chunk is None or token is None:
                 continue
             share = token["of_memory_bandwidth"]
+            if share is not None:
+                share *= token["peak_gbytes_per_second"] / stored.peak_gbytes_per_second
             rows.append((
                 f"{depth:,}{'*' if token['depth_is'] == 'repeated' else ''}", f"`{policy}`",
                 f"{chunk['median_ts']:.0f}",

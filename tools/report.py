@@ -100,7 +100,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
     deep = ("-n", "16", "-r", "2", "-d", "16384,32768,65536", "--synthetic-depth")
     found += [
         Step("machine.json", ("bench", "--machine", "-o", "json")),
-        Step("speed.json", (*speed, "-n", "32", "-r", "3", "-d", "0,8192")),
+        Step("speed.json", (*speed, "-n", "32", "-r", "5", "-d", "0,8192")),
         Step("speed_deep.json", (*speed, *deep)),
     ]
     tokens = ("bench", *prose, "-p", "0", "-n", "64", "-r", "3", "-d", "32768", "-o", "json")
