@@ -15,7 +15,7 @@ from pyggml_repkv.cli import output, progress, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import load_model, memory_config
+from pyggml_repkv.cli.run import load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.eval.retrieval_tasks import VERSION
@@ -207,7 +207,9 @@ def _answer(
             return True, RetrievalResult.from_dict(known)
         except (TypeError, ValueError):
             raise InputError(f"--out {args.out} holds results of another version: give another file") from None
-    (result,) = run_retrieval(model, memory, args.task, [asked], args.seed, text)
+    (result,) = run_retrieval(
+        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: prompt_progress(args, n_tokens)
+    )
     if file is not None:
         file.add(settings, asdict(result))
     return False, result

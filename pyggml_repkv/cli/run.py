@@ -216,7 +216,7 @@ def _generate(
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
-        with _bar(args, generation.n_unread) as move:
+        with prompt_progress(args, generation.n_unread) as move:
             generation.prefill(move)
         if args.json:
             for _ in generation:
@@ -259,7 +259,8 @@ def _end_line(last: str) -> None:
         output.write("\n")
 
 
-def _bar(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
+def prompt_progress(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
+    """Yields what shows how much of a prompt is read; None where nothing is shown."""
     # a prompt of one batch is read in one step: a bar would only flicker
     if n_tokens <= args.batch_size:
         return nullcontext()

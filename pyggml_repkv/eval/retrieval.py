@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.session import OnProgress
 from pyggml_repkv.eval.retrieval_tasks import FILLER, TASKS, build_json_prompt, build_prompt, pairs
 from pyggml_repkv.memory.config import MemoryConfig
 
@@ -98,14 +100,23 @@ def _sentence_ends(model: Model, tokens: Sequence[int]) -> set[int]:
 
 
 def run_retrieval(
-    model: Model, memory: MemoryConfig, task: str, asked: Sequence[Asked], seed: int, text: str | None = None
+    model: Model,
+    memory: MemoryConfig,
+    task: str,
+    asked: Sequence[Asked],
+    seed: int,
+    text: str | None = None,
+    progress: Callable[[int], AbstractContextManager[OnProgress | None]] = lambda _: nullcontext(),
 ) -> Iterator[RetrievalResult]:
-    """Raises InputError for a length without room for the question."""
+    """progress(n_tokens): what is told how much of a prompt is read. Raises InputError for a length without room for
+    the question.
+    """
     for each in asked:
         prompt, expected, n_answer = prompt_of(model, task, each, seed, text)
         with model.session(memory) as session:
             start = time.perf_counter()
-            logits = session.prefill(prompt)
+            with progress(len(prompt)) as tell:
+                logits = session.prefill(prompt, on_progress=tell)
             read = time.perf_counter()
             tokens = []
             for _ in range(n_answer):

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from pyggml_repkv.cli import progress
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError, RepkvError
@@ -214,6 +215,15 @@ def test_a_picture_that_fails_leaves_the_answers(demo_model, tmp_path, capsys, m
     out, err = capsys.readouterr()
     assert len(json.loads(out)["results"]) == 1
     assert "x.png: Is a directory" in err
+
+
+def test_how_much_of_a_prompt_is_read_is_told(demo_model, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "-b", "100"]
+    assert main(argv) == 0
+    assert "read 100 of 300 tokens" in capsys.readouterr().err
+    assert main([*argv, "--json"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_one_process_writes_to_a_file(tmp_path):
