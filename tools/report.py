@@ -36,6 +36,7 @@ RETRIEVAL = (
     *((task, 16000, 2, "full,window,repkv") for task in TASKS),
     *((task, 32000, 2, "window,repkv") for task in TASKS),
     *((task, 32000, 1, "full") for task in TASKS),
+    ("passkey", 64000, 1, "full"),
     *((task, length, 1, "window,repkv") for length in (64000, 128000) for task in TASKS),
 )
 BUDGETS = (4, 8, 16, 32)
