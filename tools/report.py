@@ -206,7 +206,9 @@ def write_report(results: Path, docs: Path) -> list[str]:
         drawn = draw(stored, docs)
         text = (stored.get("text") or {"name": "TEXT"})["name"]
         known = (step.of_what_is_stored(stored) for step in steps(text, llama=stored.has_llama))
-        path.write_text(page(stored, [step.line() for step in known if step is not None]), encoding="utf-8")
+        # Two steps that ask the same of different policies are one command.
+        commands = dict.fromkeys(step.line() for step in known if step is not None)
+        path.write_text(page(stored, list(commands)), encoding="utf-8")
     except OSError as error:
         raise RepkvError(f"{error.filename or path}: {error.strerror}") from None
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:

@@ -75,7 +75,8 @@ def stored(tmp_path):
     for name, value in files.items():
         (results / f"{name}.json").write_text(json.dumps(value))
     lines = [answer("passkey", "repkv", 8000, False), answer("passkey", "repkv", 8000, True),
-             answer("passkey", "repkv", 8000, False, 1), answer("passkey", "window", 16000, False)]  # fmt: skip
+             answer("passkey", "repkv", 8000, False, 1), answer("passkey", "full", 64000, False, n_depths=1),
+             answer("passkey", "window", 16000, False)]  # fmt: skip
     (results / "passkey.jsonl").write_text("".join(lines))
     return tmp_path
 
@@ -106,6 +107,8 @@ def test_the_page_says_what_is_stored(stored, capsys):
         assert line in text
     # Commands whose results are stored.
     assert "\npython -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv repkv\n" in text
+    commands = text.rpartition("## Commands")[2].splitlines()
+    assert len(set(commands) - {"", "```"}) == len([line for line in commands if line not in ("", "```")])
     assert "eval number" not in text
     for name in PICTURES:
         assert (stored / name).stat().st_size > 5000
