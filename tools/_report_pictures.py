@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from _report_page import POLICIES, TASKS, Stored, counts_of
+from _report_stored import POLICIES, TASKS, Stored, counts_of
 
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.eval import plotting
 
 PICTURES = (
     "results_cost.png",
@@ -25,14 +25,7 @@ COLOURS = {
 
 def draw(stored: Stored, folder: Path) -> list[str]:
     """The names of the pictures that there was something to draw in. Raises InputError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    drawn = []
+    pyplot, drawn = plotting.pyplot(), []
     for name, paint in zip(PICTURES, _PAINTERS, strict=True):
         figure = paint(pyplot, stored)
         if figure is not None:

@@ -23,6 +23,7 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.eval import plotting
 from pyggml_repkv.memory.block_store import Event
 from pyggml_repkv.memory.config import PREDICTORS
 from pyggml_repkv.memory.repkv import RepKVMemory
@@ -49,10 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
+    plotting.pyplot()  # refuses before the work where it is not installed
     memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
         text = read_text_file(args.text, "--text")[: 16 * (args.tokens + 4096)]
@@ -104,12 +102,9 @@ def _asked_together(selected: list[Event]) -> list[list[Event]]:
 
 
 def _draw(path: str, traces: dict[str, list[Event]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.patches import Patch
 
+    pyplot = plotting.pyplot()
     figure, axes = pyplot.subplots(len(traces), 1, figsize=(14, 4 * len(traces)), layout="constrained")
     colours = [pyplot.get_cmap("tab10")(i) for i in (0, 1, 2, 4, 9)]
     for axis, (title, events) in zip(axes, traces.items(), strict=True):

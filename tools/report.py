@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from _common import run_tool, say
-from _report_page import Stored, page
+from _report_page import page
 from _report_pictures import draw
+from _report_stored import TASKS, Stored
 
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError
@@ -30,7 +31,6 @@ PROGRAM = ("-m", "pyggml_repkv")
 
 # Task, length, depths and policies. `full` attends everything at a cost that grows with the square of the length, and
 # the demo model was trained on 8,192 tokens.
-TASKS = ("passkey", "number", "kv", "niah")
 RETRIEVAL = (
     *((task, 8000, 3, "full,window,repkv") for task in TASKS),
     *((task, 16000, 2, "full,window,repkv") for task in TASKS),

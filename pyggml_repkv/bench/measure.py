@@ -15,8 +15,8 @@ from pyggml_repkv.bench.load import REST_S, busy_cores
 
 # Of the longest sample to the shortest: more than this is a noisy machine.
 MAX_SPREAD = 1.3
-# A tenth of the depth.
-MAX_DRIFT = 10
+# Of the depth.
+MAX_DRIFT = 0.1
 
 Say = Callable[[str], None]
 
@@ -142,7 +142,7 @@ class Plan:
 
 def drift(depth: int) -> int:
     """Tokens by which the context of an engine that cannot rewind may be deeper, before it is read anew."""
-    return depth // MAX_DRIFT
+    return int(MAX_DRIFT * depth)
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:

@@ -6,18 +6,17 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.eval import plotting
 from pyggml_repkv.eval.retrieval import RetrievalResult
 
 
 def check_can_draw(path: str) -> None:
     """Raises InputError without matplotlib, for a format that it does not know, a place that it cannot write to."""
-    pyplot = _pyplot()
-    figure = pyplot.figure()
+    figure = plotting.pyplot().figure()
     known = figure.canvas.get_supported_filetypes()
-    pyplot.close(figure)
+    plotting.pyplot().close(figure)
     suffix = Path(path).suffix.removeprefix(".")
     if suffix.lower() not in known:
         kinds = ", ".join(sorted(known))
@@ -34,20 +33,9 @@ def check_can_draw(path: str) -> None:
             raise InputError(f"--png {path}: {os.strerror(reason)}")
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--png: matplotlib is not installed: pip install -e '.[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
     """Raises InputError for what `check_can_draw` refuses, RepkvError where it cannot be written."""
-    pyplot = _pyplot()
+    pyplot = plotting.pyplot()
 
     policies = list(dict.fromkeys(r.kv for r in results))
     lengths, depths = sorted({r.length for r in results}), sorted({r.depth for r in results})

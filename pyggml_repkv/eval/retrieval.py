@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,8 @@ def judged(answer: str, expected: str) -> tuple[bool, float]:
     """`found` and `share` of RetrievalResult."""
     answer, expected = (" ".join(text.split()) for text in (answer, expected))
     found = expected in answer
-    return found, 1.0 if found else common_prefix(answer, expected) / len(expected)
-
-
-def common_prefix(a: str, b: str) -> int:
-    """How many characters two texts begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    same = list(takewhile(lambda pair: pair[0] == pair[1], zip(answer, expected, strict=False)))
+    return found, 1.0 if found else len(same) / len(expected)
 
 
 def summary(results: Sequence[RetrievalResult]) -> dict[str, Any]:

@@ -1,16 +1,7 @@
 """llama.cpp's state with repeated cells, and the engine that writes and restores it."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-from pyggml_repkv.bench import workers
-
-# Workers of other interpreters are scripts: they import what lies beside them.
-sys.path.insert(0, str(Path(workers.__file__).parent))
-
 from _llama_state import STATE_MAGIC, repeat_cells
 from llama_worker import LlamaEngine
 

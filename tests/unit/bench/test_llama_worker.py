@@ -1,18 +1,10 @@
 """What the worker asks of llama.cpp: sizes of context and batches, types, attention, rewinding."""
 
 import ctypes
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-
-from pyggml_repkv.bench import workers
-
-# Workers of other interpreters are scripts: they import what lies beside them.
-sys.path.insert(0, str(Path(workers.__file__).parent))
-
 from llama_worker import LlamaEngine
 
 N_VOCAB = 4

@@ -9,6 +9,7 @@ import pytest
 from pyggml_repkv.bench import engines, measure
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.errors import RepkvError
+from pyggml_repkv.inspect import builder
 
 FAKE = """
 import numpy as np
@@ -105,6 +106,25 @@ def test_weights_are_as_run_has_them(path, monkeypatch, capsys, flags, repacked)
     monkeypatch.setattr(measure, "check_same_vocabulary", stop)
     bench(capsys, path, "-p", "8", "--kv", "full,window", *flags, code=1)
     assert {name: load["repack"] for name, load in loads.items()} == repacked
+
+
+def test_the_share_of_memory_is_of_the_context_that_is_measured(path, monkeypatch, capsys):
+    built, opened = [], []
+    graph, ask = builder.BuiltGraph, engines.EngineProcess.ask
+
+    def build(file, wanted):
+        built.append(wanted.memory.n_ctx)
+        return graph(file, wanted)
+
+    def asked(engine, op, **fields):
+        if op == "open":
+            opened.append(fields["n_ctx"])
+        return ask(engine, op, **fields)
+
+    monkeypatch.setattr(builder, "BuiltGraph", build)
+    monkeypatch.setattr(engines.EngineProcess, "ask", asked)
+    bench(capsys, path, "-p", "0", "-n", "3", "-d", "250", "-r", "1", "--kv", "full,window")
+    assert sorted(built) == sorted(opened) == [256, 512]
 
 
 def stop(_):

@@ -13,7 +13,7 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.eval import heat_map
 from pyggml_repkv.eval.results_file import ResultsFile
-from pyggml_repkv.eval.retrieval import Asked, common_prefix, judged, prompt_of, questions
+from pyggml_repkv.eval.retrieval import Asked, judged, prompt_of, questions
 from pyggml_repkv.eval.retrieval_tasks import TASKS
 
 
@@ -111,9 +111,10 @@ def test_a_needle_stays_near_its_depth_where_no_sentence_ends(model):
 
 
 def test_how_much_of_an_answer_is_there():
-    assert common_prefix("31415", "31410") == 4
-    assert common_prefix("", "31410") == 0
-    assert common_prefix("314", "31410") == 3
+    assert [judged(answer, "31410") for answer in ("31415", "314", "no")] == [(False, 0.8), (False, 0.6), (False, 0.0)]
+
+
+def test_depths_are_evenly_spaced():
     assert [a.depth for a in questions([500], 2)] == [0.25, 0.75]
 
 

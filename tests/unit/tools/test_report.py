@@ -6,11 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import _report_page
+import _report_stored
 import pytest
 import report
 from _common import run_tool
-from _report_page import Stored
 from _report_pictures import PICTURES, draw
+from _report_stored import Stored
 
 SPEED = {
     "build": "ours 1", "model_filename": "m.gguf", "model_type": "qwen2 1M F32", "n_threads": 2,
@@ -124,7 +125,7 @@ def test_answers_of_other_settings_are_left_out(tmp_path):
         answer("passkey", "window", 8000, True, n_local=64),
     ]  # fmt: skip
     (tmp_path / "passkey.jsonl").write_text("".join(lines) + '{"settings": {"half')
-    assert _report_page.counts_of(Stored(tmp_path)) == {
+    assert _report_stored.counts_of(Stored(tmp_path)) == {
         ("passkey", "repkv", 8000): (0, 1), ("passkey", "window", 8000): (1, 1),
     }  # fmt: skip
 

@@ -1,0 +1,19 @@
+"""matplotlib, for whoever draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyggml_repkv.errors import InputError
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, without a display. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("matplotlib is not installed: pip install -e '.[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as module
+
+    return module
