@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.tokenizer import Tokenizer
 
 # Of fewer nothing is judged.
 MIN_CHUNK = 3
@@ -43,19 +44,10 @@ def chunk_perplexity(
     model: Model, memory: MemoryConfig, tokens: Sequence[int], n_chunk: int
 ) -> Iterator[tuple[int, float]]:
     """llama-perplexity's number: the text is cut into chunks of n_chunk tokens, each read by itself, and the second
-    half of each is judged. Yields (tokens judged so far, perplexity of them) after each chunk.
-
-    Raises InputError for a text that fills no chunk, and for chunks without a second half.
+    half of each is judged. Yields (tokens judged so far, perplexity of them) after each chunk. Raises as `chunks_of`.
     """
-    if n_chunk < MIN_CHUNK:
-        raise InputError(f"-c {n_chunk}: a chunk takes {MIN_CHUNK} tokens at least, of which the last is judged")
-    if len(tokens) < n_chunk:
-        raise InputError(f"the text has {len(tokens)} tokens, one chunk takes {n_chunk}: give -c, or a longer text")
     first, total, n_judged = n_chunk // 2, 0.0, 0
-    for start in range(0, len(tokens) - n_chunk + 1, n_chunk):
-        chunk = list(tokens[start : start + n_chunk])
-        if model.tokenizer.add_bos and model.tokenizer.bos_id is not None:
-            chunk[0] = model.tokenizer.bos_id
+    for chunk in chunks_of(model.tokenizer, tokens, n_chunk):
         with model.session(memory) as session:
             for begin in range(0, n_chunk, memory.n_batch):
                 logits = session.prefill_all(chunk[begin : begin + memory.n_batch])
@@ -64,6 +56,20 @@ def chunk_perplexity(
                 total += float(judged.sum())
                 n_judged += len(judged)
         yield n_judged, float(np.exp(total / n_judged))
+
+
+def chunks_of(tokenizer: Tokenizer, tokens: Sequence[int], n_chunk: int) -> Iterator[list[int]]:
+    """Whole chunks, each beginning with the token that texts begin with, in place of its first.
+
+    Raises InputError for a text that fills no chunk, and for chunks without a second half.
+    """
+    if n_chunk < MIN_CHUNK:
+        raise InputError(f"-c {n_chunk}: a chunk takes {MIN_CHUNK} tokens at least, of which the last is judged")
+    if len(tokens) < n_chunk:
+        raise InputError(f"the text has {len(tokens)} tokens, one chunk takes {n_chunk}: give -c, or a longer text")
+    bos = tokenizer.encode("")
+    for start in range(0, len(tokens) - n_chunk + 1, n_chunk):
+        yield [*bos, *tokens[start + len(bos) : start + n_chunk]]
 
 
 def stretches(

@@ -126,6 +126,17 @@ class Worker:
         """Name and op of each node of the graph that reads the tokens; llama.cpp's only."""
         return {"nodes": self._engine.node_names(tokens, flash_attn)}  # type: ignore[attr-defined]
 
+    def nll(self, tokens: list[int], first: int) -> dict[str, Any]:
+        """Sum of -log p, nats, of the tokens that follow positions `first` to the last but one, read at once from
+        nothing; llama.cpp's only.
+        """
+        self._engine.rewind(0)
+        self._read, self._n_placed = None, 0
+        logits = self._engine.all_logits(tokens)[first : len(tokens) - 1].astype(np.float64)  # type: ignore[attr-defined]
+        logits -= logits.max(1, keepdims=True)
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return {"nll": -float(log_p[np.arange(len(log_p)), tokens[first + 1 :]].sum())}
+
     @property
     def _n_past(self) -> int:
         return self._n_placed if self._read is None else len(self._read)

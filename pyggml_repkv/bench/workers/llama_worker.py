@@ -78,6 +78,20 @@ class LlamaEngine:
         self._read((token,))
         return self._logits()
 
+    def all_logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Reads tokens into an empty context -> logits after each, float32 [n_tokens, n_vocab], until the next call."""
+        llama, n = self._llama, len(tokens)
+        batch = llama.llama_batch_init(n, 0, 1)
+        try:
+            batch.n_tokens = n
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 1
+                batch.seq_id[i][0] = 0
+            self._decode(batch, n)
+        finally:
+            llama.llama_batch_free(batch)
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), shape=(n * self.n_vocab,)).reshape(n, -1)
+
     def rewind(self, n_past: int) -> None:
         memory = self._llama.llama_get_memory(self._context)
         if not self._llama.llama_memory_seq_rm(memory, 0, n_past, -1):
@@ -133,9 +147,12 @@ class LlamaEngine:
 
     def _read(self, tokens: Sequence[int]) -> None:
         array = (self._llama.llama_token * len(tokens))(*tokens)
-        status = self._llama.llama_decode(self._context, self._llama.llama_batch_get_one(array, len(tokens)))
+        self._decode(self._llama.llama_batch_get_one(array, len(tokens)), len(tokens))
+
+    def _decode(self, batch: Any, n_tokens: int) -> None:
+        status = self._llama.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama.cpp could not read {len(tokens)} tokens: llama_decode returned {status}")
+            raise RuntimeError(f"llama.cpp could not read {n_tokens} tokens: llama_decode returned {status}")
 
     def _logits(self) -> np.ndarray:
         """Waits for them."""

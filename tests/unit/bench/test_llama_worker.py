@@ -50,7 +50,23 @@ class FakeLlama:
     def llama_batch_get_one(self, array, n_tokens):
         return list(array)[:n_tokens]
 
+    def llama_batch_init(self, n_tokens, embd, n_seq_max):
+        assert (embd, n_seq_max) == (0, 1)
+        lists = {name: [None] * n_tokens for name in ("token", "pos", "n_seq_id", "logits")}
+        return SimpleNamespace(**lists, seq_id=[[None] for _ in range(n_tokens)])
+
+    def llama_batch_free(self, batch):
+        self.freed.append(batch)
+
+    def llama_get_logits(self, context):
+        values = [float(i) for i in range(self.n_past) for _ in range(N_VOCAB)]
+        return (ctypes.c_float * len(values))(*values)
+
     def llama_decode(self, context, batch):
+        if isinstance(batch, SimpleNamespace):
+            self.batches.append(batch)
+            self.n_past = batch.n_tokens
+            return self.status
         assert len(batch) <= context.n_batch
         self.batches.append(batch)
         self.n_past += len(batch)
@@ -100,6 +116,19 @@ def test_a_prompt_is_read_in_batches(llama, n_batch, sizes):
     assert llama.batches[-1] == [7]
     engine.rewind(5000)
     assert np.all(engine.decode(7) == 5001)
+
+
+def test_logits_after_each_token(llama):
+    engine = LlamaEngine(llama, "m.gguf", 1)
+    engine.open(256, flash_attn=True)
+    assert engine.all_logits([7, 8, 9]).tolist() == [[i] * N_VOCAB for i in (0, 1, 2)]
+    (batch,) = llama.batches
+    assert (batch.n_tokens, batch.token, batch.pos, batch.logits) == (3, [7, 8, 9], [0, 1, 2], [1, 1, 1])
+    assert (batch.n_seq_id, batch.seq_id) == ([1, 1, 1], [[0], [0], [0]])
+    llama.status = 1
+    with pytest.raises(RuntimeError, match="could not read 3 tokens"):
+        engine.all_logits([7, 8, 9])
+    assert llama.freed == llama.batches
 
 
 def test_what_llama_cpp_refuses_is_one_line(llama):

@@ -208,6 +208,19 @@ def test_a_damaged_answer_is_one_line(demo_model, tmp_path, capsys, field):
     assert capsys.readouterr().err.endswith(f"--out {out} holds results of another version: give another file\n")
 
 
+def test_where_no_picture_can_be_is_known_before(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    for name, message in (
+        ("x.png", "Is a directory"),
+        ("no/x.png", "No such file"),
+        ("x.foo", "not foo"),
+        ("x", "name it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            heat_map.check_can_draw(str(tmp_path / name))
+    heat_map.check_can_draw(str(tmp_path / "y.svg"))
+
+
 def test_a_picture_that_fails_leaves_the_answers(demo_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(heat_map, "check_can_draw", lambda _: None)
     (tmp_path / "x.png").mkdir()
