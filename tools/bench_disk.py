@@ -28,7 +28,7 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from pyggml_repkv.memory.repkv import RepKVMemory
 
 # Tokens that fill the slots before anything is timed.
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "-n", metavar="N", type=integer(1, 4096), default=64, help="tokens timed (default: %(default)s)"
     )
     parser.add_argument("--rounds", metavar="N", type=integer(1, 99), default=3, help="(default: %(default)s)")
-    parser.add_argument("--prefetch", metavar="NAME,...", default=",".join(PREDICTORS), help="(default: %(default)s)")
+    parser.add_argument("--prefetch", metavar="NAME,...", default=",".join(PREFETCH), help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -76,8 +76,8 @@ def memory_in_ram(flags: str) -> MemoryConfig:
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     predictors = args.prefetch.split(",")
-    if not set(predictors) <= set(PREDICTORS):
-        raise InputError(f"--prefetch {args.prefetch}: it must be some of {', '.join(PREDICTORS)}")
+    if not set(predictors) <= set(PREFETCH):
+        raise InputError(f"--prefetch {args.prefetch}: it must be some of {', '.join(PREFETCH)}")
     memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
         tokens = _tokens(args, model)

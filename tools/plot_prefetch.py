@@ -25,7 +25,7 @@ from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.eval import plotting
 from pyggml_repkv.memory.block_store import Event
-from pyggml_repkv.memory.config import PREDICTORS
+from pyggml_repkv.memory.config import PREFETCH
 from pyggml_repkv.memory.repkv import RepKVMemory
 
 N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", metavar="FILE", required=True, help="the text")
     parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536, help="where it goes on")
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, default=byte_size("144M"), help="(default: 144M)")
-    parser.add_argument("--prefetch", choices=PREDICTORS, default="reuse", help="(default: %(default)s)")
+    parser.add_argument("--prefetch", choices=PREFETCH, default="on", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="a PNG or SVG file")
     return parser
 

@@ -30,7 +30,7 @@ examples:
 """,
     "verify": """
 examples:
-  %(prog)s --kv repkv --kv-ram 256M --prefetch both
+  %(prog)s --kv repkv --kv-ram 256M
   %(prog)s --phase decode --json
 
 exit code 1 and the offending nodes where a rule is broken; docs/graph.md says what the rules are
@@ -44,7 +44,7 @@ examples:
     "html": """
 examples:
   %(prog)s --kv repkv --phase decode -o graph.html
-  %(prog)s --kv repkv --kv-ram 256M --prefetch both -o graph.html
+  %(prog)s --kv repkv --kv-ram 256M -o graph.html
 """,
     "trace": """
 examples:

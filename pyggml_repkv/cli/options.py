@@ -10,7 +10,7 @@ from pyggml_repkv.memory.config import (
     CACHE_TYPES,
     EVICTED_TYPES,
     POSITIONS,
-    PREDICTORS,
+    PREFETCH,
     PRESETS,
     RELEVANCES,
     SCORES,
@@ -164,9 +164,9 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--prefetch",
-        choices=PREDICTORS,
-        help="what is fetched from disk a layer ahead: what the layer ranked highest in the last step, what "
-        f"its index says of this layer's input, or both (default: {defaults.prefetch})",
+        choices=PREFETCH,
+        help="with --late, blocks are read while the token before computes; off reads each when its layer asks "
+        f"(default: {defaults.prefetch})",
     )
     group.add_argument(
         "--preset",

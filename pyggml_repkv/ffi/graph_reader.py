@@ -16,7 +16,7 @@ OUR_OPS = (
     "norm_linear", "attend", "attn_out", "gate_up", "linear_add", "pack", "norm_packed", "matmul", "matmul_add",
     "matmul_gate_up", "store_kv", "attend_chunk", "store_far", "score_acc", "score_acc_one", "score_attention",
     "score_attention_one", "relevance", "relevance_one", "block_topk", "attend_memory", "attend_memory_one",
-    "mean_packed", "peak_read", "peak_fma",
+    "peak_read", "peak_fma",
 )  # fmt: skip
 
 

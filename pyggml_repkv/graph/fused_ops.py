@@ -78,10 +78,6 @@ class FusedOps:
     def norm_packed(self, g: GraphContext, x: Tensor, norm: Tensor) -> Tensor:
         return self.node(g, native.REPKV_NORM_PACKED, packed_like(x, x.contents.ne[1]), [x, norm])
 
-    def mean_packed(self, g: GraphContext, x: Tensor, regions: Tensor) -> Tensor:
-        """Packed x, and an input whose second number is how many tokens it has -> mean of x / rms(x) over them [n]."""
-        return self.node(g, native.REPKV_MEAN_PACKED, (x.contents.ne[1],), [x, regions])
-
     def matmul(self, g: GraphContext, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
         """Packed x -> its products with each weight, plus bias, one after another, packed."""
         shape = packed_like(x, _n_rows(weights))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import native
-from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, packed_like
-from pyggml_repkv.model.weights import LayerWeights
+from pyggml_repkv.graph.fused_ops import FusedOps, packed_like
 
 RELEVANCE = {"lse": native.REPKV_LSE, "mean": native.REPKV_MEAN, "max": native.REPKV_MAX}
 
@@ -81,7 +80,6 @@ class MemoryOps:
         *,
         kind: str,
         per_head: bool,
-        n_next: int = 0,
         sticky: float = 0.0,
         kept: Tensor | None = None,
         keeps: bool = False,
@@ -89,20 +87,13 @@ class MemoryOps:
     ) -> Tensor:
         """-> I32 [1 or K, 1 + n_top], how many blocks and which; its memory is typed F32.
 
-        With n_next a row is 1 + n_next longer: how many of those that rank next, and which. kept: I32 [2, 1 or K,
-        1 + n_top], where the selection of the last token is, each block of which ranks `sticky` nats higher; keeps:
-        whether this one goes there too; late: whether the last token's is returned instead of it.
+        kept: I32 [2, 1 or K, 1 + n_top], where the selection of the last token is, each block of which ranks `sticky`
+        nats higher; keeps: whether this one goes there too; late: whether the last token's is returned instead of it.
         """
-        shape = (self.config.n_head_kv if per_head else 1, 1 + n_top + bool(n_next) + n_next)
-        counts = {"n_top": n_top, "n_next": n_next, "relevance": RELEVANCE[kind], "per_head": int(per_head)}
+        shape = (self.config.n_head_kv if per_head else 1, 1 + n_top)
+        counts = {"n_top": n_top, "relevance": RELEVANCE[kind], "per_head": int(per_head)}
         sources = [relevance, regions, *([kept] if kept else []), *([kept] if kept and keeps else [])]
         return self._ops.node(g, native.REPKV_BLOCK_TOPK, shape, sources, sticky=sticky, late=int(late), **counts)
-
-    def speculate(self, g: GraphContext, x: Tensor, layer: LayerWeights, regions: Tensor) -> Tensor:
-        """A layer's input, [E] or packed, through the norm and query projection of a later one -> queries [H * d]."""
-        if x.contents.ne[0] == PANEL:
-            x = self._ops.mean_packed(g, x, regions)
-        return self._ops.norm_linear(g, x, layer.attn_norm, [layer.attn_q], [layer.attn_q_bias])
 
     def attend(self, g: GraphContext, sources: list[Tensor]) -> Tensor:
         """Sources as of repkv_attend_memory -> heads, packed."""

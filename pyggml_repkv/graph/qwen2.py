@@ -43,7 +43,6 @@ class Qwen2Graph:
         inpL = g.get_rows(self.weights.token_embd, tokens)  # [T, E]
         cb(inpL, "embd", -1)
         for il, layer in enumerate(self.weights.layers):
-            self.attention.begin_layer(inpL, il)
             is_last = il == self.config.n_layer - 1
             inpSA = inpL
             cur = self.norm(inpL, layer.attn_norm, "attn_norm", il)  # [T, E]

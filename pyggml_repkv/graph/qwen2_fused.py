@@ -25,7 +25,6 @@ class FusedQwen2Graph:
         inpL = g.get_rows(self.weights.token_embd, token)  # [1, E]
         cb(inpL, "embd", -1)
         for il, layer in enumerate(self.weights.layers):
-            self.attention.begin_layer(inpL, il)
             qkv = ops.norm_linear(g, inpL, layer.attn_norm, *_qkv(layer))  # [(H + 2 K) * d]
             cb(qkv, "qkv", il)
             partials = self.attention.attend_one(qkv, il)  # [n_threads, H, 2 + d]
@@ -45,7 +44,6 @@ class FusedQwen2Graph:
         inpL = ops.pack(g, g.get_rows(self.weights.token_embd, tokens))  # [P, E, PANEL]
         cb(inpL, "embd", -1)
         for il, layer in enumerate(self.weights.layers):
-            self.attention.begin_layer(inpL, il)
             is_last = layer is self.weights.layers[-1]
             cur = ops.norm_packed(g, inpL, layer.attn_norm)
             cb(cur, "attn_norm", il)

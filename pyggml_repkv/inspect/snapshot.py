@@ -12,7 +12,7 @@ from pyggml_repkv.inspect.cost import Step, bytes_of, flops_of
 from pyggml_repkv.inspect.effects import EFFECTS, effect_of
 from pyggml_repkv.memory.disk_tier import HookPoint
 
-SCHEMA = 1
+SCHEMA = 2
 
 _LAYER = re.compile(r"^blk\.(\d+)\.|-(\d+)(?: \(.*\))?$|_l(\d+)$")
 
@@ -53,13 +53,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class HookInfo:
-    """Where C code of ours runs between two nodes: `selected` (blocks of a layer are asked for and waited for), or
-    `speculated` (a guess for a layer is fetched); n_layers: for how many layers, from this one on.
-    """
+    """A node after which blocks are asked for and waited for; n_layers: of how many layers, from `layer` on."""
 
     node: str
     layer: int
-    kind: str
     n_layers: int = 1
 
 
@@ -121,10 +118,7 @@ def take_snapshot(
     everything = {**raw.leaves, **{node.address: node for node in raw.nodes}}
     leaves = tuple(_info(leaf, leaf_kinds[a], ids, everything, leaf_kinds, step) for a, leaf in raw.leaves.items())
     nodes = tuple(_info(node, "node", ids, everything, leaf_kinds, step) for node in raw.nodes)
-    points = tuple(
-        HookInfo(ids[address_of(p.node)], p.layer, "speculated" if p.speculated else "selected", max(1, p.n_known))
-        for p in hooks
-    )
+    points = tuple(HookInfo(ids[address_of(p.node)], p.layer, max(1, p.n_known)) for p in hooks)
     return Snapshot(about, nodes, leaves, points, compute_bytes)
 
 

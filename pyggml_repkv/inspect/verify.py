@@ -160,12 +160,10 @@ def _hooks(g: _Graph) -> Iterator[Finding]:
             yield Finding("hooks", f"the hooks of layers {a.layer} and {b.layer} are not in order", (a.node, b.node))
     if not hooks:
         return
-    selected = {h.layer + i: h.node for h in hooks if h.kind == "selected" for i in range(h.n_layers)}
+    selected = {h.layer + i: h.node for h in hooks for i in range(h.n_layers)}
     for hook in hooks:
         if hook.node not in g.position:
             yield Finding("hooks", f"the hook of layer {hook.layer} is at no node of the graph", (hook.node,))
-        elif hook.kind == "speculated" and g.position[hook.node] >= g.position.get(selected.get(hook.layer, ""), -1):
-            yield Finding("hooks", f"layer {hook.layer} is foreseen after it was asked", (hook.node,))
     for i, node in enumerate(g.nodes):
         if not node.op.startswith("repkv.attend_memory"):
             continue
@@ -227,7 +225,7 @@ def _layers(g: _Graph) -> Iterator[Finding]:
         if node.is_output or node.writes:
             needed |= g.ancestors[i] | 1 << i
     for i, node in enumerate(g.nodes):
-        # What ggml named after a source may stand in another layer; a guess for the next one is not made in the first.
+        # What ggml named after a source may stand in another layer.
         if node.layer >= 0 and not node.name.endswith(")") and needed >> i & 1:
             counts.setdefault(node.layer, Counter())[node.op] += 1
     n_layer = g.snapshot.about["n_layer"]

@@ -154,15 +154,13 @@ class BlockStore(Handle):
         """Makes blocks resident, as the hook does between two nodes. Raises StoreError."""
         selected = np.array([len(blocks), *blocks], np.int32)
         pointer = native_ffi.cast("int32_t *", selected.ctypes.data)
-        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected), -1, native_ffi.NULL, 0) < 0:
+        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected)) < 0:
             self.raise_error()
 
     def prefetch(self, layer: int, blocks: Sequence[int]) -> None:
-        """Starts to fetch blocks, the most wanted first."""
+        """Starts to read blocks, the most wanted first."""
         wanted = np.array(blocks, np.int32)
-        native.repkv_store_prefetch(
-            self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted), 0
-        )
+        native.repkv_store_prefetch(self.pointer, layer, native_ffi.cast("int32_t *", wanted.ctypes.data), len(wanted))
 
     def read(self, layer: int, block: int, n_tokens: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """A block's key and value rows in a layer, as in the arenas: uint8 [n_tokens, row bytes]. Raises StoreError."""

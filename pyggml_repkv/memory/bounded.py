@@ -120,15 +120,6 @@ class BoundedMemory(ABC):
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         """The same for one token: qkv [(H + 2 K) * d] before RoPE, rope [2, rope_dim] near and far."""
 
-    def rank_ahead(
-        self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int, n_tokens: int
-    ) -> Tensor:
-        """Queries [H * d] guessed for a layer -> I32, what it may select, ranked as in block_topk's `n_next`.
-
-        Asked only of a memory whose `make_disk` makes one.
-        """
-        raise AssertionError(f"--kv {self.name} has no blocks on disk")
-
     @abstractmethod
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         """Called before each step: what lies before `start` has left the window -> (end of blocks, n_blocks)."""

@@ -27,9 +27,6 @@ N_KNOWN_POINTS = 4
 
 
 class BoundedStep(UnobservedStep, ABC):
-    _rope: Tensor
-    """[2, rope_dim], of which the second is for older tokens; where one query stands for all."""
-
     def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
         self._memory, self._g, self._n_tokens = memory, context, n_tokens
         self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
@@ -64,7 +61,7 @@ class BoundedStep(UnobservedStep, ABC):
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
         """What a layer selected in the last compute: [1 or K, 1 + n], how many and which."""
         selected = tensor_array(self._selected[layer]).view(np.int32)
-        return selected.reshape(-1, selected.shape[-1])[:, : 1 + self._memory.n_top_max]
+        return selected.reshape(-1, selected.shape[-1])
 
     def observed_relevance(self, layer: int) -> NDArray[np.float32]:
         """What a layer compared blocks by in the last compute: [H, n_blocks]."""
@@ -73,26 +70,12 @@ class BoundedStep(UnobservedStep, ABC):
         flat = tensor_array(self._relevance[layer])
         return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
 
-    def begin_layer(self, x: Tensor, layer: int) -> None:
-        """Ranks the next layer's blocks by this one's input."""
-        m = self._memory
-        late = self._n_tokens == 1 and m.memory.late
-        if m.disk is None or not m.disk.speculates or late or layer + 1 == m.config.n_layer:
-            return
-        q = m.ops.speculate(self._g, x, m.graph.weights.layers[layer + 1], self._regions)
-        set_name(q, "Qspec", layer + 1)
-        ranked = self._g.expand(m.rank_ahead(self._g, q, self._rope, self._regions, layer + 1, self._n_tokens))
-        self.hook_points.append(HookPoint(ranked, layer + 1, speculated=True, n_top=1))
-
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
     def _hook_at(self, selected: Tensor, layer: int, *, late: bool = False, n_known: int = 0) -> None:
-        point = HookPoint(
-            selected, layer, speculated=False, n_top=self._memory.n_top_max, late=late, n_known=n_known
-        )  # fmt: skip
-        self.hook_points.append(point)
+        self.hook_points.append(HookPoint(selected, layer, late=late, n_known=n_known))
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
@@ -107,8 +90,6 @@ class BoundedChunk(BoundedStep):
         self._local_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
         self._store_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
         self._far_rope = context.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
-        if memory.disk is not None and memory.disk.speculates:
-            self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "mean_rope")
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
@@ -148,10 +129,6 @@ class BoundedChunk(BoundedStep):
             tensor_array(self._far_rope)[...] = self._memory.far_table
         else:
             tensor_array(self._store_cells)[...] = (n_past - self._memory.store_base, self._n_tokens)
-        if hasattr(self, "_rope"):
-            m = self._memory
-            # The first row is for ops that rotate what is near, of which there is none here.
-            tensor_array(self._rope)[...] = m.far_table if m.far else m.near_table(n_past + self._n_tokens // 2)
 
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         near, far = (self._unpacked(q) for q in self._queries[layer])
@@ -181,7 +158,7 @@ class BoundedOne(BoundedStep):
             self._relevance.append(self._observe(selected.contents.src[0]))
         arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
         if not self._known:
-            self._hook_at(selected, layer, late=m.memory.late and m.memory.prefetch != "none")
+            self._hook_at(selected, layer, late=m.disk is not None and m.disk.prefetches)
         elif layer % (n := max(2, -(-m.config.n_layer // N_KNOWN_POINTS))) == 0:
             self._hook_at(selected, layer, late=True, n_known=min(n, m.config.n_layer - layer))
         return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, m.places(layer), self._regions])

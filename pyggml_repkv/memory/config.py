@@ -15,7 +15,7 @@ SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
 EVICTED_TYPES = ("f16", "q8_0")
-PREDICTORS = ("none", "reuse", "speculate", "both")
+PREFETCH = ("on", "off")
 
 
 # What bounded memories are set by, apart from what every memory has.
@@ -72,9 +72,9 @@ class MemoryConfig:
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for one of ours if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
-    limit; type_evicted: their type on disk, "" as in RAM; prefetch: what is fetched a layer ahead: nothing, what the
-    layer ranked highest in the last step, what its index says about the layer before it, or both; kv_debug: for
-    tests, poisons slots that hold nothing and checks that attended ones are left alone.
+    limit; type_evicted: their type on disk, "" as in RAM; prefetch: off reads no block before a layer asks for it, on
+    reads what is certain to be asked for, which `late` makes known a token earlier; kv_debug: for tests, poisons slots
+    that hold nothing and checks that attended ones are left alone.
     """
 
     kv: str = "full"
@@ -101,7 +101,7 @@ class MemoryConfig:
     kv_ram: int = 0
     kv_disk_max: int = 0
     type_evicted: str = ""
-    prefetch: str = "reuse"
+    prefetch: str = "on"
     kv_debug: bool = False
 
     def __post_init__(self) -> None:
@@ -132,7 +132,7 @@ class MemoryConfig:
             ("--score", self.score, SCORES),
             ("--relevance", self.relevance, RELEVANCES),
             ("--cache-type-evicted", self.type_evicted, ("", *EVICTED_TYPES)),
-            ("--prefetch", self.prefetch, PREDICTORS),
+            ("--prefetch", self.prefetch, PREFETCH),
         )
         for flag, choice, known in choices:
             if choice not in known:

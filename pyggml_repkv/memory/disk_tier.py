@@ -25,14 +25,6 @@ from pyggml_repkv.memory.block_store import N_STAGING, BlockStore, RecordLayout
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 
-PREDICTORS = {
-    "none": native.REPKV_PREDICT_NONE,
-    "reuse": native.REPKV_PREDICT_REUSE,
-    "speculate": native.REPKV_PREDICT_SPECULATE,
-    "both": native.REPKV_PREDICT_REUSE | native.REPKV_PREDICT_SPECULATE,
-}
-
-
 _CHANGED = "a slot was given to another block while it was attended"
 
 
@@ -44,15 +36,13 @@ def default_folder() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """A node of a graph at which the hook runs; n_top: how many blocks a row of it selects at most; late: whether what
-    it keeps is attended by the next token; n_known: how many layers from this one on attend what the last token kept,
-    so that they are asked for together (0: only this one, and what the node selects).
+    """A node of a graph at which the hook runs; late: whether what it keeps is attended by the next token; n_known: how
+    many layers from this one on attend what the last token kept, so that they are asked for together (0: only this one,
+    and what the node selects).
     """
 
     node: Tensor
     layer: int
-    speculated: bool
-    n_top: int
     late: bool = False
     n_known: int = 0
 
@@ -76,16 +66,9 @@ class StepHook:
         self._points = native_ffi.new("struct repkv_hook_point[]", len(points))
         for c_point, point in zip(self._points, points, strict=True):
             c_point.node = native_ffi.cast("void *", _address(point.node))
-            c_point.layer, c_point.n_top = point.layer, point.n_top
-            c_point.late, c_point.n_known = point.late, point.n_known
-            c_point.kind = native.REPKV_HOOK_SPECULATED if point.speculated else native.REPKV_HOOK_SELECTED
+            c_point.layer, c_point.late, c_point.n_known = point.layer, point.late, point.n_known
         hooks, tier = self._hooks, self._tier
         hooks.store, hooks.points, hooks.n_points = tier.store.pointer, self._points, len(points)
-        # What is certain need not be guessed.
-        guesses = not any(point.late for point in points)
-        hooks.predictors = tier.predictors if guesses else native.REPKV_PREDICT_NONE
-        hooks.n_layer, hooks.n_ahead = tier.n_layer, tier.n_ahead
-        hooks.ranked = native_ffi.cast("int32_t *", tier.ranked.ctypes.data)
         self._kept = native_ffi.new("void *[]", [native_ffi.cast("void *", _address(t)) for t in kept])
         hooks.kept = self._kept
 
@@ -129,9 +112,7 @@ class DiskTier:
                 f"--kv-ram has room for {self.n_slots} blocks, and up to {n_selected} are attended at once: give at "
                 f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
-        self.predictors = PREDICTORS[memory.prefetch]
-        self.n_ahead = min(max(2 * memory.top_blocks, 1), native.REPKV_MAX_AHEAD, self.n_slots)
-        self.ranked = np.zeros((config.n_layer, 1 + self.n_ahead), np.int32)
+        self.prefetches = memory.late and memory.prefetch == "on"
         self.n_rows = memory.n_sink + n_open + self.n_slots * max_block
         # First open position less the row it lies in.
         self.base = 0
@@ -139,18 +120,6 @@ class DiskTier:
         self.places: list[Tensor] = []
         self._table: NDArray[np.float32] | None = None
         self.store: BlockStore
-
-    def n_next(self, n_attended: int) -> int:
-        """How many blocks that rank after the n_attended selected ones the graph must name."""
-        return min(n_attended, self.n_ahead) if self.predictors & native.REPKV_PREDICT_REUSE else 0
-
-    def n_speculated(self, n_attended: int) -> int:
-        """How many of those that a layer may select are fetched: as many as it will, since each in vain costs."""
-        return min(max(2, n_attended), self.n_ahead)
-
-    @property
-    def speculates(self) -> bool:
-        return bool(self.predictors & native.REPKV_PREDICT_SPECULATE)
 
     def open(self, arenas: Arenas, k_store: Sequence[Tensor], v_store: Sequence[Tensor]) -> None:
         """Starts the store over these arenas of n_rows rows."""
@@ -222,7 +191,6 @@ class DiskTier:
             "disk_read_bytes": int(s.read_bytes),
             "direct_io": self.file.direct,
             "prefetch": {
-                "predictor": self._memory.prefetch,
                 "required": int(s.required),
                 "hits": int(s.hits),
                 "issued": int(s.issued),

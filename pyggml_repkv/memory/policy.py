@@ -105,9 +105,6 @@ class StepAttention(Protocol):
     hook: EvalHook | None
     """What must run between the graph's nodes; None: they are computed at once."""
 
-    def begin_layer(self, x: Tensor, layer: int) -> None:
-        """Told of a layer's input before its nodes: [T, E], [1, E] or packed [P, E, PANEL], as the form is."""
-
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """Stores k and v, then attends. q [T, H, d], k and v [T, H_kv, d], after RoPE -> [T, H * d]."""
 
@@ -128,12 +125,9 @@ class StepAttention(Protocol):
 
 
 class UnobservedStep:
-    """What a StepAttention has that needs nothing between nodes and no look at a layer's input."""
+    """A StepAttention that needs nothing between nodes."""
 
     hook: EvalHook | None = None
-
-    def begin_layer(self, x: Tensor, layer: int) -> None:
-        """See StepAttention."""
 
 
 class Policy(Protocol):

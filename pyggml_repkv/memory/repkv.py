@@ -101,22 +101,6 @@ class RepKVMemory(BoundedMemory):
         """How many blocks a full context may have, in whole groups."""
         return -(-self.n_ctx // (parse_block(self.memory.block).min_size * LANES)) * LANES
 
-    def rank_ahead(
-        self, context: GraphContext, q: Tensor, rope: Tensor, regions: Tensor, layer: int, n_tokens: int
-    ) -> Tensor:
-        m = self.memory
-        assert self.disk is not None
-        index = self.index[layer]
-        relevance = self.ops.relevance_one(context, q, index, rope, regions, regions, n_repr=m.n_repr, kind=m.relevance)
-        set_name(relevance, "block_relevance_ahead", layer)
-        n_next = self.disk.n_speculated(m.top_blocks if n_tokens == 1 else m.chunk_blocks) - 1
-        kept = self.kept_tensors[layer] if m.keeps and not m.per_head else None
-        ranked = self.ops.block_topk(
-            context, relevance, regions, 1, kind=m.relevance, per_head=False, n_next=n_next, sticky=m.sticky, kept=kept
-        )
-        set_name(ranked, "block_topk_ahead", layer)
-        return ranked
-
     def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
@@ -127,7 +111,7 @@ class RepKVMemory(BoundedMemory):
         relevance = self.ops.relevance(
             context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
-        return self._top(context, relevance, regions, layer, m.chunk_blocks, None)
+        return self._top(context, relevance, regions, layer, None)
 
     def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
@@ -140,19 +124,17 @@ class RepKVMemory(BoundedMemory):
             context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
         )
         kept = self.kept_tensors[layer] if m.keeps else None
-        return self._top(context, relevance, regions, layer, m.top_blocks, kept)
+        return self._top(context, relevance, regions, layer, kept)
 
     def _top(
-        self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, n_attended: int,
-        kept: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, kept: Tensor | None
+    ) -> Tensor:
         set_name(relevance, "block_relevance", layer)
         m = self.memory
         late = m.late and kept is not None
         selected = self.ops.block_topk(
             context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
-            n_next=0 if self.disk is None or late else self.disk.n_next(n_attended), sticky=m.sticky, kept=kept,
-            keeps=True, late=late,
+            sticky=m.sticky, kept=kept, keeps=True, late=late,
         )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected
@@ -168,7 +150,7 @@ class RepKVMemory(BoundedMemory):
 
     @property
     def knows_selection(self) -> bool:
-        if not self.memory.late or self.disk is None or self.memory.prefetch == "none":
+        if self.disk is None or not self.disk.prefetches:
             return False
         half = self.regions[KEPT]
         return half >= 0 and bool(self._kept[0][half, 0, 0] > 0)

@@ -478,21 +478,20 @@ static bool ask(struct repkv_store *s, struct queue *q, int32_t layer, int32_t b
     return true;
 }
 
-/* certain: they will be required, whatever was foreseen wrongly of late. */
-static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, int32_t n_sure, bool certain) {
+/* Blocks that score less than `limit` give way. */
+static void read_ahead(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, double limit) {
     struct slots *layer = s->layers + layer_index;
     layer->n_prefetches++;
     for (int32_t i = 0; i < n; i++) {
         const int32_t slot = layer->slot_of[blocks[i]];
         if (slot >= 0) layer->slot[slot].kept = layer->n_prefetches;
     }
-    const double score = SLOT_PREFETCH_SCORE * layer->weight;
     int32_t n_asked = 0;
-    for (int32_t i = 0; i < n && (certain || slots_trust(layer)); i++) {
+    for (int32_t i = 0; i < n; i++) {
         if (layer->slot_of[blocks[i]] >= 0) continue;
-        if (!ask(s, &s->ahead, layer_index, blocks[i], i < n_sure ? SLOT_ANY : score)) break;
+        if (!ask(s, &s->ahead, layer_index, blocks[i], limit)) break;
         struct slot *slot = layer->slot + layer->slot_of[blocks[i]];
-        slot->score = score;
+        slot->score = SLOT_PREFETCH_SCORE * layer->weight;
         slot->kept = layer->n_prefetches;
         slot->ahead = true;
         n_asked++;
@@ -502,15 +501,15 @@ static void prefetch(struct repkv_store *s, int32_t layer_index, const int32_t *
     if (n_asked == 1) pthread_cond_signal(&s->work);
 }
 
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure) {
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n) {
     pthread_mutex_lock(&s->lock);
-    prefetch(s, layer, blocks, n, n_sure, false);
+    read_ahead(s, layer, blocks, n, SLOT_PREFETCH_SCORE * s->layers[layer].weight);
     pthread_mutex_unlock(&s->lock);
 }
 
 void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n) {
     pthread_mutex_lock(&s->lock);
-    prefetch(s, layer, blocks, n, n, true);
+    read_ahead(s, layer, blocks, n, SLOT_ANY);
     pthread_mutex_unlock(&s->lock);
 }
 
@@ -518,7 +517,6 @@ void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *bloc
 static void drop_stale(struct slots *layer) {
     for (int32_t i = 0; i < layer->n_used; i++) {
         struct slot *slot = layer->slot + i;
-        if (slot->state != SLOT_FREE && slot->ahead && !slot->judged && slot->last != layer->now) slots_judge(layer, slot, false);
         if (slot->state == SLOT_QUEUED && slot->last != layer->now) slots_release(layer, i);
     }
 }
@@ -563,7 +561,7 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
                 if (pass == 0 && slot->state != SLOT_READY) s->stats.late++;
                 if (pass == 0 && slot->state == SLOT_QUEUED) push(s, &s->required, layer_index, layer->slot_of[b]);
                 s->stats.used += slot->ahead;
-                if (slot->ahead) slots_judge(layer, slot, true);
+                slot->ahead = false;
                 /* What was fetched ahead counts as if it came now. */
                 slot->score += layer->weight;
                 slot->last = layer->now;
@@ -575,8 +573,7 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
     return status;
 }
 
-int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_t *selected, int32_t n_rows, int64_t stride,
-                        int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead) {
+int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_t *selected, int32_t n_rows, int64_t stride) {
     struct slots *layer = s->layers + layer_index;
     const struct worker *own = s->workers + s->config.n_threads;
     int status = 0;
@@ -584,7 +581,6 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     slots_tick(layer);
     record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
-    if (ahead_layer >= 0) prefetch(s, ahead_layer, ahead, n_ahead, 0, false);
     if (complete != 0 || count_pending(layer, selected, n_rows, stride) > 0) {
         const double start = now_ms();
         while (status == 0) {

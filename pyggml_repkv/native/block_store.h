@@ -29,8 +29,8 @@ struct repkv_store_config {
 
 struct repkv_store_stats {
     int64_t required, hits; /* blocks asked for by layers, and of those the ones that lay in a slot */
-    int64_t issued, used;   /* fetched ahead, and of those the ones asked for later */
-    int64_t late, missed;   /* asked for while on their way, and while nobody had thought of them */
+    int64_t issued, used;   /* read ahead, and of those the ones asked for later */
+    int64_t late, missed;   /* asked for while on their way, and while nobody had begun to read them */
     int64_t reads, read_bytes, written_bytes, retries, staged_reads;
     double wait_ms;  /* that compute stood still for reads */
     double read_ms;  /* during which at least one read was on its way */
@@ -66,16 +66,13 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 int repkv_store_flush(struct repkv_store *s);
 
 /* Makes the blocks of n_rows selections (row r at selected + r * stride: how many, then which) resident in a layer.
- * Between asking and waiting it prefetches for another layer: `ahead` [n_ahead], best first; ahead_layer < 0 is none.
  * -1 if one cannot be read (repkv_store_last_error), -2 if compute is to stop meanwhile. */
-int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
-                        int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
 
-/* Starts to fetch blocks, best first, as far as they are worth a slot: the first n_sure replace whatever was not required
- * last, the others what scores less than them. */
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure);
+/* Starts to read blocks, best first, as far as they are worth a slot: they replace what scores less than them. */
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 
-/* Starts to fetch blocks that the layer's next requirement will name. */
+/* Starts to read blocks that the layer's next requirement will name: they replace whatever was not required last. */
 void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 
 /* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */

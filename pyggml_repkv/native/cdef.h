@@ -23,7 +23,6 @@ struct repkv_op_params {
     int32_t n_score;
     int32_t n_repr;
     int32_t n_top;
-    int32_t n_next;
     int32_t relevance;
     int32_t per_head;
     int32_t n_threads;
@@ -57,7 +56,7 @@ enum repkv_op {
     REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK,
     REPKV_STORE_FAR, REPKV_SCORE_ACC, REPKV_SCORE_ACC_ONE, REPKV_SCORE_ATTENTION, REPKV_SCORE_ATTENTION_ONE,
     REPKV_RELEVANCE, REPKV_RELEVANCE_ONE, REPKV_BLOCK_TOPK,
-    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_MEAN_PACKED, REPKV_PEAK_READ, REPKV_PEAK_FMA, ...
+    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_PEAK_READ, REPKV_PEAK_FMA, ...
 };
 void *repkv_op_address(enum repkv_op op);
 void *repkv_traced_op_address(void);
@@ -126,9 +125,8 @@ void repkv_store_commit(struct repkv_store *s, const char *header, int64_t offse
 void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int32_t rotated, int64_t first_position,
                      int64_t offset, const uint64_t *checksums);
 int repkv_store_flush(struct repkv_store *s);
-int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
-                        int32_t ahead_layer, const int32_t *ahead, int32_t n_ahead);
-void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n, int32_t n_sure);
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
+void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
 void repkv_store_unrotate(struct repkv_store *s, const float *table);
 void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks);
@@ -148,14 +146,9 @@ uint64_t repkv_checksum(const char *data, size_t n_bytes);
 size_t repkv_record_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 size_t repkv_block_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 
-enum repkv_predictor { REPKV_PREDICT_NONE, REPKV_PREDICT_REUSE, REPKV_PREDICT_SPECULATE, ... };
-enum repkv_hook_kind { REPKV_HOOK_SPECULATED, REPKV_HOOK_SELECTED, ... };
-
 struct repkv_hook_point {
     void *node;
     int32_t layer;
-    int32_t kind;
-    int32_t n_top;
     int32_t late;
     int32_t n_known;
 };
@@ -164,10 +157,6 @@ struct repkv_hooks {
     struct repkv_store *store;
     const struct repkv_hook_point *points;
     int32_t n_points;
-    int32_t n_layer;
-    int32_t predictors;
-    int32_t n_ahead;
-    int32_t *ranked;
     void *const *kept;
     int32_t next;
     int32_t status;
@@ -181,5 +170,4 @@ void *repkv_eval_hook_address(void);
 void *repkv_node_trace_hook_address(void);
 #define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...
-#define REPKV_MAX_AHEAD ...
 #define REPKV_HOOK_CHANGED ...

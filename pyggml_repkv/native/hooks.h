@@ -1,5 +1,4 @@
-/* What runs between two nodes of a graph: reads for the next layer, or for the same one at the next token, are started, those
- * of this layer are waited for.
+/* What runs between two nodes of a graph: the blocks of a layer are waited for, and reads for the next token are started.
  *
  * repkv_eval_hook is an eval callback of ggml's scheduler: it observes the nodes of a plan that select blocks, so ggml
  * computes what lies between two of them at once, and no compute thread spins while blocks are waited for. Where a token
@@ -10,22 +9,9 @@
 #include "block_store.h"
 #include "ggml_api.h"
 
-enum repkv_predictor {
-    REPKV_PREDICT_NONE = 0,
-    REPKV_PREDICT_REUSE = 1,     /* what the layer ranked highest in the last step */
-    REPKV_PREDICT_SPECULATE = 2, /* what the layer's index says about the input of the layer before it */
-};
-
-enum repkv_hook_kind {
-    REPKV_HOOK_SPECULATED, /* the node ranks blocks for `layer` ahead of time */
-    REPKV_HOOK_SELECTED,   /* the node selects the blocks that `layer` attends next */
-};
-
 struct repkv_hook_point {
-    void *node; /* struct ggml_tensor *; I32 data as of repkv_block_topk */
+    void *node; /* struct ggml_tensor *; I32 data as of repkv_block_topk: the blocks that `layer` attends next */
     int32_t layer;
-    int32_t kind;
-    int32_t n_top; /* most blocks that a row of it selects; what else it ranked follows */
     int32_t late;  /* what it kept is attended by the next token: fetched from now on */
     int32_t n_known; /* > 0: `layer` and those after it, so many in all, attend what the last token kept */
 };
@@ -34,10 +20,6 @@ struct repkv_hooks {
     struct repkv_store *store;
     const struct repkv_hook_point *points; /* in the order of the graph */
     int32_t n_points;
-    int32_t n_layer;
-    int32_t predictors; /* bits of enum repkv_predictor */
-    int32_t n_ahead;    /* most blocks fetched ahead for a layer */
-    int32_t *ranked;    /* [n_layer, 1 + n_ahead]: how many and which, of the last step; kept from plan to plan */
     void *const *kept;  /* struct ggml_tensor *[n_layer], kept-l of regions.h; NULL unless a point needs them */
     int32_t next;       /* point that comes next; n_points after a whole step */
     int32_t status;     /* of repkv_store_require, or REPKV_HOOK_CHANGED */
@@ -47,10 +29,10 @@ struct repkv_hooks {
 
 enum {
     REPKV_HOOK_CHANGED = -3, /* debug: a slot was changed while it was attended */
-    REPKV_MAX_AHEAD = 256,   /* limit of n_ahead */
+    REPKV_MAX_AHEAD = 256,   /* most blocks of a layer that are read ahead */
 };
 
-/* Before a step: prefetches what layer 0 may want. */
+/* Before a step. */
 void repkv_hooks_begin(struct repkv_hooks *hooks);
 
 /* After a whole step: 0, or REPKV_HOOK_CHANGED. */

@@ -35,7 +35,6 @@ void *repkv_op_address(enum repkv_op op) {
         [REPKV_BLOCK_TOPK] = repkv_block_topk,
         [REPKV_ATTEND_MEMORY] = repkv_attend_memory,
         [REPKV_ATTEND_MEMORY_ONE] = repkv_attend_memory_one,
-        [REPKV_MEAN_PACKED] = repkv_mean_packed,
         [REPKV_PEAK_READ] = repkv_peak_read,
         [REPKV_PEAK_FMA] = repkv_peak_fma,
     };

@@ -23,7 +23,6 @@ struct repkv_op_params {
     int32_t n_score; /* score_acc: how many later queries score a key */
     int32_t n_repr;  /* relevance: representatives per block and key head */
     int32_t n_top;   /* block_topk, attend_memory: most blocks that can be selected */
-    int32_t n_next;  /* block_topk: how many of those that rank next are named too */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
     int32_t per_head;  /* block_topk, attend_memory: whether every key head selects its own blocks */
     int32_t n_threads;
@@ -56,7 +55,6 @@ enum repkv_op {
     REPKV_BLOCK_TOPK,
     REPKV_ATTEND_MEMORY,
     REPKV_ATTEND_MEMORY_ONE,
-    REPKV_MEAN_PACKED,
     REPKV_PEAK_READ,
     REPKV_PEAK_FMA,
     REPKV_N_OPS

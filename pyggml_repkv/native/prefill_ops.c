@@ -58,28 +58,6 @@ void repkv_norm_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata
     }
 }
 
-void repkv_mean_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
-    const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *x = dst->src[0];
-    const int64_t n = x->ne[1], n_tokens = ((const int32_t *)dst->src[1]->data)[1];
-    float *y = dst->data;
-    int64_t begin, end;
-    share(n, ith, nth, &begin, &end);
-    memset(y + begin, 0, (size_t)(end - begin) * sizeof(float));
-    for (int64_t first = 0; first < n_tokens; first += 16) {
-        const float *lanes = (const float *)x->data + first / PANEL * n * PANEL + first % PANEL;
-        f32x16 sum = splat16(0.0f), scale;
-        for (int64_t i = 0; i < n; i++) sum += load16(lanes + i * PANEL) * load16(lanes + i * PANEL);
-        for (int t = 0; t < 16; t++) {
-            scale[t] = first + t < n_tokens ? 1.0f / (sqrtf(sum[t] / (float)n + p->eps) * (float)n_tokens) : 0.0f;
-        }
-        for (int64_t i = begin; i < end; i++) {
-            const f32x16 v = load16(lanes + i * PANEL);
-            y[i] += sum16(select16(above16(scale, splat16(0.0f)), v * scale, splat16(0.0f)));
-        }
-    }
-}
-
 /* Rows [r0, r0 + n_rows) and columns [k0, k0 + n_k) of a weight as F32 [n_rows, n_k]. */
 static void convert_block(float *to, const struct ggml_tensor *w, int64_t r0, int n_rows, int64_t k0, int n_k) {
     const size_t offset = (size_t)k0 / (size_t)repkv_ggml.get_type_traits(w->type)->blck_size * repkv_ggml.get_type_traits(w->type)->type_size;

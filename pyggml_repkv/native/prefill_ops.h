@@ -37,9 +37,6 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata);
  * Token t attends the cells [0, first + t]; the arenas must hold them, which taking store_kv's result as a source ensures. */
 void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/* src: packed x, I32 tensor whose second number is how many tokens there are -> mean over them of x / rms(x) [n]. */
-void repkv_mean_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata);
-
 /* Bytes of scratch per thread. */
 size_t repkv_prefill_scratch(int n_head, int head_dim);
 

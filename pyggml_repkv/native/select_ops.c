@@ -208,8 +208,8 @@ struct row_of_blocks {
     const float *x, *max, *scale;
     int64_t n_padded;
     int n_blocks, h0, h1;
-    int32_t *selected, *next; /* NULL: those that rank next are not asked for */
-    int n_top, n_next;
+    int32_t *selected;
+    int n_top;
     const int32_t *kept; /* what the last token selected, ascending; NULL: nothing */
 };
 
@@ -222,9 +222,8 @@ static inline f32x16 weights_of(const struct repkv_op_params *p, const struct ro
     return weight;
 }
 
-/* selected[0] = how many, then the best blocks, ascending; next[0] = how many of the next best, then which, best first. */
+/* selected[0] = how many, then the best blocks, ascending. */
 static void select_blocks(const struct repkv_op_params *p, const struct row_of_blocks *r, float *best) {
-    const int n_best = r->n_top + r->n_next;
     int32_t *selected = r->selected;
     const float factor = p->relevance == REPKV_LSE ? expf(p->sticky) : 1.0f;
     const float bonus = p->relevance == REPKV_LSE ? 0.0f : p->sticky * (float)(r->h1 - r->h0);
@@ -238,8 +237,8 @@ static void select_blocks(const struct repkv_op_params *p, const struct row_of_b
         }
         for (int b = 0; b < n_lanes; b++) {
             /* A short sorted list, best first; an equal later block comes after. */
-            if (n == n_best && !(weight[b] > best[n - 1])) continue;
-            int at = n < n_best ? n++ : n - 1;
+            if (n == r->n_top && !(weight[b] > best[n - 1])) continue;
+            int at = n < r->n_top ? n++ : n - 1;
             for (; at > 0 && weight[b] > best[at - 1]; at--) {
                 best[at] = best[at - 1];
                 selected[1 + at] = selected[at];
@@ -248,13 +247,6 @@ static void select_blocks(const struct repkv_op_params *p, const struct row_of_b
             selected[1 + at] = first + b;
         }
     }
-    if (r->next != NULL) {
-        /* The count goes where one of those that are moved may lie. */
-        const int32_t n_moved = n > r->n_top ? n - r->n_top : 0;
-        memmove(r->next + 1, selected + 1 + r->n_top, (size_t)n_moved * sizeof *selected);
-        r->next[0] = n_moved;
-    }
-    if (n > r->n_top) n = r->n_top;
     selected[0] = n;
     /* Ascending, so that memory is read in order and sums do not depend on the ranking. */
     for (int i = 1; i < n; i++) {
@@ -277,17 +269,13 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     if (ith >= n_rows) return;
     int n_top = regions[N_SELECT] < p->n_top ? regions[N_SELECT] : p->n_top;
     if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
-    int n_next = p->n_next;
-    if (n_top + n_next > MAX_SELECTED) n_next = n_top < MAX_SELECTED ? MAX_SELECTED - n_top : 0;
     const bool chooses = n_blocks > n_top && n_top > 0;
     if (chooses) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
     for (int r = ith; r < n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
-        int32_t *next = p->n_next > 0 ? selected + 1 + p->n_top : NULL;
-        if (next != NULL) next[0] = 0;
         if (chooses) {
-            const struct row_of_blocks row = {x, max, scale, n_padded, n_blocks, r * heads, (r + 1) * heads, selected, next,
-                                              n_top, n_next, last >= 0 ? kept_row(kept, last, r) : NULL};
+            const struct row_of_blocks row = {x, max, scale, n_padded, n_blocks, r * heads, (r + 1) * heads, selected,
+                                              n_top, last >= 0 ? kept_row(kept, last, r) : NULL};
             select_blocks(p, &row, best);
         } else {
             selected[0] = n_blocks < n_top ? n_blocks : n_top;

@@ -23,7 +23,6 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
 /* src: relevance, regions -> I32 [1 or n_head_kv, 1 + n_top]: how many (at most n_top and regions[N_SELECT]), then the
  * blocks with the highest weight, ascending; of equals the lowest. The weight is the sum over heads (with per_head over those
  * that share a key head, a row for each key head) of x, or for REPKV_LSE of the softmax of x over blocks. NaN counts as lowest.
- * With n_next > 0 a row goes on with 1 + n_next: how many of the blocks that rank next, then which, best first.
  *
  * With a third source, kept-l I32 [2, rows, 1 + n_top], a block that the last token selected (half regions[KEPT]) ranks
  * `sticky` nats higher: REPKV_LSE multiplies its weight by exp(sticky), else sticky is added for each head. A fourth is the

@@ -19,7 +19,6 @@ struct slot {
     int32_t block;
     uint8_t state;
     bool ahead; /* fetched ahead, not required yet */
-    bool judged; /* counted by slots_judge */
     bool listed;
 };
 
@@ -30,31 +29,12 @@ struct slots {
     int32_t n_free;    /* below n_used */
     double weight;     /* what 1 is worth now */
     int64_t now, n_prefetches;
-    double judged, used; /* of late: blocks fetched ahead whose layer has had a requirement since, and those that it named */
 };
-
-enum { SLOT_RETRY = 32, SLOT_MEMORY = 256 };
 
 static const double SLOT_DECAY = 0.9, SLOT_PREFETCH_SCORE = 0.5;
 
 /* Limits for slots_take: any score may give way to a block that is probably wanted, or to one that is required now. */
 static const double SLOT_ANY = 1e300, SLOT_REQUIRED = 1e301;
-
-/* Whether to fetch ahead at all. A read under compute takes a core from it, and the disk from whoever waits for another
- * read, so not where more than two in five of the last ones were for nothing. Now and then it is tried again. */
-static inline bool slots_trust(const struct slots *s) {
-    return s->used * 5 >= s->judged * 3 || s->n_prefetches % SLOT_RETRY == 0;
-}
-
-static inline void slots_judge(struct slots *s, struct slot *slot, bool used) {
-    s->judged += !slot->judged;
-    s->used += used;
-    slot->judged = true;
-    slot->ahead &= !used;
-    if (s->judged < SLOT_MEMORY) return;
-    s->judged /= 2;
-    s->used /= 2;
-}
 
 /* Another requirement: all scores decay, by raising what new ones are worth. */
 static inline void slots_tick(struct slots *s) {

@@ -11,7 +11,7 @@ from pyggml_repkv.inspect.diff import diff, summary
 from pyggml_repkv.inspect.inputs import unfilled_inputs
 from pyggml_repkv.inspect.snapshot import Snapshot
 from pyggml_repkv.inspect.verify import verify
-from pyggml_repkv.memory.config import PREDICTORS, MemoryConfig
+from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from tests.tiny_models import TinySpec, write_tiny_model
 
 SIGN = {"added": "removed", "removed": "added", "changed": "changed"}
@@ -46,7 +46,7 @@ def graphs(draw) -> Wanted:
             "sticky": draw(st.sampled_from([0.0, 1.4])),
             "late": draw(st.booleans()),
             "kv_ram": draw(st.sampled_from([0, 2**26])),
-            "prefetch": draw(st.sampled_from(PREDICTORS)),
+            "prefetch": draw(st.sampled_from(PREFETCH)),
         }
     exact = kv == "full" and draw(st.booleans())
     return Wanted(

@@ -37,7 +37,7 @@ class SessionMachine(RuleBasedStateMachine):
         positions=st.sampled_from(["auto", "far", "exact"]),
         n_dense=st.sampled_from([0, 100]),
         n_slots=st.integers(8, 20),
-        prefetch=st.sampled_from(["none", "reuse", "both"]),
+        prefetch=st.sampled_from(["on", "off"]),
         type_k=st.sampled_from(["f16", "q8_0"]),
         sticky=st.sampled_from([0.0, 0.7]),
         late=st.booleans(),

@@ -102,7 +102,7 @@ def test_other_settings_are_refused_by_name(model, folder, changed, what):
 
 
 def test_what_only_costs_time_may_change(model, folder):
-    with model.resume(folder, replace(MEMORY, kv_ram=10**7, prefetch="both", n_ctx=400)) as session:
+    with model.resume(folder, replace(MEMORY, kv_ram=10**7, n_ctx=400)) as session:
         assert session.n_past == 300
 
 
@@ -381,7 +381,7 @@ def test_a_session_that_nobody_closes_gives_its_lock_back(model, folder):
 
     for _ in range(20):
         # Its threads are still reading then, into memory that must outlive them.
-        model.resume(folder, replace(MEMORY, prefetch="both")).policy.disk.store.inject(delay_us=2000)
+        model.resume(folder, MEMORY).policy.disk.store.inject(delay_us=2000)
         gc.collect()
     goes_on(model, folder)
 

@@ -32,7 +32,7 @@ def model(path):
         yield loaded
 
 
-DISK = replace(REPKV, kv_ram=2**20, prefetch="both")
+DISK = replace(REPKV, kv_ram=2**20)
 
 
 @pytest.mark.parametrize("memory", [MemoryConfig(n_ctx=1024), REPKV, DISK, replace(DISK, late=True)])

@@ -138,11 +138,10 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
 
 def topk(
     x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2,
-    n_next: int = 0, n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0,
+    n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0,
 ) -> list:  # fmt: skip
-    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row; with n_next, pairs of
-    these and of those that rank next. kept: what the last token selected, ascending, by row; the node must put its own
-    selection beside it.
+    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row. kept: what the last
+    token selected, ascending, by row; the node must put its own selection beside it.
     """
     n_blocks, n_head = x.shape
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
@@ -171,19 +170,16 @@ def topk(
         n_top,
         kind=kind,
         per_head=per_head,
-        n_next=n_next,
         sticky=sticky,
         kept=kept_tensor,
         keeps=True,
     )
-    rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top + bool(n_next) + n_next)
+    rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top)
     after = as_array(kept_tensor, np.int32).reshape(halves.shape)
     assert (after[1] == halves[1]).all()
     chose = 0 < (n_top if n_wanted is None else min(n_top, n_wanted)) < n_blocks
     for now, row in zip(after[0], rows, strict=True):
         assert now[: 1 + now[0]].tolist() == (row[: 1 + row[0]].tolist() if chose else [0])
-    if n_next:
-        return [(r[1 : 1 + r[0]].tolist(), r[2 + n_top : 2 + n_top + r[1 + n_top]].tolist()) for r in rows]
     return [row[1 : 1 + row[0]].tolist() for row in rows]
 
 
@@ -213,17 +209,16 @@ def test_blocks_are_those_with_the_most_weight(data, n_blocks, n_head_kv, group,
 
 @given(
     seed=st.integers(0, 999), n_blocks=st.integers(1, 60), n_top=st.integers(1, 20), n_wanted=st.integers(0, 25),
-    n_next=st.integers(1, 20), per_head=st.booleans(),
+    per_head=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None)
-def test_what_ranks_next_is_named_best_first(seed, n_blocks, n_top, n_wanted, n_next, per_head):
+def test_no_more_are_selected_than_the_step_wants(seed, n_blocks, n_top, n_wanted, per_head):
     x = np.random.default_rng(seed).permutation(n_blocks * 2).astype(np.float32).reshape(n_blocks, 2)
     weights = x.T if per_head else x.sum(1)[None]
     n_attended = min(n_top, n_wanted)
-    for (chosen, others), w in zip(topk(x, n_top, "max", 2, per_head, 2, n_next, n_wanted), weights, strict=True):
+    for chosen, w in zip(topk(x, n_top, "max", 2, per_head, 2, n_wanted), weights, strict=True):
         order = np.argsort(-w, kind="stable").tolist()
         assert chosen == sorted(order[:n_attended])
-        assert others == (order[n_attended : n_attended + n_next] if n_attended else [])
 
 
 @given(
