@@ -150,7 +150,7 @@ def _measure(
         for name in predictors:
             start = time.perf_counter()
             with model.session(replace(memory, prefetch=name), directory=args.session) as session:
-                session.saving = False
+                session.stop_saving()
                 assert session.go_back_to(tokens[: args.tokens], lambda _: False).n_past == args.tokens
                 resume_s.append(time.perf_counter() - start)
                 run: dict[str, Any] = {}

@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         tokens = model.tokenizer.encode(text)
         memory = replace(memory, n_ctx=args.tokens + 4096, kv_ram=args.kv_ram, prefetch=args.prefetch)
         with model.session(memory, directory=args.session) as session:
-            session.saving = False
+            session.stop_saving()
             if session.go_back_to(tokens[: args.tokens], lambda _: False).n_past != args.tokens:
                 raise InputError(f"--session {args.session} has not read {args.tokens} tokens of {args.text}")
             chunk = _trace_chunk(session, tokens)

@@ -110,13 +110,13 @@ class Model:
         long = None if store is None else bool(store.meta("settings").get("far from the start"))
 
         def make() -> Policy:
-            file = None if store is None else store.blocks
+            file = None if store is None else store.open_blocks()
             return make_policy(PolicyInputs(self.graph, memory, self._boundaries, file, long))
 
         try:
             session = Session(
                 self.graph, self.backend, self.tokenizer, memory, self.weight_bytes, make_policy=make, store=store,
-                open_store=lambda folder, is_long: self._open_store(folder, memory, long=is_long),
+                open_store=lambda folder, kept: self._open_store(folder, memory, long=kept.long),
             )  # fmt: skip
         except BaseException:
             if store is not None:

@@ -10,13 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.engine.session_store import Checkpoint, Commit, SessionStore
-from pyggml_repkv.errors import ComputeError, RepkvError, StoreError
-from pyggml_repkv.memory.blocks import parse_block
-from pyggml_repkv.memory.boundaries import LOOKAHEAD
-from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.disk_tier import DiskTier
-from pyggml_repkv.memory.repkv import RepKVMemory
-from pyggml_repkv.memory.repkv_state import entry_bytes, put_rows, take_rows, take_state
+from pyggml_repkv.errors import RepkvError, StoreError
+from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
 from pyggml_repkv.memory.window_file import WindowFile
 
 log = logging.getLogger(__name__)
@@ -24,29 +19,24 @@ log = logging.getLogger(__name__)
 # Single tokens are saved so many at a time: a process that is killed loses at most these and those of the save before.
 SAVE_EVERY = 32
 
-# How far behind its end a session can go back to without reading everything again, at least.
-N_BACK = 1024
 
-
-def ring_tokens(m: MemoryConfig) -> int:
-    """Of the window file: what the newest checkpoint needs must outlast what the next one writes; and what older ones
-    need, N_BACK more.
-    """
-    return m.n_local + parse_block(m.block).max_size + LOOKAHEAD + 3 * max(m.n_batch, SAVE_EVERY) + N_BACK
+def n_ring(checkpoints: Checkpoints) -> int:
+    """How many open tokens the window file holds."""
+    return checkpoints.n_ring(max(checkpoints.n_batch, SAVE_EVERY))
 
 
 class _Save(threading.Thread):
     """One save. Not a daemon, so that a process ends only when it is written; it holds nothing of the session."""
 
-    def __init__(self, disk: DiskTier, store: SessionStore, commit: Commit, window: WindowFile, spacing: int) -> None:
+    def __init__(self, checkpoints: Checkpoints, store: SessionStore, commit: Commit, window: WindowFile) -> None:
         super().__init__(name="repkv-save")
-        self._disk, self._store, self._commit = disk, store, commit
-        self._window, self._spacing = window, spacing
+        self._flush, self._spacing = checkpoints.flush, checkpoints.n_batch
+        self._store, self._commit, self._window = store, commit, window
         self.error: RepkvError | None = None
 
     def run(self) -> None:
         try:
-            self._disk.store.flush()
+            self._flush()
             self._store.commit(self._commit, self._window, self._spacing)
         except RepkvError as error:
             self.error = error
@@ -57,41 +47,40 @@ class _Save(threading.Thread):
 class Saver:
     """Of one memory and one directory. `saved`: up to which token saves were begun."""
 
-    def __init__(self, store: SessionStore, memory: RepKVMemory) -> None:
-        assert memory.disk is not None
-        self.store, self._memory, self._disk = store, memory, memory.disk
+    def __init__(self, store: SessionStore, checkpoints: Checkpoints) -> None:
+        self.store, self._checkpoints = store, checkpoints
         self.saved = 0
         self._n_blocks_saved = 0
         self._window_number = 0
-        self._far_at = memory.far_at
+        self._far_at = checkpoints.far_at
         self._window = self._open_window()
         self._save: _Save | None = None
         self._error: RepkvError | None = None
 
     def _open_window(self) -> WindowFile:
-        m = self._memory.memory
-        n_ring = self.store.keep_meta("n_ring", ring_tokens(m))
-        return self.store.window(self._window_number, entry_bytes(self._memory), m.n_sink, n_ring)
+        checkpoints = self._checkpoints
+        ring = self.store.keep_meta("n_ring", n_ring(checkpoints))
+        return self.store.window(self._window_number, checkpoints.entry_bytes, checkpoints.n_sink, ring)
 
     def restore(self, n_past: int, tokens: NDArray[np.int32]) -> Checkpoint:
         """Puts a checkpoint into the empty memory. Raises StoreError.
 
         What came after it is forgotten with the next save.
         """
-        memory = self._memory
-        checkpoint = self.store.load(n_past, memory.config.n_layer)
+        checkpoints = self._checkpoints
+        checkpoint = self.store.load(n_past, checkpoints.n_layer)
         state = checkpoint.state
-        headers = self.store.headers(state.n_blocks, self._disk.layout.header_bytes)
+        headers = self.store.headers(state.n_blocks, checkpoints.header_bytes)
         self._window.close()
         self._window_number = checkpoint.window
         self._window = self._open_window()
-        n_sink = min(memory.memory.n_sink, n_past)
+        n_sink = min(checkpoints.n_sink, n_past)
         parts = [(0, self._window.read(0, n_sink))] if n_sink else []
         if n_past > state.sealed_end:
             parts.append((state.sealed_end, self._window.read(state.sealed_end, n_past)))
-        memory.restore(state, headers, tokens[state.sealed_end :].tolist())
+        checkpoints.restore(state, headers, tokens[state.sealed_end :].tolist())
         for first, rows in parts:
-            put_rows(memory, first, rows)
+            checkpoints.put_rows(first, rows)
         self.saved = n_past
         self._n_blocks_saved, self._far_at = state.n_blocks, state.far_at
         return checkpoint
@@ -108,39 +97,25 @@ class Saver:
         if self._save is not None and self._save.is_alive() and not wait:
             return False
         self.finish()
-        memory = self._memory
-        if memory.torn:
-            raise ComputeError("the memory was stopped while it was being rearranged: it is not saved")
+        checkpoints = self._checkpoints
+        checkpoints.check()
         first_row = self.saved
-        if memory.far_at != self._far_at:
+        if checkpoints.far_at != self._far_at:
             # All keys were turned back: the checkpoint before still needs the file that holds them as they were.
             self._window.close()
             self._window_number += 1
             self._window = self._open_window()
-            self._far_at, first_row = memory.far_at, 0
-        commit = self._take(n_past, first_row, tokens, steps, logits, extra)
-        self._save = _Save(self._disk, self.store, commit, self._window, memory.memory.n_batch)
-        self.saved, self._n_blocks_saved = n_past, memory.blocks.n_blocks
+            self._far_at, first_row = checkpoints.far_at, 0
+        checkpoint = Checkpoint(checkpoints.take(n_past), self._window_number, logits, extra)
+        positions = checkpoints.open_positions(first_row, n_past)
+        commit = Commit(
+            checkpoint, positions, checkpoints.rows(positions), self.saved, tokens, np.array(steps, np.int32),
+            self._n_blocks_saved, checkpoints.blocks_from(self._n_blocks_saved),
+        )  # fmt: skip
+        self._save = _Save(checkpoints, self.store, commit, self._window)
+        self.saved, self._n_blocks_saved = n_past, checkpoints.n_blocks
         self._save.start()
         return True
-
-    def _take(
-        self, n_past: int, first_row: int, tokens: NDArray[np.int32], steps: list[int],
-        logits: NDArray[np.float32] | None, extra: dict[str, Any],
-    ) -> Commit:  # fmt: skip
-        memory = self._memory
-        state = take_state(memory, n_past)
-        # Sinks, and what no block holds.
-        positions = np.arange(first_row, n_past)
-        positions = positions[(positions < memory.memory.n_sink) | (positions >= state.sealed_end)]
-        bounds, offsets = memory.blocks.bounds, self._disk.store.offsets
-        first_block = self._n_blocks_saved
-        blocks = [(b, bounds[b], bounds[b + 1] - bounds[b], offsets[b]) for b in range(first_block, state.n_blocks)]
-        checkpoint = Checkpoint(state, self._window_number, logits, extra)
-        rows = take_rows(memory, positions)
-        return Commit(
-            checkpoint, positions, rows, self.saved, tokens, np.array(steps, np.int32), first_block, blocks
-        )  # fmt: skip
 
     def finish(self) -> None:
         """Waits for the last save. Raises StoreError where one failed."""

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, checksum
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.repkv_state import RepKVState
+from pyggml_repkv.memory.repkv_checkpoints import RepKVState
 from pyggml_repkv.memory.window_file import WindowFile
 
 FORMAT = 2
@@ -246,11 +246,11 @@ class SessionStore:
         except OSError as error:
             raise InputError(f"--session {self.folder}: window-{number}.kv: {error.strerror}") from None
 
-    def start_anew(self) -> None:
-        """For a memory that is made anew; the block file was closed with the one before. What is known stays so until
-        the first save.
-        """
-        self.blocks = BlockFile(self.folder, "blocks.kv")
+    def open_blocks(self) -> BlockFile:
+        """The file of blocks, opened again where the memory that used it before has closed it."""
+        if self.blocks.fd < 0:
+            self.blocks = BlockFile(self.folder, "blocks.kv")
+        return self.blocks
 
     def commit(self, commit: Commit, window: WindowFile, spacing: int) -> None:
         """Once all blocks are written: makes everything durable, then names it. Raises StoreError.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
@@ -143,13 +142,14 @@ class Plan:
             table[...] = angles.reshape(table.shape) if lanes == 1 else _into_panels(angles)
         self.attention.fill(n_past)
 
-    def read(self) -> np.ndarray:
-        """Logits float32 [n_outputs, n_vocab]; a view that the next compute overwrites, but for packed ones."""
-        assert self.logits is not None
+    def read(self) -> np.ndarray | None:
+        """A copy of the logits, float32 [n_outputs, n_vocab]; None where there are no outputs."""
+        if self.logits is None:
+            return None
         if self.key.shape.form == "packed" and self.key.outputs == "all":
             packed = tensor_array(self.logits).reshape(-1, self.logits.contents.ne[1], PANEL)
             return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[: self.key.shape.n_tokens]
-        return tensor_array(self.logits).reshape(-1, self.logits.contents.ne[0])
+        return tensor_array(self.logits).reshape(-1, self.logits.contents.ne[0]).copy()
 
 
 def _into_panels(x: np.ndarray) -> np.ndarray:
@@ -193,6 +193,15 @@ class PlanCache:
     def compute_bytes(self) -> int:
         return self._allocator.size
 
+    def check_open(self) -> None:
+        """Raises ComputeError once it is closed."""
+        _ = self._allocator.pointer
+
+    def of_step(self, n_past: int, n_tokens: int, outputs: Outputs) -> Plan:
+        """The plan of a step that reads n_tokens after n_past."""
+        preferred = self._model.form(n_tokens, outputs)
+        return self.get(PlanKey(self._policy.step_shape(n_past, n_tokens, preferred), outputs))
+
     def get(self, key: PlanKey) -> Plan:
         plan = self._plans.get(key)
         if plan is None:
@@ -209,16 +218,9 @@ class PlanCache:
         return plan
 
     def trace(self, tracer: Tracer | None) -> None:
-        """Builds all plans anew, watched by a tracer; None: by nobody any more."""
-        with self._backend.lock:
-            self._tracer = tracer
-            self._drop_all()
-
-    def prepare(self, outputs: Outputs, n_tokens: int) -> None:
-        """Plans a first step of n_tokens, so that `compute_bytes` is known before anything is computed."""
-        with self._backend.lock:
-            form = self._model.form(n_tokens, outputs)
-            self.get(PlanKey(self._policy.step_shape(0, n_tokens, form), outputs))
+        """Plans from now on are watched by a tracer; None: by nobody any more."""
+        self._tracer = tracer
+        self._drop_all()
 
     def _place(self, plan: Plan) -> None:
         """Where the buffer grew, hence moved, or could not grow and is gone, plans placed before point nowhere."""
@@ -234,22 +236,6 @@ class PlanCache:
         finally:
             if moved:
                 self._drop_all()
-
-    def run(self, outputs: Outputs, tokens: NDArray[np.int32], n_past: int) -> np.ndarray | None:
-        """One step -> a copy of the logits [n_outputs, n_vocab], or None where there are no outputs."""
-        with self._backend.lock:
-            # Another thread may have closed the session while this one waited: this raises then.
-            _ = self._allocator.pointer
-            self._policy.begin_step(tokens, n_past)
-            try:
-                form = self._model.form(len(tokens), outputs)
-                plan = self.get(PlanKey(self._policy.step_shape(n_past, len(tokens), form), outputs))
-                plan.fill(tokens, n_past)
-                plan.compute(self._backend)
-                return plan.read().copy() if plan.logits is not None else None
-            except BaseException:
-                self._policy.undo_step()
-                raise
 
     def _drop_all(self) -> None:
         for plan in self._plans.values():

@@ -25,6 +25,7 @@ from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
 from pyggml_repkv.memory.disk_tier import DiskTier
 from pyggml_repkv.memory.policy import DiskNeed, Form, PolicyInputs, StepAttention, StepShape, even_split
+from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
 
 # The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
 # short question at its end asks.
@@ -40,6 +41,7 @@ class BoundedMemory(ABC):
     """`local_base` is the position of local row 0. A policy says what is selected between sinks and window."""
 
     name: str
+    rewinds = False
     precise_rope = True
 
     places_tensor: Tensor
@@ -164,6 +166,9 @@ class BoundedMemory(ABC):
             n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far,
             self.n_select(n_past, n_tokens), self.store_base, -1,
         )  # fmt: skip
+
+    def checkpoint(self) -> Checkpoints | None:
+        return None
 
     @property
     def torn(self) -> bool:

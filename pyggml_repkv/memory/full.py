@@ -37,6 +37,7 @@ class FullMemory:
     """
 
     name = "full"
+    rewinds = True
     precise_rope = False
 
     def __init__(self, inputs: PolicyInputs) -> None:
@@ -115,6 +116,9 @@ class FullMemory:
             "ram_bytes": 0,
             **NO_DISK,
         }
+
+    def checkpoint(self) -> None:
+        """Such a session cannot be kept."""
 
     def close(self) -> None:
         self._context.close()

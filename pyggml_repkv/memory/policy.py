@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from pyggml_repkv.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.graph.plan import GraphModel
+    from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
 
 __all__ = [
     "EvalHook",
@@ -136,6 +137,9 @@ class Policy(Protocol):
     name: str
     n_ctx: int
 
+    rewinds: bool
+    """Whether tokens after any position can be forgotten: what lies beyond n_past is overwritten before it is read."""
+
     precise_rope: bool
     """Whether the fused forms rotate by float64 angles: only where no key is ever rotated by ggml."""
 
@@ -162,7 +166,18 @@ class Policy(Protocol):
     def stats(self, n_past: int) -> dict[str, object]:
         """The `kv` object of `run --json`."""
 
+    def checkpoint(self) -> Checkpoints | None:
+        """What a session that is kept in a directory needs; None: this memory cannot be kept."""
+
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Repeatable(Protocol):
+    """A memory that benchmarks can fill without computing."""
+
+    def repeat(self, n: int, n_past: int) -> None:
+        """The keys and values of the first n tokens, over and over, up to position n_past."""
 
 
 def context_length(memory: MemoryConfig, config: ModelConfig) -> int:

@@ -24,7 +24,7 @@ from pyggml_repkv.memory.bounded import KEPT, N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
 from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
-from pyggml_repkv.memory.repkv_state import RepKVState, extra_bytes, pack_block, unpack_block
+from pyggml_repkv.memory.repkv_checkpoints import Checkpoints, RepKVState
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
@@ -43,6 +43,13 @@ class RepKVMemory(BoundedMemory):
     def __init__(self, inputs: PolicyInputs) -> None:
         memory, config = inputs.memory, inputs.graph.config
         self.block_shape = (config.n_head_kv, memory.n_repr, config.head_dim)
+        # Bytes that `pack_block` takes.
+        self.n_extra = (
+            config.n_layer
+            * config.n_head_kv
+            * memory.n_repr
+            * (4 + config.head_dim * (4 if memory.type_k == "f32" else 2))
+        )
         super().__init__(inputs, n_stored=None, n_tensors=3 * config.n_layer + 2)
         self.blocks = _make_blocks(inputs)
         n_groups = self._max_blocks // LANES
@@ -85,7 +92,7 @@ class RepKVMemory(BoundedMemory):
         # move less often.
         n_open = memory.n_local + scheme.max_size + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
         # Only a session that goes on elsewhere needs it.
-        n_extra = 0 if inputs.block_file is None else extra_bytes(inputs.graph.config, memory)
+        n_extra = 0 if inputs.block_file is None else self.n_extra
         try:
             return DiskTier(
                 inputs.graph.config, memory, file, max_block=scheme.max_size, max_blocks=self._max_blocks,
@@ -170,7 +177,7 @@ class RepKVMemory(BoundedMemory):
             self._index_block(block)
             self._places[block] = begin, end - begin
             if self.disk is not None:
-                extra = pack_block(self, block) if self.disk.layout.n_extra else b""
+                extra = self.pack_block(block) if self.disk.layout.n_extra else b""
                 self.disk.seal(begin, end, rotated=not self.far, extra=extra)
         if self.disk is not None:
             self._forget_scores()
@@ -196,7 +203,7 @@ class RepKVMemory(BoundedMemory):
             self.disk.layout.check(header)
             position += header.n_tokens
             self._make_room_for(block)
-            unpack_block(self, block, header)
+            self.unpack_block(block, header)
             self._places[block] = header.first_position, header.n_tokens
             self.disk.store.add(header, offset)
         if position != state.sealed_end:
@@ -242,6 +249,26 @@ class RepKVMemory(BoundedMemory):
                     raise StoreError("what the last token selected is damaged")
             kept[0] = rows
         self._kept_half = 0
+
+    def checkpoint(self) -> Checkpoints:
+        return Checkpoints(self)
+
+    def pack_block(self, block: int) -> bytes:
+        """What a block's header carries: its representatives, then its entries of the index, layer by layer."""
+        keys = [index[block // LANES, ..., block % LANES].tobytes() for index in self.index_arrays]
+        return self.chosen[block].tobytes() + b"".join(keys)
+
+    def unpack_block(self, block: int, header: BlockHeader) -> None:
+        """Puts them back. Raises StoreError where they do not fit."""
+        n_layer, n_head_kv, n_repr, d = self.config.n_layer, *self.block_shape
+        dtype = self.index_arrays[0].dtype
+        n_chosen = 4 * n_layer * n_head_kv * n_repr
+        if len(header.extra) != n_chosen + n_layer * n_head_kv * n_repr * d * dtype.itemsize:
+            raise StoreError(f"block {block} carries an index of another shape")
+        self.chosen[block] = np.frombuffer(header.extra[:n_chosen], np.int32).reshape(self.chosen.shape[1:])
+        keys = np.frombuffer(header.extra[n_chosen:], dtype).reshape(n_layer, n_head_kv, n_repr, d)
+        for index, values in zip(self.index_arrays, keys, strict=True):
+            index[block // LANES, ..., block % LANES] = values
 
     def representatives(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""

@@ -13,7 +13,6 @@ from pyggml_repkv.bench.workers._worker import serve
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.full import FullMemory
 
 # Tokens really read where a depth is made of repeated keys and values.
 N_CELLS = 512
@@ -52,15 +51,11 @@ class RepkvEngine:
         return self.session.decode(token)
 
     def rewind(self, n_past: int) -> None:
-        self.session.n_past = n_past
+        self.session.rewind(n_past)
 
     def place(self, tokens: Sequence[int], n_past: int) -> None:
-        n_cells = min(N_CELLS, n_past)
-        self.prefill(tokens[:n_cells])
-        policy = self.session.policy
-        assert isinstance(policy, FullMemory)
-        policy.repeat(n_cells, n_past)
-        self.session.n_past = n_past
+        self.prefill(tokens[: min(N_CELLS, n_past)])
+        self.session.repeat(n_past)
 
     def memory(self) -> dict[str, Any]:
         return self.session.stats()

@@ -140,7 +140,7 @@ def test_what_cannot_be_saved_says_why(model, tmp_path):
         session.save(tmp_path / "c")
     with model.session(MemoryConfig(n_ctx=64)) as session:
         session.prefill(TOKENS[:10])
-        with pytest.raises(InputError, match="only sessions of --kv repkv"):
+        with pytest.raises(InputError, match="--kv full cannot be saved"):
             session.save(tmp_path / "d")
     with model.session(replace(MEMORY, kv_ram=2**20, type_evicted="q8_0")) as session:
         session.prefill(TOKENS[:10])

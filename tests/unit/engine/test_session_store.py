@@ -167,7 +167,7 @@ def test_a_selection_that_cannot_be_is_made_anew(model, tmp_path, caplog, damage
         session.prefill(TOKENS[:300])
         session.save()
         want = session.decode(TOKENS[300]).copy()
-        session.saving = False
+        session.stop_saving()
     with sqlite3.connect(folder / "session.db") as db:
         query = "SELECT n_past, scores, warm, kept, logits FROM checkpoints ORDER BY n_past DESC LIMIT 1"
         n_past, scores, warm, kept, logits = db.execute(query).fetchone()

@@ -96,7 +96,10 @@ def test_a_cache_passes_its_names_on(model):
     calls = []
     policy = make_policy(PolicyInputs(model.graph, MemoryConfig(), model._boundaries))
     cache = PlanCache(model.graph, policy, model.backend, cb=lambda tensor, name, layer: calls.append(name))
-    logits = cache.run("all", np.array([5], np.int32), 0)
+    plan = cache.of_step(0, 1, "all")
+    plan.fill(np.array([5], np.int32), 0)
+    plan.compute(model.backend)
+    logits = plan.read()
     assert calls.count("l_out") == N_LAYER
     with model.session() as session:
         assert np.array_equal(session.prefill([5]), logits[0])

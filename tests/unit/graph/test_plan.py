@@ -39,8 +39,13 @@ class Bench:
         return PlanKey(self.policy.step_shape(n_past, n_tokens, form), outputs)
 
     def run(self, cache, n_past, n_tokens, outputs="all"):
+        cache.check_open()
         tokens = self.tokens[n_past : n_past + n_tokens]
-        return cache.run(outputs, tokens, n_past)
+        self.policy.begin_step(tokens, n_past)
+        plan = cache.of_step(n_past, n_tokens, outputs)
+        plan.fill(tokens, n_past)
+        plan.compute(self.model.backend)
+        return plan.read()
 
 
 @pytest.mark.parametrize(("n_tokens", "outputs"), [(1, "all"), (5, "last"), (40, "all"), (40, "none")])

@@ -140,7 +140,7 @@ def test_the_joined_graph_is_the_one_that_runs(q4_0):
     for options, expected in (({}, True), ({"exact_graph": True}, False)):
         with Model.load(q4_0[0], threads=1, **options) as model, model.session() as session:
             session.prefill([1, 2, 3])
-            (plan,) = session._plans._plans.values()
+            (plan,) = session._stepper.plans._plans.values()
             graph = plan.context.graph
             names = [g.ggml_graph_node(graph, i).contents.name for i in range(g.ggml_graph_n_nodes(graph))]
             assert (b"bqkv-0" in names) == (b"ffn_gate_up-0" in names) == expected

@@ -1,0 +1,116 @@
+"""Keeps a session in a directory as it goes, and finds what an earlier process kept there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pyggml_repkv.engine.saver import SAVE_EVERY, Saver
+from pyggml_repkv.engine.session_store import SessionStore, common_prefix
+from pyggml_repkv.engine.step import Stepper
+from pyggml_repkv.errors import InputError, StoreError
+
+MayResume = Callable[[dict[str, Any]], bool]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a session went on: tokens read, the logits of the last one if they were saved, and the caller's `extra`;
+    read_again: whether the tokens had to be.
+    """
+
+    n_past: int
+    logits: np.ndarray | None
+    extra: dict[str, Any]
+    read_again: bool = False
+
+
+class Keeper:
+    """Of one stepper and one directory. `enabled` False: nothing is saved, and what the directory has beyond this point
+    may be overwritten.
+    """
+
+    def __init__(self, stepper: Stepper, store: SessionStore, extra: Callable[[], dict[str, object]]) -> None:
+        """extra: what goes with a save, as JSON."""
+        self.store, self.enabled = store, True
+        self._stepper, self._extra = stepper, extra
+        self._n_steps_saved = 0
+        self._saver = self._new_saver()
+
+    def _new_saver(self) -> Saver:
+        checkpoints = self._stepper.policy.checkpoint()
+        assert checkpoints is not None
+        self._n_batch = checkpoints.n_batch
+        return Saver(self.store, checkpoints)
+
+    def stepped(self, n_tokens: int) -> None:
+        """Called after each step: saves, where enough is new."""
+        n_new = self._stepper.n_past - self._saver.saved
+        if n_new >= (SAVE_EVERY if n_tokens == 1 else 1):
+            # Waiting where the file could not take twice as much without losing what the save before needs.
+            self.save(wait=n_new >= max(self._n_batch, SAVE_EVERY))
+
+    def save(self, *, wait: bool, again: bool = False) -> None:
+        """again: also where nothing was read since, because what goes with the save may be new. Raises StoreError."""
+        stepper, saver = self._stepper, self._saver
+        if not self.enabled or (stepper.n_past == saver.saved and not again):
+            return
+        new = np.array(stepper.tokens[saver.saved : stepper.n_past], np.int32)
+        sizes = stepper.sizes[self._n_steps_saved :].tolist()
+        if saver.offer(stepper.n_past, new, sizes, stepper.logits, self._extra(), wait=wait):
+            self._n_steps_saved = len(stepper.sizes)
+
+    def finish(self) -> None:
+        """Saves what was read, and waits until it is on disk. Raises StoreError."""
+        if self._stepper.n_past > 0:
+            self.save(wait=True, again=True)
+        self._saver.finish()
+
+    def read_again(self, tokens: Sequence[int], sizes: Sequence[int]) -> None:
+        """As Stepper.read_again; what the directory knows stays until the new memory has all tokens."""
+        self._saver.close()
+        self._stepper.read_again(tokens, sizes)
+        self._n_steps_saved = 0
+        self._saver = self._new_saver()
+
+    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, n_ctx: int) -> Resumed:
+        """See Session.go_back_to."""
+        tokens, sizes = self.store.tokens()
+        prefix = len(tokens) if prompt is None else common_prefix(tokens, np.asarray(prompt, np.int64))
+        checkpoints = self.store.checkpoints()
+        goes_on = prompt is not None and prefix == len(prompt) and bool(checkpoints) and may_resume(checkpoints[0][2])
+        for n_past, has_logits, extra in checkpoints:
+            fits = n_past <= prefix and (has_logits or prompt is None or n_past < len(prompt))
+            if not fits and not (goes_on and has_logits):
+                continue
+            if n_past > n_ctx:
+                raise InputError(f"--session {self.store.folder} has {n_past} tokens: give -c {n_past} or more")
+            again = not self._restore(tokens[:n_past], sizes)
+            return Resumed(n_past, self._stepper.logits, extra, again)
+        return Resumed(0, None, {})
+
+    def _restore(self, tokens: np.ndarray, all_sizes: np.ndarray) -> bool:
+        """False: what was kept is damaged, and the tokens were read again."""
+        n_past = len(tokens)
+        sizes = all_sizes[: int(np.searchsorted(np.cumsum(all_sizes), n_past, side="right"))].tolist()
+        try:
+            checkpoint = self._saver.restore(n_past, tokens)
+        except StoreError as error:
+            if not error.lost:
+                raise
+            log.warning("%s: reading its %d tokens again", error, n_past)
+            self.read_again(tokens.tolist(), sizes)
+            return False
+        self._stepper.restored(tokens.tolist(), sizes, checkpoint.logits)
+        self._n_steps_saved = len(sizes)
+        return True
+
+    def close(self) -> None:
+        """Before the memory is closed."""
+        self._saver.close()
