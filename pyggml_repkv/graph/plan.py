@@ -18,9 +18,9 @@ from pyggml_repkv.ffi.scheduler import Scheduler
 from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
 from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
-from pyggml_repkv.graph.rope import RopeTable, rope_params
 from pyggml_repkv.memory.policy import EvalHook, Form, Policy, StepAttention, StepShape
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.rope import RopeTable, rope_params
 from pyggml_repkv.model.weights import Weights
 
 Outputs = Literal["last", "all", "none"]

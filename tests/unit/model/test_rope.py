@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from pyggml_repkv.ffi.context import GraphContext
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.rope import RopeTable, rope_params
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.rope import RopeTable, rope_params
 from tests.oracle import rotate
 from tests.tiny_models import TinySpec, write_tiny_model
 
