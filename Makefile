@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-NATIVE := $(filter-out %/_native.c,$(wildcard pyggml_repkv/native/*.[ch])) pyggml_repkv/native/build.py
+NATIVE := $(filter-out %/_native.c,$(wildcard pyggml_repkv/native/*.[ch])) pyggml_repkv/native/ops.def pyggml_repkv/native/build.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help venv run test lint bench report clean

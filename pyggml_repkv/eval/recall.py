@@ -150,7 +150,7 @@ def _mean(values: Sequence[float]) -> float:
 def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...], before: tuple[int, int]) -> RecallResult:
     step = policy.last_step
     assert step is not None
-    first, n_tokens = policy.regions[:2].tolist()
+    first, n_tokens = policy.regions.first, policy.regions.n_tokens
     start, n_blocks = policy.local_start(first), policy.blocks.n_blocks
     bounds = np.array(policy.blocks.bounds)
     queries = np.unique(np.linspace(0, n_tokens - 1, min(N_QUERIES, n_tokens)).astype(int))

@@ -15,13 +15,14 @@ from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.ffi.scheduler import Scheduler
-from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
 from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
 from pyggml_repkv.memory.policy import EvalHook, Form, Policy, StepAttention, StepShape
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.rope import RopeTable, rope_params
 from pyggml_repkv.model.weights import Weights
+from pyggml_repkv.ops.kernels import PANEL, Kernels, n_panels
+from pyggml_repkv.ops.makers import Ops
 
 Outputs = Literal["last", "all", "none"]
 
@@ -60,7 +61,9 @@ class PlanKey:
 class Plan:
     """One built graph: its inputs, its output, and the policy's part."""
 
-    def __init__(self, model: GraphModel, policy: Policy, key: PlanKey, cb: NameTensor) -> None:
+    def __init__(
+        self, model: GraphModel, policy: Policy, key: PlanKey, cb: NameTensor, *, traced: bool = False
+    ) -> None:
         n_tokens = key.shape.n_tokens
         self.key = key
         self._make_rope = model.precise_rope_table if policy.precise_rope else model.rope_table
@@ -68,13 +71,14 @@ class Plan:
         g = self.context
         self._tokens = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_tokens")
         self._positions: Tensor = None
-        self._rope_table: Tensor = None
         self._output_rows: Tensor = None
-        self.attention: StepAttention = policy.build(g, key.shape)
+        self._rope_table = self._rope_input(model.config.rope_dim)
+        ops = Ops(g, model.kernels, self._rope_table, traced)
+        self.attention: StepAttention = policy.build(ops, key.shape)
         if key.shape.form == "ggml":
             self.logits = self._build_ggml(model, key, cb)
         else:
-            self.logits = self._build_fused(model, key, cb)
+            self.logits = self._build_fused(model, key, cb, ops)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
         self._tracer: Tracer | None = None
@@ -118,13 +122,17 @@ class Plan:
         output = key.outputs != "none"
         return graph.build(self._tokens, self._positions, output_rows=self._output_rows, output=output)
 
-    def _build_fused(self, model: GraphModel, key: PlanKey, cb: NameTensor) -> Tensor | None:
-        rope_dim, n_tokens = model.config.rope_dim, key.shape.n_tokens
-        one = key.shape.form == "one"
-        shape = (2, rope_dim // 2) if one else (n_panels(n_tokens), rope_dim, PANEL)
-        self._rope_table = model.fused_ops.rope = self.context.input(ggml.GGML_TYPE_F32, shape, "inp_rope")
-        graph = FusedQwen2Graph(self.context, model.weights, model.fused_ops, self.attention, cb)
-        if one:
+    def _rope_input(self, rope_dim: int) -> Tensor | None:
+        """The table that fused nodes rotate by; ggml's make it themselves."""
+        shape = self.key.shape
+        if shape.form == "ggml":
+            return None
+        sizes = (2, rope_dim // 2) if shape.form == "one" else (n_panels(shape.n_tokens), rope_dim, PANEL)
+        return self.context.input(ggml.GGML_TYPE_F32, sizes, "inp_rope")
+
+    def _build_fused(self, model: GraphModel, key: PlanKey, cb: NameTensor, ops: Ops) -> Tensor | None:
+        graph = FusedQwen2Graph(ops, model.weights, self.attention, cb)
+        if key.shape.form == "one":
             return graph.build_one(self._tokens)
         return graph.build_chunk(self._tokens, last_only=key.outputs == "last", output=key.outputs != "none")
 
@@ -166,7 +174,7 @@ class GraphModel:
         self.rope = rope_params(config)
         self.rope_table = RopeTable(self.rope)
         self.precise_rope_table = RopeTable(self.rope, np.float64)
-        self.fused_ops = FusedOps(config, n_threads)
+        self.kernels = Kernels(config, n_threads)
         # Repacked matrices can only be read by ggml's own multiplication.
         self._fuses = not exact and not weights.repacked
         self._packs = self._fuses and bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
@@ -206,8 +214,8 @@ class PlanCache:
         plan = self._plans.get(key)
         if plan is None:
             tracer = self._tracer
-            self._model.fused_ops.traced = tracer is not None and tracer.traces_ops
-            plan = Plan(self._model, self._policy, key, self._cb)
+            traced = tracer is not None and tracer.traces_ops
+            plan = Plan(self._model, self._policy, key, self._cb, traced=traced)
             if tracer is not None:
                 plan.watch(tracer)
             self._place(plan)

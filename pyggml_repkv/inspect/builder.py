@@ -10,10 +10,10 @@ from typing import Literal
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor, set_name
-from pyggml_repkv.ffi.graph_reader import read_graph
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
 from pyggml_repkv.inspect.cost import step_of
+from pyggml_repkv.inspect.graph_reader import read_graph
 from pyggml_repkv.inspect.snapshot import Snapshot, take_snapshot
 from pyggml_repkv.memory.boundaries import BoundaryScores
 from pyggml_repkv.memory.bounded_attention import hook_points_of

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from pyggml_repkv.ffi.graph_reader import RawTensor
-from pyggml_repkv.inspect.effects import effect_of
+from pyggml_repkv.inspect.graph_reader import RawTensor, info_of
 from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.bounded import BoundedMemory
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import Policy
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.ops.kernels import LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +27,6 @@ class Step:
     n_blocks: int = 0
     n_repr: int = 0
     n_scored: int = 0
-
-
-_MATRIX_OPS = frozenset(
-    f"repkv.{name}"
-    for name in ("norm_linear", "attn_out", "gate_up", "linear_add", "matmul", "matmul_add", "matmul_gate_up")
-)
-_ATTENTION = frozenset(
-    f"repkv.{name}" for name in ("attend", "attend_chunk", "attend_memory", "attend_memory_one")
-)  # fmt: skip
 
 
 def step_of(policy: Policy, memory: MemoryConfig, config: ModelConfig, n_past: int, n_tokens: int) -> Step:
@@ -56,23 +47,21 @@ def step_of(policy: Policy, memory: MemoryConfig, config: ModelConfig, n_past: i
 
 def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
     """0 for what only moves or names data, and for what is small beside the multiplications."""
-    c = step.config
-    if t.op in _MATRIX_OPS:
+    c, cost = step.config, info_of(t.op).cost
+    if cost in ("matrices_one", "matrices"):
         # Two-dimensional weights; norms, biases and activations of one token have one dimension.
-        n_tokens = (
-            1 if t.op in ("repkv.norm_linear", "repkv.attn_out", "repkv.gate_up", "repkv.linear_add") else step.n_tokens
-        )
+        n_tokens = 1 if cost == "matrices_one" else step.n_tokens
         return 2 * n_tokens * sum(prod(s.shape) for s in sources if _is_weight(s) and len(s.shape) == 2)
-    if t.op in _ATTENTION:
+    if cost == "attention":
         return 4 * step.n_tokens * step.n_attended * c.n_embd_q
     if t.op == "flash_attn_ext":
         # Of the padded keys, as ggml does; masked ones are skipped in part.
         return 4 * prod(sources[0].shape) * sources[1].shape[-2]
     if t.op == "mul_mat":
         return 2 * prod(t.shape) * sources[0].shape[-1]
-    if t.op.startswith("repkv.relevance"):
+    if cost == "relevance":
         return 2 * step.n_blocks * step.n_repr * c.n_embd_q
-    if t.op.startswith("repkv.score"):
+    if cost == "score":
         return 2 * step.n_tokens * step.n_scored * c.n_embd_q
     return 0
 
@@ -85,20 +74,20 @@ def bytes_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
     """Of weights and activations all, of keys, values and index what a step attends; caches are taken to be empty."""
     if t.op in ("view", "reshape", "permute", "transpose", ""):
         return 0
-    effect = effect_of(t.op)
+    info = info_of(t.op)
     moved = step.n_tokens * _row_bytes(t) if t.op == "set_rows" else t.n_bytes
-    if t.op in _ATTENTION:
+    if info.cost == "attention":
         # One softmax over rows of one width, in whatever arenas they lie.
-        moved += step.n_attended * sum(_row_bytes(sources[i]) for i in effect.reads[:2])
+        moved += step.n_attended * sum(_row_bytes(sources[i]) for i in info.reads[:2])
     for i, source in enumerate(sources):
-        if i in effect.writes:
+        if i in info.writes:
             moved += step.n_tokens * _row_bytes(source)
-        if i in effect.reads:
-            if t.op.startswith("repkv.relevance"):
-                moved += source.n_bytes * step.n_blocks // max(1, 16 * source.shape[0])
-            elif t.op.startswith("repkv.score"):
+        if i in info.reads:
+            if info.cost == "relevance":
+                moved += source.n_bytes * step.n_blocks // max(1, LANES * source.shape[0])
+            elif info.cost == "score":
                 moved += step.n_scored * _row_bytes(source)
-        elif i not in effect.writes:
+        elif i not in info.writes:
             rows = t.op == "get_rows" and i == 0
             moved += step.n_tokens * _row_bytes(source) if rows else source.n_bytes
     return moved

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pyggml_repkv.ffi.context import Tensor
-from pyggml_repkv.ffi.graph_reader import address_of, graph_inputs
 from pyggml_repkv.inspect.builder import BuiltGraph
+from pyggml_repkv.inspect.graph_reader import address_of, graph_inputs
 from pyggml_repkv.inspect.verify import Finding
 
 _POISONS = (0xA5, 0x5A)

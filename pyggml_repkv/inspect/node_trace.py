@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.ffi.graph_reader import RawGraph, RawTensor, address_of, noting_nodes, read_graph
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.graph.plan import Plan
+from pyggml_repkv.inspect.graph_reader import RawGraph, RawTensor, address_of, noting_nodes, read_graph
 from pyggml_repkv.memory.bounded_attention import hook_points_of
 from pyggml_repkv.memory.disk_tier import StepHook
 from pyggml_repkv.memory.policy import EvalHook

@@ -11,6 +11,7 @@ import numpy as np
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros
 from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.ops.table import OPS
 
 # Larger than the caches of the machines that this runs on.
 READ_BYTES = 2**28
@@ -33,18 +34,17 @@ def measure_peak(backend: Backend) -> Peak:
     data[::4096] = 1
     numbers = aligned_zeros(64)
     numbers[:4].view(np.int32)[0] = REPETITIONS
-    read = _seconds(backend, native.REPKV_PEAK_READ, data, g.GGML_TYPE_F32)
-    fma = _seconds(backend, native.REPKV_PEAK_FMA, numbers, g.GGML_TYPE_I32, n=1)
+    read = _seconds(backend, "peak_read", data, g.GGML_TYPE_F32)
+    fma = _seconds(backend, "peak_fma", numbers, g.GGML_TYPE_I32, n=1)
     flops = REPETITIONS * native.REPKV_PEAK_FLOPS * backend.n_threads
     return Peak(flops / fma / 1e9, READ_BYTES / read / 1e9)
 
 
-def _seconds(backend: Backend, op: int, data: np.ndarray, type_: int, n: int = 0) -> float:
+def _seconds(backend: Backend, op: str, data: np.ndarray, type_: int, n: int = 0) -> float:
     params = native_ffi.new("struct repkv_op_params *")
-    address = int(native_ffi.cast("uintptr_t", native.repkv_op_address(op)))
 
     def build(context: GraphContext, sources: list[Tensor]) -> Tensor:
-        return context.custom((backend.n_threads,), sources, address, params)
+        return context.custom((backend.n_threads,), sources, OPS[op].address, params)
 
     return best_seconds(backend, [(data, type_, (n or len(data) // 4,))], build)
 

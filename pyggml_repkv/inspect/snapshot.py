@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pyggml_repkv.ffi.graph_reader import RawGraph, RawTensor, address_of
 from pyggml_repkv.inspect.cost import Step, bytes_of, flops_of
-from pyggml_repkv.inspect.effects import EFFECTS, effect_of
+from pyggml_repkv.inspect.graph_reader import RawGraph, RawTensor, address_of, info_of
 from pyggml_repkv.memory.disk_tier import HookPoint
 
 SCHEMA = 2
@@ -126,17 +125,17 @@ def _info(
     t: RawTensor, kind: str, ids: dict[int, str], everything: dict[int, RawTensor], leaf_kinds: dict[int, str],
     step: Step,
 ) -> TensorInfo:  # fmt: skip
-    effect = effect_of(t.op)
+    info = info_of(t.op)
     sources = [everything[s] for s in t.sources]
 
     def memory(numbers: tuple[int, ...]) -> tuple[str, ...]:
         found = (t.sources[i] for i in numbers if i < len(t.sources))
         return tuple(ids[_root(everything[a])] for a in found if leaf_kinds.get(_root(everything[a])) == "memory")
 
-    reads, writes = memory(effect.reads), memory(effect.writes)
+    reads, writes = memory(info.reads), memory(info.writes)
     if t.op == "set_rows" and leaf_kinds.get(t.view_of) == "memory":
         writes = (ids[t.view_of],)
-    if t.op not in EFFECTS and t.op not in _NO_COMPUTE:
+    if t.op != "set_rows" and t.op not in _NO_COMPUTE and not (info.reads or info.writes):
         # ggml's own nodes, and ours that name no parts, read what they take whole.
         reads = tuple(dict.fromkeys(ids[_root(s)] for s in sources if leaf_kinds.get(_root(s)) == "memory"))
     root = _root(t)

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError, InputError
-from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.graph.memory_ops import MemoryOps
 from pyggml_repkv.memory.arenas import Arenas, as_rows
 from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.bounded_attention import BoundedChunk, BoundedOne, BoundedStep
@@ -25,14 +24,13 @@ from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
 from pyggml_repkv.memory.disk_tier import DiskTier
 from pyggml_repkv.memory.policy import DiskNeed, Form, PolicyInputs, StepAttention, StepShape, even_split
+from pyggml_repkv.memory.regions import Regions
 from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
+from pyggml_repkv.ops.makers import Ops
 
 # The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
 # short question at its end asks.
 N_SINGLE = 16
-
-# Of `regions`: in which half of its memory a step finds the selection of the last token, -1 for none.
-KEPT = 10
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ class BoundedMemory(ABC):
         self.far = memory.positions == "far" or long_from_the_start
         # n_past when they began to be far: 0 from the start, -1 not yet.
         self.far_at = 0 if self.far else -1
-        self.ops = MemoryOps(graph.fused_ops)
         self.n_local_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
         n_stored = self.n_ctx if n_stored is None else min(n_stored, self.n_ctx)
         n_long = 0 if long_from_the_start else min(memory.n_dense, config.n_ctx_train)
@@ -91,7 +88,7 @@ class BoundedMemory(ABC):
         self._torn = False
         self.kept_tensors: list[Tensor] = []
         self.local_base = 0
-        self.regions = np.zeros(11, np.int32)
+        self.regions = Regions()
         # Set before the first step: queries and selections stay readable after each (`last_step`).
         self.observed = False
         self.last_step: BoundedStep | None = None
@@ -115,11 +112,11 @@ class BoundedMemory(ABC):
         return self.disk.places[layer] if self.disk is not None else self.places_tensor
 
     @abstractmethod
-    def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select(self, ops: Ops, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         """A chunk's queries, packed and scaled -> I32 [1 or K, 1 + n], how many blocks are attended and which."""
 
     @abstractmethod
-    def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select_one(self, ops: Ops, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         """The same for one token: qkv [(H + 2 K) * d] before RoPE, rope [2, rope_dim] near and far."""
 
     @abstractmethod
@@ -141,10 +138,10 @@ class BoundedMemory(ABC):
             return StepShape(n_tokens, "one", (self.far, self.knows_selection))
         return StepShape(n_tokens, "packed", (self.far, False))
 
-    def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
+    def build(self, ops: Ops, shape: StepShape) -> StepAttention:
         if shape.form == "one":
-            return BoundedOne(self, context, known=self.knows_selection)
-        return BoundedChunk(self, context, shape.n_tokens)
+            return BoundedOne(self, ops, known=self.knows_selection)
+        return BoundedChunk(self, ops, shape.n_tokens)
 
     def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
         """Raises ComputeError once an earlier call was stopped halfway, as by Ctrl-C."""
@@ -162,9 +159,9 @@ class BoundedMemory(ABC):
         remainder, n_blocks = self.seal(tokens, n_past, start)
         self._make_room(n_past, n_tokens, start)
         sink_end = min(self.memory.n_sink, start)
-        self.regions[:] = (
+        self.regions = Regions(
             n_past, n_tokens, sink_end, min(remainder, start), start, self.local_base, n_blocks, self.far,
-            self.n_select(n_past, n_tokens), self.store_base, -1,
+            self.n_select(n_past, n_tokens), self.store_base,
         )  # fmt: skip
 
     def checkpoint(self) -> Checkpoints | None:

@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
+from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.fused_ops import PANEL
 from pyggml_repkv.memory.disk_tier import HookPoint, StepHook
 from pyggml_repkv.memory.policy import StepAttention, UnobservedStep
+from pyggml_repkv.memory.regions import Regions
+from pyggml_repkv.ops.kernels import PANEL
+from pyggml_repkv.ops.makers import Ops
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.bounded import BoundedMemory
 
 _FUSED = "graphs of bounded memories are planned for fused nodes only"
-_N_REGIONS = 11
 
 # Points of a step at which the hook runs where all blocks are known before it: each splits the graph, and between its
 # read and the next token's wait for it all points but one are passed.
@@ -27,9 +28,9 @@ N_KNOWN_POINTS = 4
 
 
 class BoundedStep(UnobservedStep, ABC):
-    def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
-        self._memory, self._g, self._n_tokens = memory, context, n_tokens
-        self._regions = context.input(g.GGML_TYPE_I32, (_N_REGIONS,), "kv_regions")
+    def __init__(self, memory: BoundedMemory, ops: Ops, n_tokens: int) -> None:
+        self._memory, self._ops, self._n_tokens = memory, ops, n_tokens
+        self._regions = Regions.input(ops.g)
         self.hook_points: list[HookPoint] = []
         if memory.disk is not None:
             self.hook = StepHook(memory.disk)
@@ -52,8 +53,9 @@ class BoundedStep(UnobservedStep, ABC):
         raise AssertionError(_FUSED)
 
     def fill(self, n_past: int) -> None:
-        assert (n_past, self._n_tokens) == tuple(self._memory.regions[:2])
-        tensor_array(self._regions)[...] = self._memory.regions
+        regions = self._memory.regions
+        assert (n_past, self._n_tokens) == (regions.first, regions.n_tokens)
+        regions.fill(self._regions)
         if isinstance(self.hook, StepHook) and not self.hook.observes:
             self.hook.observe(self.hook_points, self._memory.kept_tensors)
         self._memory.last_step = self
@@ -65,8 +67,8 @@ class BoundedStep(UnobservedStep, ABC):
 
     def observed_relevance(self, layer: int) -> NDArray[np.float32]:
         """What a layer compared blocks by in the last compute: [H, n_blocks]."""
-        n_head, n_blocks = self._memory.config.n_head, int(self._memory.regions[6])
-        seen = 2 * self._memory.graph.fused_ops.n_threads
+        n_head, n_blocks = self._memory.config.n_head, self._memory.regions.n_blocks
+        seen = 2 * self._ops.kernels.n_threads
         flat = tensor_array(self._relevance[layer])
         return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
 
@@ -79,43 +81,43 @@ class BoundedStep(UnobservedStep, ABC):
 
     def _observe(self, tensor: Tensor) -> Tensor:
         """What stays readable after compute where someone looks on."""
-        return self._g.output(tensor) if self._memory.observed else tensor
+        return self._ops.g.output(tensor) if self._memory.observed else tensor
 
 
 class BoundedChunk(BoundedStep):
     """A chunk, packed."""
 
-    def __init__(self, memory: BoundedMemory, context: GraphContext, n_tokens: int) -> None:
-        super().__init__(memory, context, n_tokens)
-        self._local_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
-        self._store_cells = context.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
-        self._far_rope = context.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
+    def __init__(self, memory: BoundedMemory, ops: Ops, n_tokens: int) -> None:
+        super().__init__(memory, ops, n_tokens)
+        self._local_cells = ops.g.input(g.GGML_TYPE_I32, (2,), "kv_local_cells")
+        self._store_cells = ops.g.input(g.GGML_TYPE_I32, (2,), "kv_store_cells")
+        self._far_rope = ops.g.input(g.GGML_TYPE_F32, (memory.config.rope_dim,), "far_rope")
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
         m = self._memory
         q, q_far, selected = self._store_and_select(qkv, layer)
-        local = [q, m.k_local[layer], m.v_local[layer]]
-        far = [q_far, m.k_store[layer], m.v_store[layer]]
+        local = q, m.k_local[layer], m.v_local[layer]
+        far = q_far, m.k_store[layer], m.v_store[layer]
         self._hook_at(selected, layer)
-        return m.ops.attend(self._g, [*local, *far, selected, m.places(layer), self._regions])
+        return self._ops.attend_memory(*local, *far, selected, m.places(layer), self._regions)
 
     def store_packed(self, qkv: Tensor, layer: int) -> None:
         # Nobody reads them, and a node that nobody reads is dropped with what it writes.
         for node in self._store_and_select(qkv, layer):
-            self._g.expand(node)
+            self._ops.g.expand(node)
 
     def _store_and_select(self, qkv: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         m = self._memory
-        q = m.ops.store_near(self._g, qkv, m.k_local[layer], m.v_local[layer], self._local_cells)
+        q = self._ops.store_kv(qkv, m.k_local[layer], m.v_local[layer], self._local_cells)
         set_name(q, "Qcur", layer)
         store = m.k_store[layer], m.v_store[layer]
         if m.far:
-            q_far = m.ops.store_far(self._g, qkv, *store, self._far_rope, self._regions)
+            q_far = self._ops.store_far(qkv, *store, self._far_rope, self._regions)
         else:
-            q_far = m.ops.store_near(self._g, qkv, *store, self._store_cells)
+            q_far = self._ops.store_kv(qkv, *store, self._store_cells)
         set_name(q_far, "Qfar", layer)
-        selected = m.select(self._g, q, q_far, self._regions, layer)
+        selected = m.select(self._ops, q, q_far, self._regions, layer)
         self._queries.append((self._observe(q), self._observe(q_far)))
         self._selected.append(self._observe(selected))
         if self._memory.observed:
@@ -143,25 +145,25 @@ class BoundedChunk(BoundedStep):
 class BoundedOne(BoundedStep):
     """One token. known: it attends what the last one selected."""
 
-    def __init__(self, memory: BoundedMemory, context: GraphContext, *, known: bool) -> None:
-        super().__init__(memory, context, 1)
+    def __init__(self, memory: BoundedMemory, ops: Ops, *, known: bool) -> None:
+        super().__init__(memory, ops, 1)
         self._known = known
-        self._rope = context.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "near_far_rope")
+        self._rope = ops.g.input(g.GGML_TYPE_F32, (2, memory.config.rope_dim), "near_far_rope")
         self._queries: list[Tensor] = []
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
         m = self._memory
-        selected = m.select_one(self._g, qkv, self._rope, self._regions, layer)
+        selected = m.select_one(self._ops, qkv, self._rope, self._regions, layer)
         self._queries.append(self._observe(qkv))
         self._selected.append(self._observe(selected))
         if self._memory.observed:
             self._relevance.append(self._observe(selected.contents.src[0]))
-        arenas = [m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]]
+        arenas = m.k_local[layer], m.v_local[layer], m.k_store[layer], m.v_store[layer]
         if not self._known:
             self._hook_at(selected, layer, late=m.disk is not None and m.disk.prefetches)
         elif layer % (n := max(2, -(-m.config.n_layer // N_KNOWN_POINTS))) == 0:
             self._hook_at(selected, layer, late=True, n_known=min(n, m.config.n_layer - layer))
-        return m.ops.attend_one(self._g, [qkv, *arenas, self._rope, selected, m.places(layer), self._regions])
+        return self._ops.attend_memory_one(qkv, *arenas, self._rope, selected, m.places(layer), self._regions)
 
     def fill(self, n_past: int) -> None:
         super().fill(n_past)
@@ -171,7 +173,7 @@ class BoundedOne(BoundedStep):
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         c = self._memory.config
         q = tensor_array(self._queries[layer])[: c.n_embd_q].reshape(1, c.n_head, c.head_dim) * c.head_dim**-0.5
-        near = self._memory.near_table(int(self._memory.regions[0]))
+        near = self._memory.near_table(self._memory.regions.first)
         far = self._memory.far_table if self._memory.far else near
         return _rotated(q, near), _rotated(q, far)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
+from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.arenas import as_rows
@@ -24,6 +24,7 @@ from pyggml_repkv.memory.policy import (
     context_length,
     even_split,
 )
+from pyggml_repkv.ops.makers import Ops
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
 # sums come out bit for bit the same.
@@ -46,7 +47,6 @@ class FullMemory:
         self.n_ctx = context_length(memory, config)
         # Rows beyond n_ctx are never written; they pad the attended length.
         self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
-        self._fused_ops = inputs.graph.fused_ops
         self._flash = memory.flash_attn
         check_cache_types(config, memory)
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
@@ -81,12 +81,12 @@ class FullMemory:
         n_kv = -(-(n_past + n_tokens) // N_KV_STEP) * N_KV_STEP
         return StepShape(n_tokens, "ggml", min(n_kv, self.n_cells))
 
-    def build(self, context: GraphContext, shape: StepShape) -> StepAttention:
+    def build(self, ops: Ops, shape: StepShape) -> StepAttention:
         if shape.form != "ggml":
-            return FusedAttention(self, context, shape.n_tokens, self._fused_ops)
+            return FusedAttention(self, ops, shape.n_tokens)
         assert isinstance(shape.memory, int)
         kind = FlashAttention if self._flash else SoftmaxAttention
-        return kind(self, context, shape.n_tokens, shape.memory)
+        return kind(self, ops.g, shape.n_tokens, shape.memory)
 
     def undo_step(self) -> None:
         """Nothing to do: rows beyond n_past are written again before they are read."""

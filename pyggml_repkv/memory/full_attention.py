@@ -13,9 +13,9 @@ import numpy as np
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.fused_ops import FusedOps
 from pyggml_repkv.memory.policy import UnobservedStep
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.ops.makers import Ops
 
 _GGML = "this graph was planned for ggml's own nodes"
 _FUSED = "this graph was planned for fused nodes"
@@ -149,22 +149,22 @@ class SoftmaxAttention(_MaskedAttention):
 class FusedAttention(UnobservedStep):
     """The extension's ops: F32 sums, and each key and value is read once for all heads that share it."""
 
-    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, ops: FusedOps) -> None:
-        self._memory, self._g, self._n_tokens, self._ops = memory, context, n_tokens, ops
-        self._cells = context.input(g.GGML_TYPE_I32, (2,), "kv_cells")
+    def __init__(self, memory: Arenas, ops: Ops, n_tokens: int) -> None:
+        self._memory, self._ops, self._n_tokens = memory, ops, n_tokens
+        self._cells = ops.g.input(g.GGML_TYPE_I32, (2,), "kv_cells")
 
     def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        return self._ops.attend(self._g, qkv, *self._arenas(layer), self._cells)
+        return self._ops.attend(qkv, *self._arenas(layer), self._cells)
 
     def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
-        q = self._ops.store_kv(self._g, qkv, *self._arenas(layer), self._cells)
+        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)
         set_name(q, "Qcur", layer)
-        return self._ops.attend_chunk(self._g, q, *self._arenas(layer), self._cells)
+        return self._ops.attend_chunk(q, *self._arenas(layer), self._cells)
 
     def store_packed(self, qkv: Tensor, layer: int) -> None:
-        q = self._ops.store_kv(self._g, qkv, *self._arenas(layer), self._cells)
+        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)
         set_name(q, "Qcur", layer)
-        self._g.expand(q)
+        self._ops.g.expand(q)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         raise AssertionError(_FUSED)

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.memory.block_file import BlockFile
 from pyggml_repkv.memory.boundaries import BoundaryScores
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.ops.makers import Ops
 
 if TYPE_CHECKING:
     from pyggml_repkv.graph.plan import GraphModel
@@ -155,7 +156,8 @@ class Policy(Protocol):
     def undo_step(self) -> None:
         """Called when a step failed after `begin_step`: takes back what must not count twice."""
 
-    def build(self, context: GraphContext, shape: StepShape) -> StepAttention: ...
+    def build(self, ops: Ops, shape: StepShape) -> StepAttention:
+        """Its part of the graph that `ops` makes nodes of."""
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         """What n_tokens tokens will take of RAM, part by part."""

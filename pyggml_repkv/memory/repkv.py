@@ -13,18 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError, StoreError
-from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
+from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.graph.memory_ops import LANES
 from pyggml_repkv.memory.arenas import as_array, as_rows
 from pyggml_repkv.memory.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.blocks import Blocks, FixedBlocks, SemanticBlocks, parse_block
 from pyggml_repkv.memory.boundaries import LOOKAHEAD
-from pyggml_repkv.memory.bounded import KEPT, N_SINGLE, BoundedMemory
+from pyggml_repkv.memory.bounded import N_SINGLE, BoundedMemory
 from pyggml_repkv.memory.cache_types import to_float32
 from pyggml_repkv.memory.disk_tier import DiskTier, default_folder
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs
 from pyggml_repkv.memory.repkv_checkpoints import Checkpoints, RepKVState
+from pyggml_repkv.ops.kernels import LANES
+from pyggml_repkv.ops.makers import Ops
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
@@ -108,40 +109,33 @@ class RepKVMemory(BoundedMemory):
         """How many blocks a full context may have, in whole groups."""
         return -(-self.n_ctx // (parse_block(self.memory.block).min_size * LANES)) * LANES
 
-    def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select(self, ops: Ops, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
-            marker = self.ops.score_dot(context, q, self.k_local[layer], score, regions, m.n_scoring)
+            marker = ops.score_acc(q, self.k_local[layer], score, regions, m.n_scoring)
         else:
-            marker = self.ops.score_attention(context, q, self.k_local[layer], score, regions, m.n_scoring)
+            marker = ops.score_attention(q, self.k_local[layer], score, regions, m.n_scoring)
         set_name(marker, "score_acc", layer)
-        relevance = self.ops.relevance(
-            context, q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance
-        )
-        return self._top(context, relevance, regions, layer, None)
+        relevance = ops.relevance(q_far, self.index[layer], regions, marker, n_repr=m.n_repr, kind=m.relevance)
+        return self._top(ops, relevance, regions, layer, None)
 
-    def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select_one(self, ops: Ops, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         m, score = self.memory, self.score_tensors[layer]
         if m.score == "dot":
-            marker = self.ops.score_dot_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
+            marker = ops.score_acc_one(qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
         else:
-            marker = self.ops.score_attention_one(context, qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
+            marker = ops.score_attention_one(qkv, self.k_local[layer], score, rope, regions, m.n_scoring)
         set_name(marker, "score_acc", layer)
-        relevance = self.ops.relevance_one(
-            context, qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance
-        )
+        relevance = ops.relevance_one(qkv, self.index[layer], rope, regions, marker, n_repr=m.n_repr, kind=m.relevance)
         kept = self.kept_tensors[layer] if m.keeps else None
-        return self._top(context, relevance, regions, layer, kept)
+        return self._top(ops, relevance, regions, layer, kept)
 
-    def _top(
-        self, context: GraphContext, relevance: Tensor, regions: Tensor, layer: int, kept: Tensor | None
-    ) -> Tensor:
+    def _top(self, ops: Ops, relevance: Tensor, regions: Tensor, layer: int, kept: Tensor | None) -> Tensor:
         set_name(relevance, "block_relevance", layer)
         m = self.memory
-        late = m.late and kept is not None
-        selected = self.ops.block_topk(
-            context, relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head,
-            sticky=m.sticky, kept=kept, keeps=True, late=late,
+        selected = ops.block_topk(
+            relevance, regions, self.n_top_max, kind=m.relevance, per_head=m.per_head, sticky=m.sticky, kept=kept,
+            late=m.late and kept is not None,
         )  # fmt: skip
         set_name(selected, "block_topk", layer)
         return selected
@@ -152,19 +146,20 @@ class RepKVMemory(BoundedMemory):
         super().begin_step(tokens, n_past)
         if self._kept:
             one = len(tokens) == 1
-            self.regions[KEPT] = self._kept_half if one else -1
+            self.regions.kept = self._kept_half if one else -1
             self._kept_half = int(self._kept_half == 0) if one else -1
 
     @property
     def knows_selection(self) -> bool:
         if self.disk is None or not self.disk.prefetches:
             return False
-        half = self.regions[KEPT]
+        half = self.regions.kept
         return half >= 0 and bool(self._kept[0][half, 0, 0] > 0)
 
     def assume_selected(self, n_past: int) -> None:
         """For a graph that is never computed: as if the token before had selected, if there was a choice by then."""
         if self._n_blocks_at(n_past) > self.n_select(n_past, 1):
+            self.regions.kept = 0
             for kept in self._kept:
                 kept[..., 0] = 1
 

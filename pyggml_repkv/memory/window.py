@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.ffi.context import GraphContext, Tensor
+from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded import BoundedMemory
 from pyggml_repkv.memory.policy import NO_DISK, PolicyInputs
+from pyggml_repkv.ops.makers import Ops
 
 
 class WindowMemory(BoundedMemory):
@@ -22,10 +23,10 @@ class WindowMemory(BoundedMemory):
         self.places_tensor = self.arenas.new(g.GGML_TYPE_I32, (1, 2), "block_places")
         self._no_block = self.arenas.new(g.GGML_TYPE_I32, (1, 1), "no_block")
 
-    def select(self, context: GraphContext, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select(self, ops: Ops, q: Tensor, q_far: Tensor, regions: Tensor, layer: int) -> Tensor:
         return self._no_block
 
-    def select_one(self, context: GraphContext, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
+    def select_one(self, ops: Ops, qkv: Tensor, rope: Tensor, regions: Tensor, layer: int) -> Tensor:
         return self._no_block
 
     def seal(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:

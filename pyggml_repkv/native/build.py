@@ -58,7 +58,7 @@ def ffibuilder() -> FFI:
         MODULE,
         GENERATED_PREAMBLE + includes,
         sources=[str(path.relative_to(ROOT)) for path in c_sources()],
-        depends=[str(path.relative_to(ROOT)) for path in FOLDER.glob("*.h")],
+        depends=[str(path.relative_to(ROOT)) for path in (*FOLDER.glob("*.h"), FOLDER / "ops.def")],
         include_dirs=[str(FOLDER), str(ggml_include_dir())],
         # -std=c11 alone hides pread, posix_memalign and O_DIRECT.
         define_macros=[("_GNU_SOURCE", "1")],

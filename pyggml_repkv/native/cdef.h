@@ -9,6 +9,9 @@ struct repkv_ggml_api {
     void *log_set;
 };
 
+struct ggml_tensor;
+typedef void (*ggml_custom_op_t)(struct ggml_tensor *dst, int ith, int nth, void *userdata);
+
 struct repkv_op_params {
     float eps;
     float scale;
@@ -28,7 +31,7 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
-    void *traced;
+    ggml_custom_op_t traced;
     int64_t begin_ns, end_ns;
 };
 
@@ -51,21 +54,27 @@ int repkv_compute_scheduled(void *backend, void *scheduler, void *graph, struct 
 void repkv_request_abort(void);
 bool repkv_was_interrupted(void);
 
-enum repkv_op {
-    REPKV_NORM_LINEAR, REPKV_ATTEND, REPKV_ATTN_OUT, REPKV_GATE_UP, REPKV_LINEAR_ADD, REPKV_PACK, REPKV_NORM_PACKED,
-    REPKV_MATMUL, REPKV_MATMUL_ADD, REPKV_MATMUL_GATE_UP, REPKV_STORE_KV, REPKV_ATTEND_CHUNK,
-    REPKV_STORE_FAR, REPKV_SCORE_ACC, REPKV_SCORE_ACC_ONE, REPKV_SCORE_ATTENTION, REPKV_SCORE_ATTENTION_ONE,
-    REPKV_RELEVANCE, REPKV_RELEVANCE_ONE, REPKV_BLOCK_TOPK,
-    REPKV_ATTEND_MEMORY, REPKV_ATTEND_MEMORY_ONE, REPKV_PEAK_READ, REPKV_PEAK_FMA, ...
+enum repkv_source_use { REPKV_MAYBE, REPKV_MANY, REPKV_ROWS, REPKV_WRITES, ... };
+struct repkv_op_source {
+    const char *name;
+    int32_t use;
 };
-void *repkv_op_address(enum repkv_op op);
-void *repkv_traced_op_address(void);
+struct repkv_op_info {
+    const char *name, *cost;
+    ggml_custom_op_t function;
+    struct repkv_op_source sources[...];
+};
+extern const struct repkv_op_info repkv_ops[...];
+void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
-int repkv_panel(void);
 int repkv_has_fast_prefill(void);
 void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr);
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,
                        int rope_dim, float *scratch);
+
+struct repkv_regions {
+    int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, n_select, store_base, kept;
+};
 
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 
@@ -168,6 +177,8 @@ int repkv_hooks_end(struct repkv_hooks *hooks);
 void *repkv_eval_hook_address(void);
 
 void *repkv_node_trace_hook_address(void);
+#define PANEL ...
+#define LANES ...
 #define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...
 #define REPKV_HOOK_CHANGED ...

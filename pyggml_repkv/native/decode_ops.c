@@ -25,18 +25,19 @@ static void rms_norm(float *y, const float *x, const float *weight, int n, float
 
 void repkv_norm_linear(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const int n = (int)dst->src[0]->ne[0];
+    const struct repkv_norm_linear_sources *src = SOURCES(dst, norm_linear);
+    const int n = (int)src->x->ne[0];
     float *x = (float *)repkv_thread_scratch(p, ith);
     char *quantized = (char *)x + row_bytes((size_t)n);
-    rms_norm(x, dst->src[0]->data, dst->src[1]->data, n, p->eps);
+    rms_norm(x, src->x->data, src->norm->data, n, p->eps);
 
     int64_t begin, end, first = 0;
     share(dst->ne[0], ith, nth, &begin, &end);
     int last_type = -1;
     const void *input = NULL;
     for (int m = 0; m < p->n_matrices; m++) {
-        const struct ggml_tensor *w = dst->src[2 + m];
-        const float *bias = p->n_biases ? dst->src[2 + p->n_matrices + m]->data : NULL;
+        const struct ggml_tensor *w = src->matrices[m];
+        const float *bias = p->n_biases ? src->matrices[p->n_matrices + m]->data : NULL;
         float *y = (float *)dst->data + first;
         const int64_t r0 = begin > first ? begin - first : 0;
         const int64_t r1 = end - first < w->ne[1] ? end - first : w->ne[1];
@@ -55,10 +56,11 @@ void repkv_norm_linear(struct ggml_tensor *dst, int ith, int nth, void *userdata
 
 void repkv_linear_add(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *w = dst->src[1];
-    const float *residual = dst->src[2]->data;
+    const struct repkv_linear_add_sources *src = SOURCES(dst, linear_add);
+    const struct ggml_tensor *w = src->weight;
+    const float *residual = src->residual->data;
     const int n = (int)w->ne[0];
-    const void *input = quantize_row(w->type, dst->src[0]->data, repkv_thread_scratch(p, ith), n);
+    const void *input = quantize_row(w->type, src->x->data, repkv_thread_scratch(p, ith), n);
     const ggml_vec_dot_t vec_dot = repkv_ggml.get_type_traits_cpu(w->type)->vec_dot;
     float *y = dst->data;
     int64_t begin, end;
@@ -71,11 +73,12 @@ void repkv_linear_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 
 void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *gate = dst->src[2], *up = dst->src[3];
+    const struct repkv_gate_up_sources *src = SOURCES(dst, gate_up);
+    const struct ggml_tensor *gate = src->gate, *up = src->up;
     const int n = (int)gate->ne[0];
     float *x = (float *)repkv_thread_scratch(p, ith);
     char *quantized = (char *)x + row_bytes((size_t)n);
-    rms_norm(x, dst->src[0]->data, dst->src[1]->data, n, p->eps);
+    rms_norm(x, src->x->data, src->norm->data, n, p->eps);
     float *y = dst->data;
     int64_t begin, end;
     share(gate->ne[1], ith, nth, &begin, &end);
@@ -99,9 +102,10 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const float *qkv = dst->src[0]->data;
-    const float *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
-    const int32_t *cells = dst->src[4]->data;
+    const struct repkv_attend_sources *src = SOURCES(dst, attend);
+    const float *qkv = src->qkv->data;
+    const float *cosine = src->rope->data, *sine = cosine + p->rope_dim / 2;
+    const int32_t *cells = src->cells->data;
     const int d = p->head_dim;
 
     struct attention a = attention_begin(p, dst, ith);
@@ -109,8 +113,8 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
     int64_t begin, end;
     share(cells[1], ith, nth, &begin, &end);
-    attend_range(&a, a.q, dst->src[1], dst->src[2], begin, end);
-    if (ith == nth - 1) attend_new(&a, a.q, dst->src[1], dst->src[2], cells[0], qkv, cosine, sine);
+    attend_range(&a, a.q, src->k_arena, src->v_arena, begin, end);
+    if (ith == nth - 1) attend_new(&a, a.q, src->k_arena, src->v_arena, cells[0], qkv, cosine, sine);
 }
 
 /* The threads' partial sums of one head become its output [d]. */
@@ -134,12 +138,13 @@ static void merge_head(float *y, const float *partials, int nth, int n_head, int
 
 void repkv_attn_out(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *w = dst->src[1];
-    const float *residual = dst->src[2]->data;
+    const struct repkv_attn_out_sources *src = SOURCES(dst, attn_out);
+    const struct ggml_tensor *w = src->weight;
+    const float *residual = src->residual->data;
     const int n = (int)w->ne[0];
     float *x = (float *)repkv_thread_scratch(p, ith);
     for (int h = 0; h < p->n_head; h++) {
-        merge_head(x + h * p->head_dim, dst->src[0]->data, nth, p->n_head, h, p->head_dim);
+        merge_head(x + h * p->head_dim, src->partials->data, nth, p->n_head, h, p->head_dim);
     }
     const void *input = quantize_row(w->type, x, (char *)x + row_bytes((size_t)n), n);
     const ggml_vec_dot_t vec_dot = repkv_ggml.get_type_traits_cpu(w->type)->vec_dot;

@@ -23,9 +23,8 @@ static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *ke
     if (n > 0) repkv_store_fetch(h->store, layer, blocks, n);
 }
 
-/* The sources of a node that keeps what it selects are as of repkv_block_topk. */
 static int last_half(const struct ggml_tensor *node) {
-    return regions_of(node->src[1])[KEPT];
+    return regions_of(SOURCES(node, block_topk)->regions)->kept;
 }
 
 static int check_asked(const struct repkv_hooks *h) {
@@ -43,7 +42,7 @@ static void fetch_asked(const struct repkv_hooks *h) {
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
     const int32_t n_rows = (int32_t)node->ne[1];
     const int status = repkv_store_require(h->store, point.layer, node->data, n_rows, node->ne[0]);
-    if (point.late) fetch_kept(h, node->src[3], kept_half(last_half(node)), point.layer);
+    if (point.late) fetch_kept(h, SOURCES(node, block_topk)->kept, kept_half(last_half(node)), point.layer);
     return status;
 }
 

@@ -7,9 +7,10 @@
 
 void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *qkv = dst->src[0], *k_store = dst->src[1], *v_store = dst->src[2];
-    const float *table = dst->src[3]->data;
-    const int32_t *regions = regions_of(dst->src[4]);
+    const struct repkv_store_far_sources *src = SOURCES(dst, store_far);
+    const struct ggml_tensor *qkv = src->qkv, *k_store = src->k_store, *v_store = src->v_store;
+    const float *table = src->rope->data;
+    const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
     float *buffer = (float *)repkv_thread_scratch(p, ith);
@@ -18,8 +19,8 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     for (int64_t panel = begin; panel < end; panel++) {
         const float *x = (const float *)qkv->data + panel * qkv->ne[1] * PANEL;
         float *y = (float *)dst->data + panel * p->n_head * d * PANEL;
-        const int64_t first_row = regions[FIRST] - regions[STORE_BASE] + panel * PANEL;
-        const int n_tokens = regions[N_TOKENS] - panel * PANEL < PANEL ? (int)(regions[N_TOKENS] - panel * PANEL) : PANEL;
+        const int64_t first_row = regions->first - regions->store_base + panel * PANEL;
+        const int n_tokens = regions->n_tokens - panel * PANEL < PANEL ? (int)(regions->n_tokens - panel * PANEL) : PANEL;
         for (int h = 0; h < p->n_head_kv; h++) {
             scatter_panel(k_store, x + (p->n_head + h) * d * PANEL, first_row, n_tokens, h, k_head_bytes, d, buffer);
             scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, first_row, n_tokens, h, v_head_bytes, d, buffer);
@@ -45,27 +46,28 @@ static const int32_t *selection(const struct repkv_op_params *p, const struct gg
 
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *q_local = dst->src[0], *k_local = dst->src[1], *v_local = dst->src[2];
-    const struct ggml_tensor *q_far = dst->src[3], *k_store = dst->src[4], *v_store = dst->src[5];
-    const struct place *places = dst->src[7]->data;
-    const int32_t *regions = regions_of(dst->src[8]);
-    const int64_t base = regions[LOCAL_BASE], store_base = regions[STORE_BASE];
+    const struct repkv_attend_memory_sources *src = SOURCES(dst, attend_memory);
+    const struct ggml_tensor *q_local = src->q_local, *k_local = src->k_local, *v_local = src->v_local;
+    const struct ggml_tensor *q_far = src->q_far, *k_store = src->k_store, *v_store = src->v_store;
+    const struct place *places = src->places->data;
+    const struct repkv_regions *regions = regions_of(src->regions);
+    const int64_t base = regions->local_base, store_base = regions->store_base;
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
         if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
-        const int32_t *selected = selection(p, dst->src[6], kv);
+        const int32_t *selected = selection(p, src->selected, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
-        gather_cells(&a, q_far, k_store, v_store, 0, regions[SINK_END]);
+        gather_cells(&a, q_far, k_store, v_store, 0, regions->sink_end);
         for (int i = 0; i < selected[0]; i++) {
             const struct place block = places[selected[1 + i]];
             gather_cells(&a, q_far, k_store, v_store, block.row, (int64_t)block.row + block.n_tokens);
         }
-        gather_cells(&a, q_far, k_store, v_store, regions[REMAINDER] - store_base, regions[LOCAL] - store_base);
+        gather_cells(&a, q_far, k_store, v_store, regions->remainder - store_base, regions->local - store_base);
         attend_gathered(&a, q_far, 0, INT32_MAX);
-        const int64_t done = (panel + 1) * PANEL < regions[N_TOKENS] ? (panel + 1) * PANEL : regions[N_TOKENS];
-        const int64_t first = regions[FIRST] - base;
-        attend_cells(&a, q_local, k_local, v_local, regions[LOCAL] - base, first + done, first + panel * PANEL);
+        const int64_t done = (panel + 1) * PANEL < regions->n_tokens ? (panel + 1) * PANEL : regions->n_tokens;
+        const int64_t first = regions->first - base;
+        attend_cells(&a, q_local, k_local, v_local, regions->local - base, first + done, first + panel * PANEL);
         panel_attention_end(&a);
     }
 }
@@ -104,41 +106,42 @@ static void attend_selected(const struct attention *a, const struct ggml_tensor 
 
 void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const float *qkv = dst->src[0]->data, *near = dst->src[5]->data, *far = near + p->rope_dim;
-    const struct ggml_tensor *k_local = dst->src[1], *v_local = dst->src[2], *k_store = dst->src[3], *v_store = dst->src[4];
-    const struct place *places = dst->src[7]->data;
-    const int32_t *regions = regions_of(dst->src[8]);
+    const struct repkv_attend_memory_one_sources *src = SOURCES(dst, attend_memory_one);
+    const float *qkv = src->qkv->data, *near = src->rope->data, *far = near + p->rope_dim;
+    const struct ggml_tensor *k_local = src->k_local, *v_local = src->v_local, *k_store = src->k_store, *v_store = src->v_store;
+    const struct place *places = src->places->data;
+    const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
-    const int64_t base = regions[LOCAL_BASE], store_base = regions[STORE_BASE];
+    const int64_t base = regions->local_base, store_base = regions->store_base;
     int64_t begin, end, offset = 0;
 
     struct attention a = attention_begin(p, dst, ith);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, far, far + half, p->rope_dim, d);
     if (p->per_head) {
         int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += selected_rows(selection(p, dst->src[6], kv), places);
+        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += selected_rows(selection(p, src->selected, kv), places);
         share(n_rows, ith, nth, &begin, &end);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_selected(&a, k_store, v_store, selection(p, dst->src[6], kv), places, kv, &offset, begin, end);
+            attend_selected(&a, k_store, v_store, selection(p, src->selected, kv), places, kv, &offset, begin, end);
         }
         offset = 0;
     }
-    const int32_t none = 0, *selected = p->per_head ? &none : selection(p, dst->src[6], 0);
-    const int64_t n_others = regions[SINK_END] + regions[LOCAL] - regions[REMAINDER] + regions[FIRST] - regions[LOCAL];
+    const int32_t none = 0, *selected = p->per_head ? &none : selection(p, src->selected, 0);
+    const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first - regions->local;
     share(n_others + selected_rows(selected, places), ith, nth, &begin, &end);
-    attend_part(&a, a.q, k_store, v_store, 0, regions[SINK_END], -1, &offset, begin, end);
+    attend_part(&a, a.q, k_store, v_store, 0, regions->sink_end, -1, &offset, begin, end);
     attend_selected(&a, k_store, v_store, selected, places, -1, &offset, begin, end);
-    attend_part(&a, a.q, k_store, v_store, regions[REMAINDER] - store_base, regions[LOCAL] - store_base, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_store, v_store, regions->remainder - store_base, regions->local - store_base, -1, &offset, begin, end);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
-    attend_part(&a, a.q, k_local, v_local, regions[LOCAL] - base, regions[FIRST] - base, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_local, v_local, regions->local - base, regions->first - base, -1, &offset, begin, end);
     if (ith != nth - 1) return;
 
-    attend_new(&a, a.q, k_local, v_local, regions[FIRST] - base, qkv, near, near + half);
-    const int64_t store_row = regions[FIRST] - store_base;
+    attend_new(&a, a.q, k_local, v_local, regions->first - base, qkv, near, near + half);
+    const int64_t store_row = regions->first - store_base;
     if (store_row >= k_store->ne[1]) return;
     /* The store keeps what `local` keeps, or the key before RoPE. */
-    const float *key = regions[FAR] ? qkv + p->n_head * d : a.keys;
-    if (!regions[FAR]) to_f32(k_local->type, row(k_local, regions[FIRST] - base), a.keys, p->n_head_kv * d);
+    const float *key = regions->far ? qkv + p->n_head * d : a.keys;
+    if (!regions->far) to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
     from_f32(k_store->type, key, row(k_store, store_row), p->n_head_kv * d);
     from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, store_row), p->n_head_kv * d);
 }

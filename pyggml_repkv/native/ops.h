@@ -1,4 +1,4 @@
-/* What all custom ops of the extension share: their parameters and how Python finds them.
+/* What all custom ops of the extension share: their table, their parameters and sources.
  *
  * Common rules: every op is called by all `nth` threads of ggml and splits its work itself, without barriers; tensors are
  * contiguous and F32 unless said; weights are [n_rows, n_in] of any type with a vec_dot (decode) or to_float (prefill);
@@ -28,50 +28,61 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
-    void *traced;             /* repkv_traced_op: the op that it runs */
+    ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };
 
-enum repkv_op {
-    REPKV_NORM_LINEAR,
-    REPKV_ATTEND,
-    REPKV_ATTN_OUT,
-    REPKV_GATE_UP,
-    REPKV_LINEAR_ADD,
-    REPKV_PACK,
-    REPKV_NORM_PACKED,
-    REPKV_MATMUL,
-    REPKV_MATMUL_ADD,
-    REPKV_MATMUL_GATE_UP,
-    REPKV_STORE_KV,
-    REPKV_ATTEND_CHUNK,
-    REPKV_STORE_FAR,
-    REPKV_SCORE_ACC,
-    REPKV_SCORE_ACC_ONE,
-    REPKV_SCORE_ATTENTION,
-    REPKV_SCORE_ATTENTION_ONE,
-    REPKV_RELEVANCE,
-    REPKV_RELEVANCE_ONE,
-    REPKV_BLOCK_TOPK,
-    REPKV_ATTEND_MEMORY,
-    REPKV_ATTEND_MEMORY_ONE,
-    REPKV_PEAK_READ,
-    REPKV_PEAK_FMA,
-    REPKV_N_OPS
+/* What an op does with a source besides reading it whole. */
+enum repkv_source_use {
+    REPKV_MAYBE = 1, /* may be missing, with all that follow */
+    REPKV_MANY = 2,
+    REPKV_ROWS = 4, /* reads only some rows */
+    REPKV_WRITES = 8, /* writes some rows */
 };
 
-/* The address of an op, for ggml_custom_4d; NULL for an unknown one. */
-void *repkv_op_address(enum repkv_op op);
+struct repkv_op_source {
+    const char *name;
+    int32_t use; /* bits of enum repkv_source_use */
+};
+
+struct repkv_op_info {
+    const char *name, *cost;
+    ggml_custom_op_t function;
+    struct repkv_op_source sources[GGML_MAX_SRC]; /* those that there are, then zeros */
+};
+
+/* repkv_NAME, and its sources by name: struct repkv_NAME_sources. */
+#define OP(name, cost, sources)                                                                         \
+    void repkv_##name(struct ggml_tensor *dst, int ith, int nth, void *userdata);                       \
+    struct repkv_##name##_sources {                                                                     \
+        sources                                                                                         \
+    };                                                                                                  \
+    _Static_assert(sizeof(struct repkv_##name##_sources) < GGML_MAX_SRC * sizeof(struct ggml_tensor *), \
+                   "a custom op takes fewer than GGML_MAX_SRC sources");
+#define IN(name) struct ggml_tensor *name;
+#define MANY(name) IN(name[])
+#define ROWS(name) IN(name)
+#define OUT(name) IN(name)
+#define INOUT(name) IN(name)
+#define MAYBE_INOUT(name) IN(name)
+#include "ops.def"
+
+/* The sources of a node by name: SOURCES(dst, attend)->qkv is a struct ggml_tensor *, NULL for one that is missing. */
+#define SOURCES(node, op) ((const struct repkv_##op##_sources *)(node)->src)
+
+/* The table, for Python. */
+#define OP(name, cost, sources) +1
+enum {
+    REPKV_N_OPS = 0
+#include "ops.def"
+};
+extern const struct repkv_op_info repkv_ops[REPKV_N_OPS];
 
 /* Any op, with a note of when it ran; `traced` of its parameters says which. Costs two looks at the clock. */
 void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
-void *repkv_traced_op_address(void);
 
 /* Bytes of scratch per thread that the ops need for a model of these sizes. */
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
-
-/* Tokens that lie side by side in the packed layout of the prefill ops (see prefill_ops.h). */
-int repkv_panel(void);
 
 /* 1 if the prefill ops were compiled for vectors wide enough to outrun ggml's own multiplication. */
 int repkv_has_fast_prefill(void);

@@ -1,11 +1,13 @@
 #include "peak_ops.h"
 
+#include "ops.h"
 #include "simd.h"
 
 void repkv_peak_read(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)userdata;
-    const float *x = dst->src[0]->data;
-    const int64_t n_vectors = dst->src[0]->ne[0] / 64;
+    const struct repkv_peak_read_sources *src = SOURCES(dst, peak_read);
+    const float *x = src->x->data;
+    const int64_t n_vectors = src->x->ne[0] / 64;
     const int64_t begin = n_vectors * ith / nth, end = n_vectors * (ith + 1) / nth;
     f32x16 a = splat16(0.0f), b = a, c = a, d = a;
     for (int64_t i = begin; i < end; i++) {
@@ -37,7 +39,8 @@ enum { PER_CHAIN = 1 };
 void repkv_peak_fma(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)nth;
     (void)userdata;
-    const int32_t n = *(const int32_t *)dst->src[0]->data;
+    const struct repkv_peak_fma_sources *src = SOURCES(dst, peak_fma);
+    const int32_t n = *(const int32_t *)src->repetitions->data;
     /* As many independent chains as hide the latency of a multiply-add on two ports. */
     enum { N = REPKV_PEAK_CHAINS };
     wide x[N];

@@ -19,7 +19,8 @@ size_t repkv_prefill_scratch(int n_head, int head_dim) {
 
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)userdata;
-    const struct ggml_tensor *x = dst->src[0];
+    const struct repkv_pack_sources *src = SOURCES(dst, pack);
+    const struct ggml_tensor *x = src->x;
     const int64_t n = x->ne[0], n_tokens = x->ne[1];
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
@@ -35,12 +36,13 @@ void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 void repkv_norm_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const struct repkv_norm_packed_sources *src = SOURCES(dst, norm_packed);
     const int64_t n = dst->ne[1];
-    const float *weight = dst->src[1]->data;
+    const float *weight = src->norm->data;
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
-        const float *x = (const float *)dst->src[0]->data + panel * n * PANEL;
+        const float *x = (const float *)src->x->data + panel * n * PANEL;
         float *y = (float *)dst->data + panel * n * PANEL;
         for (int half = 0; half < PANEL; half += 16) {
             f32x16 sum[4] = {splat16(0.0f), splat16(0.0f), splat16(0.0f), splat16(0.0f)};
@@ -96,15 +98,16 @@ static void share_rows(int64_t n_rows, int ith, int nth, int64_t *begin, int64_t
 
 void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const struct repkv_matmul_sources *src = SOURCES(dst, matmul);
     float *block = (float *)repkv_thread_scratch(p, ith);
     int64_t first = 0;
     for (int m = 0; m < p->n_matrices; m++) {
-        const struct ggml_tensor *w = dst->src[1 + m];
+        const struct ggml_tensor *w = src->matrices[m];
         int64_t begin, end;
         share_rows(w->ne[1], ith, nth, &begin, &end);
-        multiply(dst, dst->src[0], w, begin, end, first, block);
+        multiply(dst, src->x, w, begin, end, first, block);
         if (p->n_biases) {
-            const float *bias = dst->src[1 + p->n_matrices + m]->data;
+            const float *bias = src->matrices[p->n_matrices + m]->data;
             for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
                 float *y = (float *)dst->data + (panel * dst->ne[1] + first) * PANEL;
                 for (int64_t r = begin; r < end; r++) {
@@ -118,20 +121,22 @@ void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 void repkv_matmul_add(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const struct repkv_matmul_add_sources *src = SOURCES(dst, matmul_add);
     int64_t begin, end;
     share_rows(dst->ne[1], ith, nth, &begin, &end);
-    multiply(dst, dst->src[0], dst->src[1], begin, end, 0, (float *)repkv_thread_scratch(p, ith));
+    multiply(dst, src->x, src->weight, begin, end, 0, (float *)repkv_thread_scratch(p, ith));
     for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
         const int64_t offset = panel * dst->ne[1] * PANEL;
         float *y = (float *)dst->data + offset;
-        const float *residual = (const float *)dst->src[2]->data + offset;
+        const float *residual = (const float *)src->residual->data + offset;
         for (int64_t i = begin * PANEL; i < end * PANEL; i += 16) store16(y + i, load16(y + i) + load16(residual + i));
     }
 }
 
 void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *x = dst->src[0], *gate = dst->src[1], *up = dst->src[2];
+    const struct repkv_matmul_gate_up_sources *src = SOURCES(dst, matmul_gate_up);
+    const struct ggml_tensor *x = src->x, *gate = src->gate, *up = src->up;
     const int64_t n_in = x->ne[1], n_out = dst->ne[1];
     float *block = (float *)repkv_thread_scratch(p, ith), *product_of_up = block + (size_t)BLOCK_ROWS * BLOCK_K;
     int64_t begin, end;
@@ -158,8 +163,9 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
 
 void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *qkv = dst->src[0], *k_arena = dst->src[1], *v_arena = dst->src[2];
-    const int32_t *cells = dst->src[4]->data;
+    const struct repkv_store_kv_sources *src = SOURCES(dst, store_kv);
+    const struct ggml_tensor *qkv = src->qkv, *k_arena = src->k_arena, *v_arena = src->v_arena;
+    const int32_t *cells = src->cells->data;
     const int d = p->head_dim, n_features = (p->n_head + 2 * p->n_head_kv) * d;
     const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
     float *buffer = (float *)repkv_thread_scratch(p, ith), *rotated = buffer + d;
@@ -167,7 +173,7 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
         const float *x = (const float *)qkv->data + panel * n_features * PANEL;
-        const float *rope = (const float *)dst->src[3]->data + panel * p->rope_dim * PANEL;
+        const float *rope = (const float *)src->rope->data + panel * p->rope_dim * PANEL;
         float *y = (float *)dst->data + panel * p->n_head * d * PANEL;
         const int64_t cell = cells[0] + panel * PANEL;
         const int n_tokens = cells[1] - panel * PANEL < PANEL ? (int)(cells[1] - panel * PANEL) : PANEL;
@@ -182,14 +188,15 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
 void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const int32_t *cells = dst->src[3]->data;
+    const struct repkv_attend_chunk_sources *src = SOURCES(dst, attend_chunk);
+    const int32_t *cells = src->cells->data;
     /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
         if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
         struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
         const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;
-        attend_cells(&a, dst->src[0], dst->src[1], dst->src[2], 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
+        attend_cells(&a, src->q, src->k_arena, src->v_arena, 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
         panel_attention_end(&a);
     }
 }

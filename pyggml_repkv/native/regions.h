@@ -1,8 +1,5 @@
 /* The parts of a sequence that a step of a bounded memory sees, as its ops get them.
  *
- * regions I32 [11]: first position, n_tokens, end of sinks, start of remainder, start of local window (= end of remainder),
- * local_base, n_blocks, 1 for far positions, how many blocks to select, store_base, which half of `kept` the last token's
- * selection is in (-1: there is none). Positions fit 31 bits.
  * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds sinks at
  * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and blocks where
  * `places` I32 [n_blocks, 2] = (first row, n_tokens) says. Its keys are as before RoPE (far positions) or rotated at their
@@ -12,9 +9,22 @@
 
 #include "ops.h"
 
-enum repkv_region { FIRST, N_TOKENS, SINK_END, REMAINDER, LOCAL, LOCAL_BASE, N_BLOCKS, FAR, N_SELECT, STORE_BASE, KEPT, N_REGIONS };
+/* The input `regions` I32 [11]; memory/regions.py fills it. Positions fit 31 bits. */
+struct repkv_regions {
+    int32_t first;      /* position of the step's first token */
+    int32_t n_tokens;   /* of the step */
+    int32_t sink_end;   /* sinks are [0, sink_end) */
+    int32_t remainder;  /* evicted tokens that fill no block are [remainder, local) */
+    int32_t local;      /* the window is [local, first) */
+    int32_t local_base; /* position less row in `local` */
+    int32_t n_blocks;   /* in the index */
+    int32_t far;        /* 1: far positions */
+    int32_t n_select;   /* blocks to select, if there are as many */
+    int32_t store_base; /* position less row in `store` */
+    int32_t kept;       /* half of kept-l with the last token's selection; -1: there is none */
+};
 
-static inline const int32_t *regions_of(const struct ggml_tensor *t) {
+static inline const struct repkv_regions *regions_of(const struct ggml_tensor *t) {
     return t->data;
 }
 

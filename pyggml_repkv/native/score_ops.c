@@ -17,17 +17,18 @@ static void add_query(float *sum, const struct ggml_tensor *queries, const struc
 
 void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const struct ggml_tensor *queries = dst->src[0], *k_local = dst->src[1], *score = dst->src[2];
-    const int32_t *regions = regions_of(dst->src[3]);
+    const struct repkv_score_acc_sources *src = SOURCES(dst, score_acc);
+    const struct ggml_tensor *queries = src->q, *k_local = src->k_local, *score = src->score;
+    const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim;
     const size_t head_bytes = k_local->nb[1] / (size_t)p->n_head_kv;
     const float unit = 1.0f / (p->scale * (float)p->n_score);
     float *sum = (float *)repkv_thread_scratch(p, ith), *key = sum + d;
     if (ith == 0) *(float *)dst->data = 0.0f;
 
-    const int64_t first = regions[FIRST], n_tokens = regions[N_TOKENS];
+    const int64_t first = regions->first, n_tokens = regions->n_tokens;
     const int64_t oldest = first > p->n_score ? first - p->n_score : 0;
-    const int64_t from = oldest > regions[LOCAL_BASE] ? oldest : regions[LOCAL_BASE];
+    const int64_t from = oldest > regions->local_base ? oldest : regions->local_base;
     int64_t begin, end;
     share(first + n_tokens - from, ith, nth, &begin, &end);
     for (int kv = 0; kv < p->n_head_kv; kv++) {
@@ -40,7 +41,7 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
             if (m == from + begin) low = high = want_low;
             while (high < want_high) add_query(sum, queries, p, kv, high++, 1.0f);
             while (low < want_low && low < high) add_query(sum, queries, p, kv, low++, -1.0f);
-            to_f32(k_local->type, row(k_local, m - regions[LOCAL_BASE]) + (size_t)kv * head_bytes, key, d);
+            to_f32(k_local->type, row(k_local, m - regions->local_base) + (size_t)kv * head_bytes, key, d);
             ((float *)score->data)[m * p->n_head_kv + kv] += unit * dot_f32(sum, key, d);
         }
     }
@@ -48,9 +49,10 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
 
 void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const float *qkv = dst->src[0]->data, *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
-    const struct ggml_tensor *k_local = dst->src[1], *score = dst->src[2];
-    const int32_t *regions = regions_of(dst->src[4]);
+    const struct repkv_score_acc_one_sources *src = SOURCES(dst, score_acc_one);
+    const float *qkv = src->qkv->data, *cosine = src->rope->data, *sine = cosine + p->rope_dim / 2;
+    const struct ggml_tensor *k_local = src->k_local, *score = src->score;
+    const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, group = p->n_head / p->n_head_kv, width = p->n_head_kv * d;
     float *sum = (float *)repkv_thread_scratch(p, ith), *rotated = sum + width, *keys = rotated + d;
     if (ith == 0) *(float *)dst->data = 0.0f;
@@ -59,26 +61,26 @@ void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userda
         rope(rotated, qkv + h * d, cosine, sine, p->rope_dim, d);
         axpy_f32(sum + h / group * d, rotated, 1.0f, d);
     }
-    const int64_t first = regions[FIRST], oldest = first > p->n_score ? first - p->n_score : 0;
-    const int64_t from = oldest > regions[LOCAL_BASE] ? oldest : regions[LOCAL_BASE];
+    const int64_t first = regions->first, oldest = first > p->n_score ? first - p->n_score : 0;
+    const int64_t from = oldest > regions->local_base ? oldest : regions->local_base;
     int64_t begin, end;
     share(first - from, ith, nth, &begin, &end);
     for (int64_t m = from + begin; m < from + end; m++) {
-        to_f32(k_local->type, row(k_local, m - regions[LOCAL_BASE]), keys, width);
+        to_f32(k_local->type, row(k_local, m - regions->local_base), keys, width);
         float *r = (float *)score->data + m * p->n_head_kv;
         for (int kv = 0; kv < p->n_head_kv; kv++) r[kv] += dot_f32(sum + kv * d, keys + kv * d, d) / (float)p->n_score;
     }
 }
 
 /* Keys a query gives probability to: the last n_score before it, as far as they are in the window, and its own. */
-static int64_t first_scored(const struct repkv_op_params *p, const int32_t *regions, int64_t position) {
+static int64_t first_scored(const struct repkv_op_params *p, const struct repkv_regions *regions, int64_t position) {
     const int64_t first = position - p->n_score;
-    return first > regions[LOCAL] ? first : regions[LOCAL];
+    return first > regions->local ? first : regions->local;
 }
 
 /* scores[c][lane] = q . key of position first + c, -inf where the lane does not score it. */
 static void masked_scores(const struct repkv_op_params *p, float *scores, const float *q, const float *keys,
-                          const int32_t *regions, int64_t first, int n_cells, int64_t lane_0) {
+                          const struct repkv_regions *regions, int64_t first, int n_cells, int64_t lane_0) {
     product(n_cells, scores, PANEL, keys, (size_t)p->head_dim, 1, q, p->head_dim, 0);
     if (first >= first_scored(p, regions, lane_0 + PANEL - 1) && first + n_cells - 1 <= lane_0) return;
     for (int t = 0; t < PANEL; t++) {
@@ -90,10 +92,11 @@ static void masked_scores(const struct repkv_op_params *p, float *scores, const 
 
 /* Adds to the scores of one key head what the query heads that share it give to each key, for one panel. */
 static void add_probabilities(const struct repkv_op_params *p, const struct ggml_tensor *score, const struct ggml_tensor *queries,
-                              const struct ggml_tensor *k_local, const int32_t *regions, int kv, int64_t panel, float *scratch) {
+                              const struct ggml_tensor *k_local, const struct repkv_regions *regions, int kv, int64_t panel,
+                              float *scratch) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
-    const int64_t lane_0 = regions[FIRST] + panel * PANEL, left = regions[N_TOKENS] - panel * PANEL;
+    const int64_t lane_0 = regions->first + panel * PANEL, left = regions->n_tokens - panel * PANEL;
     const int n_lanes = left < PANEL ? (int)left : PANEL;
     const int64_t begin = first_scored(p, regions, lane_0), end = lane_0 + n_lanes;
     const float *q = (const float *)queries->data + (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
@@ -106,7 +109,7 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
         for (int64_t c0 = begin; c0 < end; c0 += ATTEND_TILE) {
             const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
             for (int c = 0; c < n; c++) {
-                to_f32(k_local->type, row(k_local, c0 + c - regions[LOCAL_BASE]) + head_offset, keys + c * d, d);
+                to_f32(k_local->type, row(k_local, c0 + c - regions->local_base) + head_offset, keys + c * d, d);
             }
             float *r = (float *)score->data + c0 * p->n_head_kv + kv;
             for (int g = 0; g < group; g++) {
@@ -136,11 +139,12 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
 /* A key head belongs to one thread, so that two never add to the same score. */
 void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const struct repkv_score_attention_sources *src = SOURCES(dst, score_attention);
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
-        for (int64_t panel = 0; panel < dst->src[0]->ne[2]; panel++) {
+        for (int64_t panel = 0; panel < src->q->ne[2]; panel++) {
             if (repkv_abort_requested()) return;
-            add_probabilities(p, dst->src[2], dst->src[0], dst->src[1], regions_of(dst->src[3]), kv, panel,
+            add_probabilities(p, src->score, src->q, src->k_local, regions_of(src->regions), kv, panel,
                               (float *)repkv_thread_scratch(p, ith));
         }
     }
@@ -170,10 +174,10 @@ static void tile_scores(const struct repkv_op_params *p, float *to, size_t strid
 }
 
 static void add_probabilities_one(const struct repkv_op_params *p, const struct ggml_tensor *score, const float *q,
-                                  const float *own_key, const struct ggml_tensor *k_local, const int32_t *regions, int kv,
-                                  float *keys) {
+                                  const float *own_key, const struct ggml_tensor *k_local, const struct repkv_regions *regions,
+                                  int kv, float *keys) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const int64_t begin = first_scored(p, regions, regions[FIRST]), end = regions[FIRST];
+    const int64_t begin = first_scored(p, regions, regions->first), end = regions->first;
     float *r = (float *)score->data + kv, *weights = keys + TILE * d, *max = weights + TILE, *sum = max + group;
     float *kept = sum + group;
     const bool keeps = end - begin <= KEPT_SCORES - TILE;
@@ -186,7 +190,7 @@ static void add_probabilities_one(const struct repkv_op_params *p, const struct 
         for (int64_t c0 = begin; c0 < end; c0 += TILE) {
             const int n = end - c0 < TILE ? (int)(end - c0) : TILE;
             float *scores = keeps ? kept + (c0 - begin) : kept;
-            if (pass == 0 || !keeps) tile_scores(p, scores, stride, q, keys, k_local, c0 - regions[LOCAL_BASE], n, kv);
+            if (pass == 0 || !keeps) tile_scores(p, scores, stride, q, keys, k_local, c0 - regions->local_base, n, kv);
             for (int g = 0; g < group; g++) {
                 const float *x = scores + (size_t)g * stride;
                 float most = max[g];
@@ -209,7 +213,8 @@ static void add_probabilities_one(const struct repkv_op_params *p, const struct 
 
 void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const float *qkv = dst->src[0]->data, *cosine = dst->src[3]->data, *sine = cosine + p->rope_dim / 2;
+    const struct repkv_score_attention_one_sources *src = SOURCES(dst, score_attention_one);
+    const float *qkv = src->qkv->data, *cosine = src->rope->data, *sine = cosine + p->rope_dim / 2;
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     float *q = (float *)repkv_thread_scratch(p, ith), *own_key = q + group * d, *keys = own_key + d;
     if (ith == 0) *(float *)dst->data = 0.0f;
@@ -218,6 +223,6 @@ void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *
         for (int g = 0; g < group; g++) rope(q + g * d, qkv + (kv * group + g) * d, cosine, sine, p->rope_dim, d);
         /* Rows of a short tile hold what was there before: finite from the first on. */
         memset(keys, 0, TILE * (size_t)d * sizeof(float));
-        add_probabilities_one(p, dst->src[2], q, own_key, dst->src[1], regions_of(dst->src[4]), kv, keys);
+        add_probabilities_one(p, src->score, q, own_key, src->k_local, regions_of(src->regions), kv, keys);
     }
 }

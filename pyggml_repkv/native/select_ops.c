@@ -5,7 +5,6 @@
 #include "regions.h"
 
 enum {
-    LANES = 16,
     MAX_HEADS_AT_ONCE = 4,
     MAX_SELECTED = 4096, /* where blocks are chosen and not all taken */
 };
@@ -156,14 +155,15 @@ static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, 
 
 void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const int32_t *regions = regions_of(dst->src[2]);
-    const int width = p->n_head * p->head_dim, n_tokens = regions[N_TOKENS];
+    const struct repkv_relevance_sources *src = SOURCES(dst, relevance);
+    const struct repkv_regions *regions = regions_of(src->regions);
+    const int width = p->n_head * p->head_dim, n_tokens = regions->n_tokens;
     /* The mean query of the chunk: padded lanes are left out. */
     float *mean = (float *)repkv_thread_scratch(p, ith);
     memset(mean, 0, (size_t)width * sizeof(float));
-    for (int panel = 0; panel * PANEL < n_tokens && regions[N_BLOCKS] > 0; panel++) {
+    for (int panel = 0; panel * PANEL < n_tokens && regions->n_blocks > 0; panel++) {
         const int lanes = n_tokens - panel * PANEL < PANEL ? n_tokens - panel * PANEL : PANEL;
-        const float *q = (const float *)dst->src[0]->data + (size_t)panel * (size_t)width * PANEL;
+        const float *q = (const float *)src->q_far->data + (size_t)panel * (size_t)width * PANEL;
         for (int i = 0; i < width; i++) {
             if (lanes == PANEL) {
                 mean[i] += sum16(load16(q + i * PANEL) + load16(q + i * PANEL + 16));
@@ -173,18 +173,19 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         }
     }
     scale_f32(mean, 1.0f / (float)n_tokens, width);
-    relevance(dst, p, dst->src[1], mean, mean + width, regions[N_BLOCKS], ith, nth);
+    relevance(dst, p, src->index, mean, mean + width, regions->n_blocks, ith, nth);
 }
 
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
+    const struct repkv_relevance_one_sources *src = SOURCES(dst, relevance_one);
     const int d = p->head_dim;
-    const float *qkv = dst->src[0]->data, *cosine = (const float *)dst->src[2]->data + p->rope_dim;
-    const int32_t *regions = regions_of(dst->src[3]);
+    const float *qkv = src->qkv->data, *cosine = (const float *)src->rope->data + p->rope_dim;
+    const struct repkv_regions *regions = regions_of(src->regions);
     float *q = (float *)repkv_thread_scratch(p, ith);
     for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
     scale_f32(q, p->scale, p->n_head * d);
-    relevance(dst, p, dst->src[1], q, q + p->n_head * d, regions[N_BLOCKS], ith, nth);
+    relevance(dst, p, src->index, q, q + p->n_head * d, regions->n_blocks, ith, nth);
 }
 
 /* Of each head: 0 for REPKV_MEAN and REPKV_MAX, else the maximum of x and 1 / sum of exp(x - maximum) over all blocks. */
@@ -259,15 +260,16 @@ static void select_blocks(const struct repkv_op_params *p, const struct row_of_b
 
 void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
-    const int32_t *regions = regions_of(dst->src[1]);
-    const struct ggml_tensor *kept = dst->src[2], *keeps = kept ? dst->src[3] : NULL;
-    const float *x = dst->src[0]->data;
-    const int n_blocks = regions[N_BLOCKS], last = kept ? regions[KEPT] : -1;
+    const struct repkv_block_topk_sources *src = SOURCES(dst, block_topk);
+    const struct repkv_regions *regions = regions_of(src->regions);
+    const struct ggml_tensor *kept = src->kept;
+    const float *x = src->relevance->data;
+    const int n_blocks = regions->n_blocks, last = kept ? regions->kept : -1;
     const int n_rows = p->per_head ? p->n_head_kv : 1, heads = p->n_head / n_rows;
-    const int64_t n_padded = (dst->src[0]->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
+    const int64_t n_padded = (src->relevance->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
     float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
     if (ith >= n_rows) return;
-    int n_top = regions[N_SELECT] < p->n_top ? regions[N_SELECT] : p->n_top;
+    int n_top = regions->n_select < p->n_top ? regions->n_select : p->n_top;
     if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
     const bool chooses = n_blocks > n_top && n_top > 0;
     if (chooses) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
@@ -281,8 +283,8 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
             selected[0] = n_blocks < n_top ? n_blocks : n_top;
             for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;
         }
-        if (keeps == NULL) continue;
-        int32_t *now = kept_row(keeps, kept_half(last), r);
+        if (kept == NULL) continue;
+        int32_t *now = kept_row(kept, kept_half(last), r);
         const int32_t *before = last >= 0 ? kept_row(kept, last, r) : NULL;
         now[0] = 0;
         if (!chooses) continue;

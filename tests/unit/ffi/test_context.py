@@ -1,6 +1,7 @@
 """Contexts and graphs refuse what ggml would abort on, and keep alive what C points to."""
 
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import GraphContext, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph import fused_ops
 from tests.subprocesses import printed
 from tests.unit.native.op_bench import Bench, config
 
@@ -120,14 +120,14 @@ def test_names_are_those_of_llama_cpp(layer, name):
 
 def test_op_parameters_and_scratch_live_as_long_as_the_graph():
     gc.collect()
-    before = len(fused_ops._SCRATCH_OF)
     bench = Bench(config(), 2)
     x = np.arange(64, dtype=np.float32)[None]
-    node = bench.ops.pack(bench.graph, bench.tensor(x))
-    bench.ops = None
+    node = bench.ops.pack(bench.tensor(x))
+    kernels = weakref.ref(bench.kernels)
+    bench.ops = bench.kernels = None
     gc.collect()
-    assert len(fused_ops._SCRATCH_OF) == before + 1
+    assert kernels() is not None
     assert np.array_equal(bench.compute(node)[:, 0], x[0])
     del bench
     gc.collect()
-    assert len(fused_ops._SCRATCH_OF) == before
+    assert kernels() is None

@@ -16,7 +16,7 @@ from pyggml_repkv.ffi.callbacks import PythonOps
 from pyggml_repkv.ffi.context import GraphContext
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g, native
-from pyggml_repkv.graph.fused_ops import PANEL
+from pyggml_repkv.ops.kernels import PANEL
 from tests.stopping import endless_requests
 from tests.subprocesses import ROOT, printed
 from tests.tiny_models import TinySpec, write_tiny_model
@@ -128,17 +128,17 @@ def test_a_request_stops_compute_and_is_no_interrupt():
 
 
 def matmul(bench, x, cells):
-    return bench.ops.matmul(bench.graph, x, [bench.tensor(np.ones((4096, 512), np.float32))])
+    return bench.ops.matmul(x, [bench.tensor(np.ones((4096, 512), np.float32))])
 
 
 def matmul_gate_up(bench, x, cells):
     weights = [bench.tensor(np.ones((4096, 512), np.float32)) for _ in range(2)]
-    return bench.ops.matmul_gate_up(bench.graph, x, *weights)
+    return bench.ops.matmul_gate_up(x, *weights)
 
 
 def attend_chunk(bench, x, cells):
     arenas = [bench.tensor(np.ones((16384, 64), np.float32)) for _ in "kv"]
-    return bench.ops.attend_chunk(bench.graph, x, *arenas, cells)
+    return bench.ops.attend_chunk(x, *arenas, cells)
 
 
 @pytest.mark.parametrize("op", [matmul, matmul_gate_up, attend_chunk], ids=lambda op: op.__name__)

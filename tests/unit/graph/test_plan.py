@@ -61,9 +61,9 @@ def test_a_session_builds_few_plans(bench, monkeypatch):
     built = []
 
     class CountedPlan(plan_module.Plan):
-        def __init__(self, model, policy, key, cb):
+        def __init__(self, model, policy, key, cb, **options):
             built.append(key)
-            super().__init__(model, policy, key, cb)
+            super().__init__(model, policy, key, cb, **options)
 
     monkeypatch.setattr(plan_module, "Plan", CountedPlan)
     with bench.model.session(MemoryConfig(n_batch=40)) as session:

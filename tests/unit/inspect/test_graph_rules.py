@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 
-from pyggml_repkv.graph.memory_ops import MemoryOps
 from pyggml_repkv.graph.plan import Plan
 from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
 from pyggml_repkv.inspect.inputs import unfilled_inputs
@@ -14,6 +13,7 @@ from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
 from pyggml_repkv.inspect.verify import verify
 from pyggml_repkv.memory.bounded_attention import BoundedOne
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.ops.makers import Ops
 
 REPKV = MemoryConfig(kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", n_dense=0)
 WINDOW = MemoryConfig(kv="window", n_batch=48)
@@ -176,12 +176,12 @@ def test_one_name_for_two_is_found(path):
 
 def test_an_edge_that_the_code_forgets_is_found(path, monkeypatch):
     """Of the graph itself: a score that nobody waits for is dropped by ggml, and all layers lack it alike."""
-    forgetful = MemoryOps.relevance_one
+    forgetful = Ops.relevance_one
 
-    def relevance_one(ops, context, qkv, index, rope, regions, marker, **options):
-        return forgetful(ops, context, qkv, index, rope, regions, regions, **options)
+    def relevance_one(ops, qkv, index, rope, regions, marker, **options):
+        return forgetful(ops, qkv, index, rope, regions, regions, **options)
 
-    monkeypatch.setattr(MemoryOps, "relevance_one", relevance_one)
+    monkeypatch.setattr(Ops, "relevance_one", relevance_one)
     findings = verify(snapshot(path))
     assert {"present"} == {f.rule for f in findings}
     assert "layer 3 writes score_l" in findings[-1].message

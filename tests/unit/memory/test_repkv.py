@@ -187,7 +187,7 @@ def test_it_is_far_from_the_start_where_the_length_says_so(tiny_model, caplog):
     ):
         session.read(TOKENS[:100])
         assert session.policy.far
-        assert session.policy.regions[8] == MEMORY.chunk_blocks
+        assert session.policy.regions.n_select == MEMORY.chunk_blocks
 
 
 def test_a_closed_session_reads_no_freed_memory(model):

@@ -10,8 +10,9 @@ from gguf.quants import dequantize
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros, tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.fused_ops import PANEL, FusedOps, n_panels
 from pyggml_repkv.model.config import ModelConfig, RopeScaling
+from pyggml_repkv.ops.kernels import PANEL, Kernels, n_panels
+from pyggml_repkv.ops.makers import Ops
 from tests.tiny_models import random_matrix
 
 
@@ -44,10 +45,11 @@ class Bench:
     n_threads: int
 
     def __post_init__(self) -> None:
-        self.ops = FusedOps(self.config, self.n_threads)
         self.backend = Backend(self.n_threads)
         self.context = TensorContext(32)
         self.graph = GraphContext(256)
+        self.kernels = Kernels(self.config, self.n_threads)
+        self.ops = Ops(self.graph, self.kernels)
         self.buffers: list[Buffer] = []
 
     def tensor(self, values: np.ndarray, kind: int = QT.F32, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -60,6 +62,10 @@ class Bench:
         buffer.place(tensor, 0)
         self.buffers.append(buffer)
         return tensor
+
+    def rotate_by(self, table: np.ndarray) -> None:
+        """Ops made from now on rotate by this table."""
+        self.ops = Ops(self.graph, self.kernels, self.tensor(table.astype(np.float32)))
 
     def compute(self, node: Tensor) -> np.ndarray:
         self.graph.output(node)

@@ -35,9 +35,7 @@ def test_norm_linear(rows, kinds, biased, n_in, seed, n_threads):
     mats = [matrix(rng, (n, n_in), kind) for n, kind in zip(rows, kinds, strict=False)]
     biases = [rng.standard_normal(n).astype(np.float32) for n in rows] if biased else []
     weights = [bench.tensor(m[0], kind, (n, n_in)) for m, kind, n in zip(mats, kinds, rows, strict=False)]
-    node = bench.ops.norm_linear(
-        bench.graph, bench.tensor(x), bench.tensor(norm), weights, [bench.tensor(b) for b in biases]
-    )
+    node = bench.ops.norm_linear(bench.tensor(x), bench.tensor(norm), weights, [bench.tensor(b) for b in biases])
     got = bench.compute(node)
     want = np.concatenate([m[1] @ normed(x, norm) for m in mats])
     if biased:
@@ -52,9 +50,7 @@ def test_linear_add(kind, n_rows, n_in, seed, n_threads):
     bench = Bench(config(n_embd=n_rows, n_ff=n_in), n_threads)
     x, residual = rng.standard_normal(n_in).astype(np.float32), rng.standard_normal(n_rows).astype(np.float32)
     data, w = matrix(rng, (n_rows, n_in), kind)
-    node = bench.ops.linear_add(
-        bench.graph, bench.tensor(x), bench.tensor(data, kind, (n_rows, n_in)), bench.tensor(residual)
-    )
+    node = bench.ops.linear_add(bench.tensor(x), bench.tensor(data, kind, (n_rows, n_in)), bench.tensor(residual))
     assert_close(bench.compute(node), w @ x + residual, tolerance(kind))
 
 
@@ -69,7 +65,7 @@ def test_gate_up(kinds, n_rows, n_in, seed, n_threads):
     norm *= np.float32(rng.choice([1.0, 40.0]))
     (gate_data, gate), (up_data, up) = (matrix(rng, (n_rows, n_in), kind) for kind in kinds)
     gate_t, up_t = (bench.tensor(d, k, (n_rows, n_in)) for d, k in zip((gate_data, up_data), kinds, strict=True))
-    got = bench.compute(bench.ops.gate_up(bench.graph, bench.tensor(x), bench.tensor(norm), gate_t, up_t))
+    got = bench.compute(bench.ops.gate_up(bench.tensor(x), bench.tensor(norm), gate_t, up_t))
     y = normed(x, norm)
     a, b = gate @ y, up @ y
     # What rounding y does to each factor, the product carries on; a small factor is no excuse from it.
@@ -103,12 +99,12 @@ def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_thread
     k_arena, v_arena = bench.tensor(k_old, kind), bench.tensor(v_old, kind)
     qkv = rng.standard_normal((n_head + 2 * n_head_kv) * head_dim).astype(np.float32)
     angle = rng.uniform(0, 6, head_dim // 2)
-    bench.ops.rope = bench.tensor(np.stack((np.cos(angle), np.sin(angle))).astype(np.float32))
+    bench.rotate_by(np.stack((np.cos(angle), np.sin(angle))))
     cells = bench.tensor(np.array([n_past, n_past], np.int32), g.GGML_TYPE_I32)
-    partials = bench.ops.attend(bench.graph, bench.tensor(qkv), k_arena, v_arena, cells)
+    partials = bench.ops.attend(bench.tensor(qkv), k_arena, v_arena, cells)
     data, w = matrix(rng, (48, n_head * head_dim), QT.F32)
     residual = rng.standard_normal(48).astype(np.float32)
-    node = bench.ops.attn_out(bench.graph, partials, bench.tensor(data), bench.tensor(residual))
+    node = bench.ops.attn_out(partials, bench.tensor(data), bench.tensor(residual))
     got = bench.compute(node)
 
     heads = qkv.reshape(-1, head_dim).astype(np.float64)
@@ -147,8 +143,8 @@ def test_attend_survives_poison(poison):
     """A NaN or infinite key may spoil the result, never the process."""
     bench = Bench(config(), 2)
     k = np.full((8, 64), poison, np.float32)
-    bench.ops.rope = bench.tensor(np.ones((2, 16), np.float32))
+    bench.rotate_by(np.ones((2, 16), np.float32))
     cells = bench.tensor(np.array([3, 3], np.int32), g.GGML_TYPE_I32)
     qkv = bench.tensor(np.ones(8 * 32, np.float32))
-    node = bench.ops.attend(bench.graph, qkv, bench.tensor(k), bench.tensor(k), cells)
+    node = bench.ops.attend(qkv, bench.tensor(k), bench.tensor(k), cells)
     assert bench.compute(node).shape == (2, 4, 34)

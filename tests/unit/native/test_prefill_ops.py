@@ -50,7 +50,7 @@ def tokens(rng, n_tokens, n):
 def test_pack(n, n_tokens, n_threads, seed):
     bench = Bench(config(), n_threads)
     x = tokens(np.random.default_rng(seed), n_tokens, n)
-    got = bench.compute(bench.ops.pack(bench.graph, bench.tensor(x)))
+    got = bench.compute(bench.ops.pack(bench.tensor(x)))
     assert np.array_equal(got.ravel(), packed(x, padding=0.0).ravel())
 
 
@@ -60,9 +60,7 @@ def test_norm_packed(n, scale, n_tokens, n_threads, seed):
     rng = np.random.default_rng(seed)
     bench = Bench(config(), n_threads)
     x, weight = tokens(rng, n_tokens, n) * np.float32(scale), tokens(rng, 1, n)[0]
-    got = bench.compute_packed(
-        bench.ops.norm_packed(bench.graph, bench.tensor(packed(x)), bench.tensor(weight)), n_tokens
-    )
+    got = bench.compute_packed(bench.ops.norm_packed(bench.tensor(packed(x)), bench.tensor(weight)), n_tokens)
     assert_close(got, normed(x, weight), PRECISION)
 
 
@@ -77,7 +75,7 @@ def test_matmul(rows, n_in, data, biased, n_tokens, n_threads, seed):
     mats = [matrix(rng, (n, n_in), kind) for n, kind in zip(rows, kinds, strict=True)]
     biases = [tokens(rng, 1, n)[0] for n in rows] if biased else []
     weights = [bench.tensor(m[0], kind, (n, n_in)) for m, kind, n in zip(mats, kinds, rows, strict=True)]
-    node = bench.ops.matmul(bench.graph, bench.tensor(packed(x)), weights, [bench.tensor(b) for b in biases])
+    node = bench.ops.matmul(bench.tensor(packed(x)), weights, [bench.tensor(b) for b in biases])
     want = np.concatenate([x @ m[1].T for m in mats], -1) + (np.concatenate(biases) if biased else 0)
     assert_close(bench.compute_packed(node, n_tokens), want, PRECISION)
 
@@ -91,7 +89,6 @@ def test_matmul_add(kind, n_rows, n_in, n_tokens, n_threads, seed):
     x, residual = tokens(rng, n_tokens, n_in), tokens(rng, n_tokens, n_rows)
     data, w = matrix(rng, (n_rows, n_in), kind)
     node = bench.ops.matmul_add(
-        bench.graph,
         bench.tensor(packed(x)),
         bench.tensor(data, kind, (n_rows, n_in)),
         bench.tensor(packed(residual)),
@@ -110,7 +107,7 @@ def test_matmul_gate_up(kinds, n_rows, n_in, size, n_tokens, n_threads, seed):
     kinds = [fitting(kind, n_in) for kind in kinds]
     (gate_data, gate), (up_data, up) = (matrix(rng, (n_rows, n_in), kind) for kind in kinds)
     gate_t, up_t = (bench.tensor(d, k, (n_rows, n_in)) for d, k in zip((gate_data, up_data), kinds, strict=True))
-    node = bench.ops.matmul_gate_up(bench.graph, bench.tensor(packed(x)), gate_t, up_t)
+    node = bench.ops.matmul_gate_up(bench.tensor(packed(x)), gate_t, up_t)
     got = bench.compute_packed(node, n_tokens)
     a, b = x @ gate.T, x @ up.T
     # Each factor's rounding is as large as its inputs, and the product carries it on.
@@ -122,7 +119,7 @@ def test_silu_is_good_to_a_few_ulp():
     bench = Bench(config(), 1)
     x = np.linspace(-80, 80, 3201, dtype=np.float32)[:, None]
     one = np.ones((1, 1), np.float32)
-    node = bench.ops.matmul_gate_up(bench.graph, bench.tensor(packed(x)), bench.tensor(one), bench.tensor(one))
+    node = bench.ops.matmul_gate_up(bench.tensor(packed(x)), bench.tensor(one), bench.tensor(one))
     want = silu(x.astype(np.float64)) * x
     np.testing.assert_allclose(bench.compute_packed(node, len(x)), want, rtol=1e-6, atol=1e-30)
 
@@ -188,12 +185,12 @@ def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, s
     qkv = tokens(rng, n_tokens, (n_head + 2 * n_head_kv) * head_dim)
     qkv[:, : n_head * head_dim] *= np.float32(sharp)
     angle = rng.uniform(0, 6, (n_tokens, rope_dim // 2))
-    bench.ops.rope = bench.tensor(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
+    bench.rotate_by(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
     cells = bench.tensor(np.array([n_past, n_tokens], np.int32), g.GGML_TYPE_I32)
 
     arenas = k_arena.tensor, v_arena.tensor
-    q_node = bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells)
-    node = bench.ops.attend_chunk(bench.graph, q_node, *arenas, cells)
+    q_node = bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells)
+    node = bench.ops.attend_chunk(q_node, *arenas, cells)
     got = bench.compute_packed(node, n_tokens).reshape(n_tokens, n_head, head_dim)
 
     heads = qkv.reshape(n_tokens, -1, head_dim).astype(np.float64)
@@ -212,10 +209,10 @@ def test_store_kv_returns_rotated_scaled_queries():
     rng = np.random.default_rng(5)
     bench = Bench(config(n_head=6, n_head_kv=2, head_dim=48), 2)
     qkv, angle = tokens(rng, 41, 10 * 48), rng.uniform(0, 6, (41, 24))
-    bench.ops.rope = bench.tensor(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
+    bench.rotate_by(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
     arenas = [Arena(bench, rng, QT.F16, 7, 64).tensor for _ in "kv"]
     cells = bench.tensor(np.array([7, 41], np.int32), g.GGML_TYPE_I32)
-    got = bench.compute_packed(bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells), 41)
+    got = bench.compute_packed(bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells), 41)
     q = qkv.astype(np.float64).reshape(41, 10, 48)[:, :6]
     want = rotated(q, np.cos(angle)[:, None], np.sin(angle)[:, None]) / np.sqrt(48)
     assert_close(got, want.reshape(41, -1), PRECISION)
@@ -225,11 +222,11 @@ def attend_chunk(qkv):
     """qkv [T, 8 * 32] of 4 query and 2 key/value heads, unrotated, from cell 0 -> [T, 4 * 32]."""
     bench = Bench(config(), 2)
     n_tokens = len(qkv)
-    bench.ops.rope = bench.tensor(packed(np.repeat(np.float32([[1, 0]]), 16, 1).repeat(n_tokens, 0)))
+    bench.rotate_by(packed(np.repeat(np.float32([[1, 0]]), 16, 1).repeat(n_tokens, 0)))
     arenas = [Arena(bench, np.random.default_rng(0), QT.F32, 0, 80).tensor for _ in "kv"]
     cells = bench.tensor(np.array([0, n_tokens], np.int32), g.GGML_TYPE_I32)
-    q = bench.ops.store_kv(bench.graph, bench.tensor(packed(qkv)), *arenas, cells)
-    return bench.compute_packed(bench.ops.attend_chunk(bench.graph, q, *arenas, cells), n_tokens)
+    q = bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells)
+    return bench.compute_packed(bench.ops.attend_chunk(q, *arenas, cells), n_tokens)
 
 
 def test_what_is_hidden_weighs_exactly_nothing():

@@ -1,13 +1,17 @@
 """Choosing representatives and blocks: ties, NaN, empty and full cases, against plain numpy."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.graph.memory_ops import MemoryOps
 from pyggml_repkv.memory.arenas import as_array
+from pyggml_repkv.memory.regions import Regions
+from pyggml_repkv.ops.kernels import LANES
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
 
 # Few distinct values, so that ties are common.
@@ -47,9 +51,12 @@ def test_a_nan_score_never_leads():
     assert repr_topk(scores, 0, 5, 4).tolist() == [[0, 1, 2, 4]]
 
 
-LANES = 16
 LOWEST = np.float32(-3e38)
 KINDS = ("lse", "mean", "max")
+
+
+def regions_tensor(bench: Bench, **values: int) -> Tensor:
+    return bench.tensor(np.array(astuple(Regions(**values)), np.int32), g.GGML_TYPE_I32)
 
 
 class Blocks:
@@ -84,27 +91,23 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
     blocks = Blocks(rng, n_blocks, n_head_kv, n_repr, d, np.float16 if half else np.float32)
     n_head = n_head_kv * group
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=d), n_threads)
-    ops = MemoryOps(bench.ops)
-    regions = np.zeros(11, np.int32)
-    regions[1], regions[6] = n_tokens, n_blocks
     index = bench.tensor(
         blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
         (len(blocks.index), blocks.index[0].size),
     )  # fmt: skip
-    regions_tensor, marker = bench.tensor(regions, g.GGML_TYPE_I32), bench.tensor(np.zeros(1, np.float32))
+    regions = regions_tensor(bench, n_tokens=n_tokens, n_blocks=n_blocks)
+    marker = bench.tensor(np.zeros(1, np.float32))
     q = rng.normal(size=(n_tokens, n_head, d)).astype(np.float32)
     if n_tokens == 1:
         qkv = np.concatenate([q.ravel(), np.zeros(2 * n_head_kv * d, np.float32)])
         # No rotation for the true position, a quarter turn for the far one.
         tables = np.stack([np.r_[np.ones(d // 2), np.zeros(d // 2)], np.r_[np.zeros(d // 2), np.ones(d // 2)]])
         rope = bench.tensor(tables.astype(np.float32))
-        node = ops.relevance_one(
-            bench.graph, bench.tensor(qkv), index, rope, regions_tensor, marker, n_repr=n_repr, kind=kind
-        )
+        node = bench.ops.relevance_one(bench.tensor(qkv), index, rope, regions, marker, n_repr=n_repr, kind=kind)
         mean = rotated(q[0].astype(np.float64), np.zeros(d // 2), np.ones(d // 2))
     else:
         q_tensor = bench.tensor(packed(q.reshape(n_tokens, -1) * np.float32(d**-0.5)))
-        node = ops.relevance(bench.graph, q_tensor, index, regions_tensor, marker, n_repr=n_repr, kind=kind)
+        node = bench.ops.relevance(q_tensor, index, regions, marker, n_repr=n_repr, kind=kind)
         mean = q.astype(np.float64).mean(0)
     got = bench.compute(node).ravel()[: n_head * LANES * len(blocks.index)].reshape(n_head, -1)[:, :n_blocks]
     if n_blocks:
@@ -120,13 +123,10 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
     clean = blocks.keys.copy()
     blocks.index[0, 0, 1, :, 4] = poison
     bench = Bench(config(n_head=1, n_head_kv=1, head_dim=32), 2)
-    regions = np.zeros(11, np.int32)
-    regions[1], regions[6] = 40, 20
     q = np.abs(rng.normal(size=(40, 32))).astype(np.float32)
-    node = MemoryOps(bench.ops).relevance(
-        bench.graph, bench.tensor(packed(q * np.float32(32**-0.5))),
-        bench.tensor(blocks.index.reshape(len(blocks.index), -1)), bench.tensor(regions, g.GGML_TYPE_I32),
-        bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
+    node = bench.ops.relevance(
+        bench.tensor(packed(q * np.float32(32**-0.5))), bench.tensor(blocks.index.reshape(len(blocks.index), -1)),
+        regions_tensor(bench, n_tokens=40, n_blocks=20), bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
     )  # fmt: skip
     got = bench.compute(node).ravel()[:20]
     want = relevance_by_numpy(q.astype(np.float64).mean(0)[None], clean, kind)[0]
@@ -154,25 +154,23 @@ def topk(
         if part.size:
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
-    regions = np.zeros(11, np.int32)
-    regions[6], regions[8] = n_blocks, n_top if n_wanted is None else n_wanted
+    regions = regions_tensor(
+        bench, n_blocks=n_blocks, n_select=n_top if n_wanted is None else n_wanted, kept=-1 if kept is None else 1
+    )
     n_rows = n_head_kv if per_head else 1
     halves = np.full((2, n_rows, 1 + n_top), -7, np.int32)
-    regions[10] = -1 if kept is None else 1
     for row, blocks in zip(halves[1], kept or [], strict=False):
         row[: 1 + len(blocks)] = [len(blocks), *blocks]
     kept_tensor = bench.tensor(halves, g.GGML_TYPE_I32)
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
-    node = MemoryOps(bench.ops).block_topk(
-        bench.graph,
+    node = bench.ops.block_topk(
         relevance,
-        bench.tensor(regions, g.GGML_TYPE_I32),
+        regions,
         n_top,
         kind=kind,
         per_head=per_head,
         sticky=sticky,
         kept=kept_tensor,
-        keeps=True,
     )
     rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top)
     after = as_array(kept_tensor, np.int32).reshape(halves.shape)

@@ -5,19 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
-from pyggml_repkv.ffi.library import g, native, native_ffi
-
-# Of enum repkv_op.
-OUR_OPS = (
-    "norm_linear", "attend", "attn_out", "gate_up", "linear_add", "pack", "norm_packed", "matmul", "matmul_add",
-    "matmul_gate_up", "store_kv", "attend_chunk", "store_far", "score_acc", "score_acc_one", "score_attention",
-    "score_attention_one", "relevance", "relevance_one", "block_topk", "attend_memory", "attend_memory_one",
-    "peak_read", "peak_fma",
-)  # fmt: skip
+from pyggml_repkv.ffi.library import g, native_ffi
+from pyggml_repkv.ops.table import OPS, TRACED_OP, OpInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +116,7 @@ def noting_nodes(context: GraphContext) -> list[Any]:
     ggml's own, and for those that note nothing.
     """
     nodes = (g.ggml_graph_node(context.graph, i).contents for i in range(g.ggml_graph_n_nodes(context.graph)))
-    return [_op_params(t) if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == _traced_op() else None for t in nodes]
+    return [_op_params(t) if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == TRACED_OP else None for t in nodes]
 
 
 def _pointer(t: Any, at: int) -> int:
@@ -137,24 +129,23 @@ def _op_params(t: Any) -> Any:
     return native_ffi.cast("struct repkv_op_params *", _pointer(t, 4))
 
 
-@cache
-def _traced_op() -> int:
-    return int(native_ffi.cast("uintptr_t", native.repkv_traced_op_address()))
-
-
 def _op(t: Any) -> str:
-    """ggml's name of the op in small letters, `repkv.` and the name for one of ours, "" for a leaf."""
+    """ggml's name of the op in small letters, `repkv.` and the name for one of the extension, "" for a leaf."""
     if t.op == g.GGML_OP_NONE:
         return ""
     if t.op == g.GGML_OP_CUSTOM:
         function = _pointer(t, 0)
-        if function == _traced_op():
+        if function == TRACED_OP:
             function = int(native_ffi.cast("uintptr_t", _op_params(t).traced))
-        return _our_ops().get(function, "custom")
+        return _OURS.get(function, "custom")
     return str(g.ggml_op_name(t.op).decode().lower())
 
 
-@cache
-def _our_ops() -> dict[int, str]:
-    ops = {name: getattr(native, f"REPKV_{name.upper()}") for name in OUR_OPS}
-    return {int(native_ffi.cast("uintptr_t", native.repkv_op_address(i))): f"repkv.{name}" for name, i in ops.items()}
+_PREFIX = "repkv."
+_OURS = {info.address: _PREFIX + name for name, info in OPS.items()}
+_OF_GGML = OpInfo("")
+
+
+def info_of(op: str) -> OpInfo:
+    """What is known of a RawTensor's op; nothing of ggml's own."""
+    return OPS[op.removeprefix(_PREFIX)] if op.startswith(_PREFIX) else _OF_GGML
