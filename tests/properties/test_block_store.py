@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
-from pyggml_repkv.memory.block_file import BlockHeader, checksum
+from pyggml_repkv.memory.store.block_file import BlockHeader, checksum
 from tests.stores import MAX_BLOCKS, MAX_TOKENS, N_LAYER, StoreBench
 
 DECAY = 0.9
@@ -133,7 +133,7 @@ def test_what_is_fetched_ahead_changes_nothing_but_time(data, seed, delay, reord
         stats = bench.store.stats
         assert stats.required == stats.hits + stats.late + stats.missed
         assert stats.used <= stats.issued
-        assert stats.written_bytes <= bench.store.end
+        assert stats.written_bytes <= bench.store.file.end
 
 
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])

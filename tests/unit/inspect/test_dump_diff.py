@@ -70,7 +70,7 @@ def test_the_picture_is_well_formed(path, tmp_path):
 
 def test_what_repkv_adds_to_full(path):
     changes = {(c.kind, c.name): c for c in diff(snapshot(path, kv="full"), snapshot(path, kv="repkv"))}
-    assert {name for kind, name in changes if kind == "added"} == {"score_acc", "block_relevance", "block_topk"}
+    assert {name for kind, name in changes if kind == "added"} == {"score_acc", "block_relevance", "block_topk", "row_runs"}
     assert not any(kind == "removed" for kind, _ in changes)
     attention = changes["changed", "kqv_partial"]
     assert attention.layers == (0, 1, 2)
@@ -96,6 +96,6 @@ def test_diff_on_the_command_line(path, tmp_path, capsys):
 def test_verify_on_the_command_line(path, capsys, monkeypatch):
     assert main(["graph", "verify", "-m", path, "--kv", "repkv", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["findings"] == []
-    monkeypatch.setattr("pyggml_repkv.memory.bounded_attention.BoundedOne.fill", lambda step, n_past: None)
+    monkeypatch.setattr("pyggml_repkv.memory.bounded.attention.BoundedOne.fill", lambda step, n_past: None)
     assert main(["graph", "verify", "-m", path, "--kv", "repkv"]) == 1
     assert "inputs: 44 bytes of the input kv_regions are not filled" in capsys.readouterr().out

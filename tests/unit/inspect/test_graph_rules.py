@@ -11,7 +11,7 @@ from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
 from pyggml_repkv.inspect.inputs import unfilled_inputs
 from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
 from pyggml_repkv.inspect.verify import verify
-from pyggml_repkv.memory.bounded_attention import BoundedOne
+from pyggml_repkv.memory.bounded.attention import BoundedOne
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.ops.makers import Ops
 
@@ -107,8 +107,9 @@ def swapped(found: Snapshot, a: str, b: str) -> Snapshot:
     [
         # A token's score would not be there before its key is stored beside those that it looks at.
         (REPKV, "decode", "block_relevance-2", "score_acc-2", {"consumed", "effects"}),
-        (REPKV, "decode", "kqv_partial-1", "block_topk-1", {"consumed"}),
-        (DISK, "decode", "kqv_partial-1", "block_topk-1", {"hooks"}),
+        (REPKV, "decode", "kqv_partial-1", "row_runs-1", {"consumed"}),
+        (DISK, "decode", "kqv_partial-1", "row_runs-1", {"consumed", "hooks"}),
+        (DISK, "decode", "row_runs-1", "block_topk-1", {"hooks"}),
         (WINDOW, "prefill", "kqv_out-1", "Qfar-1", {"consumed", "effects"}),
         (REPKV, "prefill", "score_acc-0", "Qcur-0", {"effects"}),
         (REPKV, "prefill", "block_relevance-1", "score_acc-1", {"consumed"}),
