@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.blocks import parse_block
 from tests.oracle import Array, feed_forward, rms_norm, rotate
 from tests.tiny_models import TinySpec
 

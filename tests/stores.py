@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from pyggml_repkv.ffi.handles import aligned_zeros
-from pyggml_repkv.memory.block_file import BlockFile
-from pyggml_repkv.memory.block_store import BlockStore, RecordLayout
+from pyggml_repkv.memory.store.block_file import BlockFile
+from pyggml_repkv.memory.store.block_store import BlockStore, RecordLayout
 from tests.unit.native.op_bench import config
 
 N_LAYER, MAX_TOKENS, MAX_BLOCKS, FIRST_ROW = 2, 24, 64, 5

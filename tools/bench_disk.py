@@ -29,7 +29,7 @@ from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 # Tokens that fill the slots before anything is timed.
 N_WARM = 16
@@ -179,7 +179,7 @@ def _counters(session: Session) -> dict[str, float]:
     assert isinstance(session.policy, RepKVMemory)
     if session.policy.disk is None:
         return {}
-    stats = session.policy.disk.store.stats
+    stats = session.policy.disk.io.stats
     names = ("required", "hits", "issued", "used", "late", "missed", "reads", "read_bytes", "wait_ms", "read_ms")
     return {name: getattr(stats, name) for name in names}
 

@@ -24,9 +24,9 @@ from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.eval import plotting
-from pyggml_repkv.memory.block_store import Event
 from pyggml_repkv.memory.config import PREFETCH
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
+from pyggml_repkv.memory.store.block_store import Event
 
 N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
 
@@ -82,7 +82,7 @@ def _trace_token(session: Session, tokens: list[int]) -> list[Event]:
 def _traced(session: Session, step: Any) -> list[Event]:
     assert isinstance(session.policy, RepKVMemory)
     assert session.policy.disk is not None
-    with session.policy.disk.store.trace() as events:
+    with session.policy.disk.io.trace() as events:
         step()
     done = 1e3 * time.monotonic()
     events.append(Event("end", -1, -1, ahead=False, begin_ms=done, end_ms=done))

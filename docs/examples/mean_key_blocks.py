@@ -3,32 +3,35 @@
     python -m pyggml_repkv run --kv docs/examples/mean_key_blocks.py -f book.txt -p 'Who did it?'
     python -m pyggml_repkv eval passkey --lengths 8192 --kv docs/examples/mean_key_blocks.py
 
-Window, blocks, positions, selection and attention are RepKV's; only what the index holds differs. `representatives`
-(which tokens stand for a block) and `select`, `select_one` (the graph nodes that choose blocks) may be overridden too;
-a memory that shares nothing with RepKV implements `Policy` (pyggml_repkv/memory/policy.py) instead.
+Window, blocks, store and attention are RepKV's; only the index differs. An index that shares nothing with
+Representatives implements `Index` (pyggml_repkv/memory/index/base.py); a memory that shares nothing with RepKV
+implements `Policy` (pyggml_repkv/memory/policy.py).
 """
 
 from dataclasses import replace
 
 import numpy as np
 
-from pyggml_repkv.memory.policy import Policy, PolicyInputs
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.index.base import IndexParts
+from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 
-class MeanKeyBlocks(RepKVMemory):
-    """One vector a block and key head: the index is a quarter of the default one."""
+class MeanKeys(Representatives):
+    """One vector a block and key head: a quarter of the default index."""
 
-    name = "mean-key"
-
-    def __init__(self, inputs: PolicyInputs) -> None:
-        super().__init__(replace(inputs, memory=replace(inputs.memory, n_repr=1)))
+    def __init__(self, parts: IndexParts) -> None:
+        super().__init__(replace(parts, memory=replace(parts.memory, n_repr=1)))
 
     def block_keys(self, layer: int, begin: int, end: int, chosen: np.ndarray) -> np.ndarray:
         """Float32 [K, 1, d]."""
-        return self.stored_keys(layer, np.arange(begin, end)).mean(0)[:, None]
+        return self.keys(layer, np.arange(begin, end)).mean(0)[:, None]
 
 
-def make_policy(inputs: PolicyInputs) -> Policy:
-    """What `--kv FILE.py` looks for."""
-    return MeanKeyBlocks(inputs)
+class MeanKeyBlocks(RepKVMemory):
+    name = "mean-key"
+    make_index = MeanKeys
+
+
+make_policy = MeanKeyBlocks
+"""What `--kv FILE.py` looks for."""

@@ -6,6 +6,7 @@ import hashlib
 import os
 import time
 import weakref
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,10 @@ from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
-from pyggml_repkv.memory.boundaries import BoundaryScores
-from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
-from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.boundaries import BoundaryScores
+from pyggml_repkv.memory.policy import Policy
+from pyggml_repkv.memory.registry import policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
@@ -107,16 +109,19 @@ class Model:
         if directory is not None and memory.kv_dir:
             raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
         store = None if directory is None else self._open_store(Path(directory), memory)
-        long = None if store is None else bool(store.meta("settings").get("far from the start"))
 
-        def make() -> Policy:
-            file = None if store is None else store.open_blocks()
-            return make_policy(PolicyInputs(self.graph, memory, self._boundaries, file, long))
+        def make(store: SessionStore | None) -> Policy:
+            inputs = self.graph.policy_inputs(memory, self._boundaries)
+            if store is not None:
+                long = bool(store.meta("settings").get("far from the start"))
+                inputs = replace(inputs, kept=True, block_file=store.open_blocks(), long=long)
+            return self.graph.make_policy(inputs)
 
         try:
             session = Session(
                 self.graph, self.backend, self.tokenizer, memory, self.weight_bytes, make_policy=make, store=store,
                 open_store=lambda folder, kept: self._open_store(folder, memory, long=kept.long),
+                on_fork=self._sessions.add,
             )  # fmt: skip
         except BaseException:
             if store is not None:
@@ -144,8 +149,8 @@ class Model:
 
     def _open_store(self, folder: Path, memory: MemoryConfig, *, long: bool | None = None) -> SessionStore:
         """long: far from the start; None: as the length says."""
-        if memory.kv != "repkv":
-            raise InputError(f"--session keeps what --kv repkv remembers; --kv is {memory.kv}")
+        if not policy_kind(memory.kv).evicts:
+            raise InputError(f"--session keeps what a memory evicts, as --kv repkv does; --kv is {memory.kv}")
         if long is None:
             long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
         return SessionStore(folder, {"model": self.fingerprint, "settings": memory.identity(long=long)})

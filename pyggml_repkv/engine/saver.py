@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.engine.session_store import Checkpoint, Commit, SessionStore
 from pyggml_repkv.errors import RepkvError, StoreError
-from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
-from pyggml_repkv.memory.window_file import WindowFile
+from pyggml_repkv.memory.checkpoints import Checkpoints
+from pyggml_repkv.memory.store.window_file import WindowFile
 
 log = logging.getLogger(__name__)
 

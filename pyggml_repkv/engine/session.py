@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,9 @@ from pyggml_repkv.engine.step import Stepper
 from pyggml_repkv.errors import ContextFullError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, Tracer
-from pyggml_repkv.memory.policy import DiskNeed, MemoryConfig, Policy, Repeatable
-from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
+from pyggml_repkv.memory.checkpoints import Checkpoints
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
@@ -46,16 +48,19 @@ class Session:
         tokenizer: Tokenizer,
         memory: MemoryConfig,
         weight_bytes: int,
-        make_policy: Callable[[], Policy],
+        make_policy: Callable[[SessionStore | None], Policy],
         store: SessionStore | None = None,
         open_store: Callable[[Path, Checkpoints], SessionStore] | None = None,
+        on_fork: Callable[[Session], None] = lambda _: None,
     ) -> None:
-        """make_policy: makes an empty memory, also in place of one whose blocks were lost; store: where the session is
-        kept; open_store: opens another directory for a memory.
+        """make_policy: makes an empty memory, given where the session is kept; store: that, if anywhere; open_store:
+        opens another directory for a memory; on_fork: is told of every fork.
         """
         self.config, self.n_batch = graph.config, memory.n_batch
-        self._stepper = Stepper(graph, backend, make_policy)
+        self._make_policy = make_policy
+        self._stepper = Stepper(graph, backend, lambda: make_policy(store))
         self._tokenizer, self._lock, self._weight_bytes = tokenizer, backend.lock, weight_bytes
+        self._on_fork = on_fork
         self._store, self._open_store = store, open_store
         self._keeper = None if store is None else Keeper(self._stepper, store, self._saved_extra)
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
@@ -170,6 +175,20 @@ class Session:
         generation = Generation(self, self._tokenizer, list(prompt), config, begun=begun)
         self.save_also(generation.saved)
         return generation
+
+    def fork(self) -> Session:
+        """A second session that has read the same tokens; each then goes its own way. It shares what was evicted and
+        copies the rest, and is kept nowhere until it is saved.
+
+        Raises InputError where the memory cannot be forked, ComputeError where it was stopped halfway.
+        """
+        self._check_open()
+        other = copy.copy(self)
+        other._stepper = self._stepper.fork(lambda: self._make_policy(None))
+        other._store = other._keeper = None
+        other._checked_up_to = 0
+        self._on_fork(other)
+        return other
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on. Raises InputError where the memory cannot."""

@@ -9,7 +9,7 @@ import numpy as np
 from pyggml_repkv.engine.saver import n_ring
 from pyggml_repkv.engine.session_store import Checkpoint, Commit, SessionStore
 from pyggml_repkv.engine.step import Stepper
-from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
+from pyggml_repkv.memory.checkpoints import Checkpoints
 
 
 def save_copy(checkpoints: Checkpoints, store: SessionStore, stepper: Stepper, extra: dict[str, Any]) -> None:

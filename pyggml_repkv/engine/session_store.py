@@ -26,10 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError, StoreError
-from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, checksum
+from pyggml_repkv.memory.checkpoints import State
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.repkv_checkpoints import RepKVState
-from pyggml_repkv.memory.window_file import WindowFile
+from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader, checksum
+from pyggml_repkv.memory.store.window_file import WindowFile
 
 FORMAT = 2
 
@@ -52,7 +52,7 @@ class Checkpoint:
     window: number of the file with its open tokens; extra: what the caller wants to find again.
     """
 
-    state: RepKVState
+    state: State
     window: int
     logits: NDArray[np.float32] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
@@ -165,6 +165,7 @@ class SessionStore:
         if json.loads(meta["model"]) != identity["model"]:
             raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
         before, now = json.loads(meta["settings"]), json.loads(json.dumps(identity["settings"]))
+        before.setdefault("--kv", "repkv")
         # A session stays what it was begun as.
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]
@@ -212,7 +213,7 @@ class SessionStore:
         try:
             values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
             warm_blocks, selection = (np.frombuffer(blob, np.int32) for blob in (warm, kept))
-            state = RepKVState(
+            state = State(
                 n_past, sealed_end, n_blocks, far_at, values, warm_blocks.reshape(n_layer, -1), selection
             )  # fmt: skip
             last = None if logits is None else np.frombuffer(logits, np.float32)
@@ -247,10 +248,10 @@ class SessionStore:
             raise InputError(f"--session {self.folder}: window-{number}.kv: {error.strerror}") from None
 
     def open_blocks(self) -> BlockFile:
-        """The file of blocks, opened again where the memory that used it before has closed it."""
-        if self.blocks.fd < 0:
-            self.blocks = BlockFile(self.folder, "blocks.kv")
-        return self.blocks
+        """The file of blocks, for a memory that is still empty and will close it; forks of earlier ones may read it."""
+        self.blocks.close()
+        self.blocks = BlockFile(self.folder, "blocks.kv")
+        return self.blocks.share()
 
     def commit(self, commit: Commit, window: WindowFile, spacing: int) -> None:
         """Once all blocks are written: makes everything durable, then names it. Raises StoreError.

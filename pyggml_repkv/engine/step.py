@@ -21,10 +21,12 @@ class Stepper:
     [n_vocab] are the last token's, None where the last step had none.
     """
 
-    def __init__(self, model: GraphModel, backend: Backend, make_policy: Callable[[], Policy]) -> None:
-        """make_policy: makes an empty memory, also in place of one whose blocks were lost."""
+    def __init__(
+        self, model: GraphModel, backend: Backend, make_policy: Callable[[], Policy], policy: Policy | None = None
+    ) -> None:
+        """make_policy: makes an empty memory, also in place of one whose blocks were lost; policy: to begin with."""
         self._model, self._backend, self._make_policy = model, backend, make_policy
-        self._open(make_policy())
+        self._open(make_policy() if policy is None else policy)
 
     def _open(self, policy: Policy) -> None:
         self.policy = policy
@@ -73,6 +75,15 @@ class Stepper:
         """Takes note of what a memory was restored from elsewhere with."""
         self.tokens, self.sizes, self.logits = array("i", tokens), array("i", sizes), logits
         self.n_past = len(tokens)
+
+    def fork(self, make_policy: Callable[[], Policy]) -> Stepper:
+        """Another one that has read the same tokens. Raises as Policy.fork does."""
+        with self._backend.lock:
+            self.plans.check_open()
+            policy = self.policy.fork(self.n_past)
+        other = Stepper(self._model, self._backend, make_policy, policy)
+        other.restored(self.tokens[: self.n_past], self.sizes, None if self.logits is None else self.logits.copy())
+        return other
 
     def read_again(self, tokens: Sequence[int], sizes: Sequence[int]) -> None:
         """Makes the memory again from tokens, in steps of these sizes. Raises what reading raises."""

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.cut.blocks import parse_block
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 # Layers 0 and 1 attend almost evenly, and there is little to choose; published figures leave them out.
 FIRST_LAYER = 2
@@ -82,7 +82,7 @@ def run_recall(
 def _prefetch(policy: RepKVMemory) -> tuple[int, int]:
     if policy.disk is None:
         return 0, 0
-    stats = policy.disk.store.stats
+    stats = policy.disk.io.stats
     return int(stats.hits), int(stats.required)
 
 
@@ -151,7 +151,7 @@ def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...], before: tuple[
     step = policy.last_step
     assert step is not None
     first, n_tokens = policy.regions.first, policy.regions.n_tokens
-    start, n_blocks = policy.local_start(first), policy.blocks.n_blocks
+    start, n_blocks = policy.local.start(first), policy.blocks.n_blocks
     bounds = np.array(policy.blocks.bounds)
     queries = np.unique(np.linspace(0, n_tokens - 1, min(N_QUERIES, n_tokens)).astype(int))
     layers = range(FIRST_LAYER, policy.config.n_layer)

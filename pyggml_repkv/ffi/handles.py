@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import mmap
 import threading
 import weakref
 from collections.abc import Callable
@@ -139,20 +137,6 @@ def aligned_zeros(n_bytes: int) -> np.ndarray:
         raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
     start = -raw.ctypes.data % 64
     return raw[start : start + n_bytes]
-
-
-def lazy_zeros(n_bytes: int) -> np.ndarray:
-    """Zeroed, page-aligned memory (uint8 [n_bytes]) that is resident only where it was written, page by page.
-
-    Huge pages are declined: of many arenas that are used from their start, each would take 2 MiB at its first row.
-    """
-    try:
-        memory = mmap.mmap(-1, max(n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except (OSError, ValueError, OverflowError):
-        raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
-    with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages refuses the hint
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8, n_bytes)
 
 
 def return_free_memory() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
@@ -17,7 +17,10 @@ from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.ffi.scheduler import Scheduler
 from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
 from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
-from pyggml_repkv.memory.policy import EvalHook, Form, Policy, StepAttention, StepShape
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.boundaries import BoundaryScores
+from pyggml_repkv.memory.policy import EvalHook, Form, HookPoint, Policy, PolicyInputs, StepAttention, StepShape
+from pyggml_repkv.memory.registry import make_policy
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.rope import RopeTable, rope_params
 from pyggml_repkv.model.weights import Weights
@@ -83,6 +86,11 @@ class Plan:
         self.scheduler: Scheduler | None = None
         self._tracer: Tracer | None = None
         self._trace: Any = native_ffi.NULL
+
+    @property
+    def hook_points(self) -> Sequence[HookPoint]:
+        """Where the policy's hook runs, in the order of the graph."""
+        return () if self.attention.hook is None else self.attention.hook.points
 
     def watch(self, tracer: Tracer) -> None:
         """From its first compute on."""
@@ -175,15 +183,36 @@ class GraphModel:
         self.rope_table = RopeTable(self.rope)
         self.precise_rope_table = RopeTable(self.rope, np.float64)
         self.kernels = Kernels(config, n_threads)
+        self._packs = bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
+
+    def policy_inputs(
+        self, memory: MemoryConfig, boundaries: Callable[[], BoundaryScores], *, long: bool | None = None
+    ) -> PolicyInputs:
+        """What a memory for this model is made from."""
+        return PolicyInputs(self.config, memory, self.precise_rope_table, boundaries, long=long)
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """Of what graphs of this model can be built."""
         # Repacked matrices can only be read by ggml's own multiplication.
-        self._fuses = not exact and not weights.repacked
-        self._packs = self._fuses and bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
+        fuses = not self.exact and not self.weights.repacked
+        return frozenset(("ggml", "one", "packed")) if fuses else frozenset(("ggml",))
+
+    def make_policy(self, inputs: PolicyInputs) -> Policy:
+        """Raises InputError for a policy, or settings, that this model's graphs cannot have."""
+        policy = make_policy(inputs)
+        if policy.forms & self.forms:
+            return policy
+        policy.close()
+        if self.exact:
+            raise InputError(f"--exact-graph is llama.cpp's graph, which has no --kv {policy.name}: leave one out")
+        raise InputError(f"--kv {policy.name} needs the weights as in the file: load the model with --no-repack")
 
     def form(self, n_tokens: int, outputs: Outputs) -> Form:
         """What a step is best built of."""
-        if self._fuses and n_tokens == 1 and outputs != "none":
+        if n_tokens == 1 and outputs != "none" and "one" in self.forms:
             return "one"
-        if self._packs and n_tokens >= MIN_PACKED_TOKENS:
+        if self._packs and n_tokens >= MIN_PACKED_TOKENS and "packed" in self.forms:
             return "packed"
         return "ggml"
 

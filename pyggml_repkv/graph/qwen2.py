@@ -48,9 +48,9 @@ class Qwen2Graph:
             cur = self.norm(inpL, layer.attn_norm, "attn_norm", il)  # [T, E]
             q, k, v = self.qkv(cur, layer, positions, il)  # [T, H, d], [T, K, d], [T, K, d]
             if is_last and not output:
-                self.attention.store(k, v, il)
+                self.attention.store((q, k, v), il)
                 return None
-            cur = self.attention.attend(q, k, v, il)  # [T, H * d]
+            cur = self.attention.attend((q, k, v), il)  # [T, H * d]
             cb(cur, "kqv_out", il)
             cur = g.linear(layer.attn_output, cur)  # [T, E]
             cb(cur, "attn_out", il)

@@ -26,7 +26,7 @@ class FusedQwen2Graph:
         for il, layer in enumerate(self.weights.layers):
             qkv = ops.norm_linear(inpL, layer.attn_norm, *_qkv(layer))  # [(H + 2 K) * d]
             cb(qkv, "qkv", il)
-            partials = self.attention.attend_one(qkv, il)  # [n_threads, H, 2 + d]
+            partials = self.attention.attend(qkv, il)  # [n_threads, H, 2 + d]
             cb(partials, "kqv_partial", il)
             ffn_inp = ops.attn_out(partials, layer.attn_output, inpL)  # [E]
             cb(ffn_inp, "ffn_inp", il)
@@ -49,9 +49,9 @@ class FusedQwen2Graph:
             qkv = ops.matmul(cur, *_qkv(layer))  # [P, (H + 2 K) * d, PANEL]
             cb(qkv, "qkv", il)
             if is_last and not output:
-                self.attention.store_packed(qkv, il)
+                self.attention.store(qkv, il)
                 return None
-            cur = self.attention.attend_packed(qkv, il)  # [P, H * d, PANEL]
+            cur = self.attention.attend(qkv, il)  # [P, H * d, PANEL]
             cb(cur, "kqv_out", il)
             if is_last and last_only:
                 cur, inpL = self._lane(cur, last_token), self._lane(inpL, last_token)  # [H * d], [E]

@@ -11,15 +11,13 @@ from typing import Literal
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
-from pyggml_repkv.inspect.cost import step_of
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
+from pyggml_repkv.inspect.cost import Step
 from pyggml_repkv.inspect.graph_reader import read_graph
 from pyggml_repkv.inspect.snapshot import Snapshot, take_snapshot
-from pyggml_repkv.memory.boundaries import BoundaryScores
-from pyggml_repkv.memory.bounded_attention import hook_points_of
-from pyggml_repkv.memory.policy import MemoryConfig, Policy, PolicyInputs
-from pyggml_repkv.memory.registry import make_policy
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.boundaries import BoundaryScores
+from pyggml_repkv.memory.policy import Policy, Selective
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tensors import check_tensors
@@ -57,15 +55,13 @@ class BuiltGraph:
         self.model = GraphModel(self.config, self._weights, wanted.n_threads, exact=wanted.exact)
         self.policy: Policy | None = None
         try:
-            self.policy = make_policy(PolicyInputs(self.model, wanted.memory, _no_boundaries))
+            self.policy = self.model.make_policy(self.model.policy_inputs(wanted.memory, _no_boundaries))
             self._check_length()
             self._plans = PlanCache(self.model, self.policy, self._backend, _name)
             outputs: Outputs = "all" if wanted.n_tokens == 1 else "last"
-            if isinstance(self.policy, RepKVMemory):
+            if isinstance(self.policy, Selective):
                 self.policy.assume_selected(wanted.n_past)
-            form = self.model.form(wanted.n_tokens, outputs)
-            shape = self.policy.step_shape(wanted.n_past, wanted.n_tokens, form)
-            self.plan = self._plans.get(PlanKey(shape, outputs))
+            self.plan = self._plans.of_step(wanted.n_past, wanted.n_tokens, outputs)
         except BaseException:
             self.close()
             raise
@@ -80,6 +76,7 @@ class BuiltGraph:
 
     def snapshot(self) -> Snapshot:
         w, raw = self.wanted, read_graph(self.plan.context)
+        assert self.policy is not None
         about = {
             "model": self.file.path.name,
             "phase": w.phase,
@@ -89,10 +86,10 @@ class BuiltGraph:
             "n_past": w.n_past,
             "n_threads": w.n_threads,
             "n_layer": self.config.n_layer,
+            "writes": sorted(self.policy.writes),
         }
-        assert self.policy is not None
-        step = step_of(self.policy, w.memory, self.config, w.n_past, w.n_tokens)
-        return take_snapshot(raw, about, step, hook_points_of(self.plan.attention), self._plans.compute_bytes)
+        step = Step(self.config, w.n_tokens, self.policy.cost(w.n_past, w.n_tokens))
+        return take_snapshot(raw, about, step, self.plan.hook_points, self._plans.compute_bytes)
 
     def close(self) -> None:
         if hasattr(self, "_plans"):

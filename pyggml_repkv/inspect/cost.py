@@ -7,42 +7,18 @@ from dataclasses import dataclass
 from math import prod
 
 from pyggml_repkv.inspect.graph_reader import RawTensor, info_of
-from pyggml_repkv.memory.blocks import parse_block
-from pyggml_repkv.memory.bounded import BoundedMemory
-from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.policy import Policy
+from pyggml_repkv.memory.policy import StepCost
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.ops.kernels import LANES
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What shapes do not say. n_attended: keys that a token attends, on average; n_blocks: in the index; n_scored: keys
-    that a token scores.
-    """
+    """What shapes do not say."""
 
     config: ModelConfig
     n_tokens: int
-    n_attended: int
-    n_blocks: int = 0
-    n_repr: int = 0
-    n_scored: int = 0
-
-
-def step_of(policy: Policy, memory: MemoryConfig, config: ModelConfig, n_past: int, n_tokens: int) -> Step:
-    """Of a step that reads n_tokens after n_past."""
-    own = (n_tokens + 1) // 2
-    if not isinstance(policy, BoundedMemory):
-        return Step(config, n_tokens, n_past + own)
-    near = min(n_past, memory.n_sink + memory.n_local) + own
-    n_far = max(0, n_past - memory.n_local - memory.n_sink)
-    if memory.kv == "window":
-        return Step(config, n_tokens, near)
-    size = parse_block(memory.block).max_size
-    n_blocks = n_far // size
-    n_selected = min(n_blocks, policy.n_select(n_past, n_tokens))
-    attended = near + n_selected * size + n_far - n_blocks * size
-    return Step(config, n_tokens, attended, n_blocks, memory.n_repr, min(memory.n_scoring, n_past + own))
+    memory: StepCost
 
 
 def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
@@ -53,16 +29,16 @@ def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
         n_tokens = 1 if cost == "matrices_one" else step.n_tokens
         return 2 * n_tokens * sum(prod(s.shape) for s in sources if _is_weight(s) and len(s.shape) == 2)
     if cost == "attention":
-        return 4 * step.n_tokens * step.n_attended * c.n_embd_q
+        return 4 * step.n_tokens * step.memory.n_attended * c.n_embd_q
     if t.op == "flash_attn_ext":
         # Of the padded keys, as ggml does; masked ones are skipped in part.
         return 4 * prod(sources[0].shape) * sources[1].shape[-2]
     if t.op == "mul_mat":
         return 2 * prod(t.shape) * sources[0].shape[-1]
     if cost == "relevance":
-        return 2 * step.n_blocks * step.n_repr * c.n_embd_q
+        return 2 * step.memory.n_indexed * c.n_embd_q
     if cost == "score":
-        return 2 * step.n_tokens * step.n_scored * c.n_embd_q
+        return 2 * step.n_tokens * step.memory.n_scored * c.n_embd_q
     return 0
 
 
@@ -78,15 +54,15 @@ def bytes_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
     moved = step.n_tokens * _row_bytes(t) if t.op == "set_rows" else t.n_bytes
     if info.cost == "attention":
         # One softmax over rows of one width, in whatever arenas they lie.
-        moved += step.n_attended * sum(_row_bytes(sources[i]) for i in info.reads[:2])
+        moved += step.memory.n_attended * sum(_row_bytes(sources[i]) for i in info.reads[:2])
     for i, source in enumerate(sources):
         if i in info.writes:
             moved += step.n_tokens * _row_bytes(source)
         if i in info.reads:
             if info.cost == "relevance":
-                moved += source.n_bytes * step.n_blocks // max(1, LANES * source.shape[0])
+                moved += source.n_bytes * step.memory.n_blocks // max(1, LANES * source.shape[0])
             elif info.cost == "score":
-                moved += step.n_scored * _row_bytes(source)
+                moved += step.memory.n_scored * _row_bytes(source)
         elif i not in info.writes:
             rows = t.op == "get_rows" and i == 0
             moved += step.n_tokens * _row_bytes(source) if rows else source.n_bytes

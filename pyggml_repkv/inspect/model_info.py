@@ -14,11 +14,10 @@ from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import TensorContext
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, PlanKey
-from pyggml_repkv.memory.boundaries import BoundaryScores
+from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT, MemoryConfig
-from pyggml_repkv.memory.policy import DiskNeed, Policy, PolicyInputs
-from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.memory.cut.boundaries import BoundaryScores
+from pyggml_repkv.memory.policy import DiskNeed, Policy
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
@@ -302,7 +301,9 @@ class _Planner(ExitStack):
         problem = ""
         for smaller in (n_ctx, UNBOUNDED_CONTEXT, 1):
             try:
-                policy = make_policy(PolicyInputs(graph, replace(memory, n_ctx=smaller), _no_boundaries, long=long))
+                policy = graph.make_policy(
+                    graph.policy_inputs(replace(memory, n_ctx=smaller), _no_boundaries, long=long)
+                )
             except ComputeError as error:
                 problem = problem or str(error)
                 continue
@@ -318,8 +319,7 @@ class _Planner(ExitStack):
         try:
             for size in {policy.split(n_tokens, memory.n_batch)[0], 1}:
                 outputs: Outputs = "all" if size == 1 else "last"
-                shape = policy.step_shape(n_tokens - size, size, graph.form(size, outputs))
-                plans.get(PlanKey(shape, outputs))
+                plans.of_step(n_tokens - size, size, outputs)
             return plans.compute_bytes
         finally:
             plans.close()

@@ -19,9 +19,7 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.graph.plan import Plan
 from pyggml_repkv.inspect.graph_reader import RawGraph, RawTensor, address_of, noting_nodes, read_graph
-from pyggml_repkv.memory.bounded_attention import hook_points_of
-from pyggml_repkv.memory.disk_tier import StepHook
-from pyggml_repkv.memory.policy import EvalHook
+from pyggml_repkv.memory.policy import EvalHook, HookPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class NodeTracer:
         self._notes: dict[Plan, _Notes] = {}
 
     def hook_of(self, plan: Plan) -> EvalHook | None:
-        if isinstance(plan.hook, StepHook) and _of_ggml(plan):
+        if plan.hook is not None and _of_ggml(plan):
             return _TracedHook(plan, self.native_trace_of(plan))
         return plan.hook
 
@@ -79,7 +77,7 @@ class NodeTracer:
         next. Views last no time, and of a normalisation fused with the product that follows, the product does not.
         """
         nodes = self.graphs[step.plan].nodes
-        hooked = {address_of(point.node) for point in hook_points_of(step.plan.attention)}
+        hooked = {address_of(point.node) for point in step.plan.hook_points}
         if step.plan in self._notes:
             return _of_each_node(step.times, nodes, hooked)
         times = step.times.copy()
@@ -157,6 +155,10 @@ class OuterHook:
 
     def __init__(self, plan: Plan) -> None:
         self._inner = plan.hook
+
+    @property
+    def points(self) -> Sequence[HookPoint]:
+        return () if self._inner is None else self._inner.points
 
     def begin(self) -> None:
         if self._inner is not None:

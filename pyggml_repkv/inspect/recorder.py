@@ -19,15 +19,13 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.library import g, native_ffi
 from pyggml_repkv.ffi.scheduler import python_callback
 from pyggml_repkv.graph.plan import Plan
-from pyggml_repkv.inspect.cost import step_of
+from pyggml_repkv.inspect.cost import Step
 from pyggml_repkv.inspect.node_trace import NodeTracer, OuterHook
 from pyggml_repkv.inspect.snapshot import take_snapshot
 from pyggml_repkv.inspect.trace import TracedStep
-from pyggml_repkv.memory.block_store import Event
-from pyggml_repkv.memory.bounded_attention import hook_points_of
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.policy import EvalHook
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.policy import EvalHook, OnDisk
+from pyggml_repkv.memory.store.block_store import Event
 
 # Steps that fill caches and build plans before anything is noted.
 N_WARM = 3
@@ -94,8 +92,8 @@ def _trace_some(
     session: Session, memory: MemoryConfig, step: Callable[[], tuple[int, int]], n: int, first: int
 ) -> list[TracedStep]:
     tracer, policy, spans = NodeTracer(), session.policy, []
-    disk = policy.disk if isinstance(policy, RepKVMemory) else None
-    with session.traced(tracer), disk.store.trace() if disk else nullcontext(_NO_EVENTS) as events:
+    disk = policy.disk if isinstance(policy, OnDisk) else None
+    with session.traced(tracer), disk.io.trace() if disk else nullcontext(_NO_EVENTS) as events:
         for _ in range(N_WARM + n):
             n_past = session.n_past
             spans.append((n_past, *step()))
@@ -110,8 +108,8 @@ def _trace_some(
             "n_layer": session.config.n_layer,
         }
         snapshot = take_snapshot(
-            tracer.graphs[trace.plan], about, step_of(policy, memory, session.config, n_past, n_tokens),
-            hook_points_of(trace.plan.attention),
+            tracer.graphs[trace.plan], about, Step(session.config, n_tokens, policy.cost(n_past, n_tokens)),
+            trace.plan.hook_points,
         )  # fmt: skip
         times = ((tracer.times(trace) - first) / 1e3).tolist()
         mine = [_shifted(e, first) for e in events if begin <= 1e6 * e.begin_ms < end]

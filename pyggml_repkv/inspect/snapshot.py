@@ -9,7 +9,7 @@ from typing import Any
 
 from pyggml_repkv.inspect.cost import Step, bytes_of, flops_of
 from pyggml_repkv.inspect.graph_reader import RawGraph, RawTensor, address_of, info_of
-from pyggml_repkv.memory.disk_tier import HookPoint
+from pyggml_repkv.memory.policy import HookPoint
 
 SCHEMA = 2
 

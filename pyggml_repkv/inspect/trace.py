@@ -9,7 +9,7 @@ from typing import Any
 
 from pyggml_repkv.inspect.peak import Peak
 from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
-from pyggml_repkv.memory.block_store import Event
+from pyggml_repkv.memory.store.block_store import Event
 
 
 @dataclass(frozen=True, slots=True)

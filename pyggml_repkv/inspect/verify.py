@@ -34,13 +34,6 @@ IN_PLACE = frozenset(
     )
 )
 
-# What a step of a policy must write in each layer, by the names of memories without the layer.
-EXPECTED = {
-    "full": {"cache_k", "cache_v"},
-    "window": {"k_local", "v_local", "k_store", "v_store"},
-    "repkv": {"k_local", "v_local", "k_store", "v_store", "score_l"},
-}
-
 _VIEWS = frozenset(("view", "reshape", "permute", "transpose"))
 
 
@@ -106,12 +99,8 @@ def _order(g: _Graph) -> Iterator[Finding]:
 def _present(g: _Graph) -> Iterator[Finding]:
     """Each layer writes what its policy must."""
     about = g.snapshot.about
-    expected = set(EXPECTED.get(str(about["policy"]), ()))
-    if (
-        about["policy"] == "repkv"
-        and about["phase"] == "decode"
-        and any(t.base_name == "kept" for t in g.snapshot.leaves)
-    ):
+    expected = set(about["writes"])
+    if about["phase"] == "decode" and any(t.base_name == "kept" for t in g.snapshot.leaves):
         expected.add("kept")
     written: dict[int, set[str]] = {}
     for node in g.nodes:
@@ -165,12 +154,12 @@ def _hooks(g: _Graph) -> Iterator[Finding]:
         if hook.node not in g.position:
             yield Finding("hooks", f"the hook of layer {hook.layer} is at no node of the graph", (hook.node,))
     for i, node in enumerate(g.nodes):
-        if not node.op.startswith("repkv.attend_memory"):
+        if node.op != "repkv.locate" and not node.op.startswith("repkv.attend_memory"):
             continue
         layer = next((g.snapshot.by_id[m].layer for m in node.reads), -1)
         at = g.position.get(selected.get(layer, ""), -1)
         if at < 0 or not g.leads_to(at, i):
-            yield Finding("hooks", f"{_name(node)} attends blocks that no hook waited for", (node.id,))
+            yield Finding("hooks", f"{_name(node)} takes blocks that no hook waited for", (node.id,))
 
 
 def _memory(g: _Graph) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 
 GGML_CACHE_TYPES = {

@@ -26,6 +26,7 @@ MEMORY_FIELDS = (
 
 # What the results of a session depend on, by the names that a user knows.
 _IDENTITY = {
+    "--kv": "kv",
     "-b": "n_batch",
     "-ctk": "type_k",
     "-ctv": "type_v",
@@ -52,6 +53,11 @@ PRESETS: dict[str, dict[str, int | str]] = {
     "balanced": {},
     "accurate": {"top_blocks": 32, "chunk_blocks": 16, "n_repr": 8},
 }
+
+
+def context_length(memory: MemoryConfig, n_ctx_train: int, *, bounded: bool) -> int:
+    """Tokens that a context may hold. bounded: whether the memory's is not limited by what the model was trained on."""
+    return memory.n_ctx or (UNBOUNDED_CONTEXT if bounded else n_ctx_train)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +143,6 @@ class MemoryConfig:
         for flag, choice, known in choices:
             if choice not in known:
                 raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(filter(None, known))}")
-        if (self.on_disk or self.kv_disk_max or self.type_evicted) and self.kv in ("full", "window"):
-            raise InputError(
-                "--kv-dir, --kv-ram, --kv-disk-max and --cache-type-evicted are for --kv repkv, which evicts blocks; "
-                f"--kv is {self.kv}"
-            )
 
     @property
     def on_disk(self) -> bool:
@@ -174,13 +175,13 @@ class MemoryConfig:
         evicted = settings.get("--cache-type-evicted", _AS_IN_RAM)
         values: dict[str, Any] = {"type_evicted": "" if evicted == _AS_IN_RAM else evicted}
         for flag, field in _IDENTITY.items():
-            values[field] = settings.get(flag)
+            values[field] = settings.get(flag, "repkv" if flag == "--kv" else None)
             kind = type(getattr(cls(), field))
             # JSON has one kind of number.
             fits = type(values[field]) in ((int, float) if kind is float else (kind,))
             if not fits:
                 raise InputError(f"{flag} is {values[field]!r}")
-        return cls(kv="repkv", **values)
+        return cls(**values)
 
     @property
     def n_scoring(self) -> int:

@@ -1,58 +1,50 @@
-"""The one seam between a model's graph and what its attention remembers.
+"""The one seam between a model's graph and what its attention remembers: protocols only.
 
 A policy owns the stored keys and values. The graph asks it, layer by layer, what the new tokens attend to; so a new
-policy needs no change to a model, and a new model none to a policy.
+policy needs no change to a model, and a new model none to a policy. What a policy can do it declares: nobody asks for
+its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import Tensor
-from pyggml_repkv.memory.block_file import BlockFile
-from pyggml_repkv.memory.boundaries import BoundaryScores
+from pyggml_repkv.memory.checkpoints import Checkpoints
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.boundaries import BoundaryScores
+from pyggml_repkv.memory.store.arenas import Arenas
+from pyggml_repkv.memory.store.block_file import BlockFile
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.rope import RopeTable
 from pyggml_repkv.ops.makers import Ops
-
-if TYPE_CHECKING:
-    from pyggml_repkv.graph.plan import GraphModel
-    from pyggml_repkv.memory.repkv_checkpoints import Checkpoints
-
-__all__ = [
-    "EvalHook",
-    "Form",
-    "MemoryConfig",
-    "Policy",
-    "PolicyInputs",
-    "StepAttention",
-    "StepShape",
-    "UnobservedStep",
-    "context_length",
-    "even_split",
-]
 
 Form = Literal["ggml", "one", "packed"]
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyInputs:
-    """What a policy is made from. boundaries: where a text may be cut, for policies that cut it.
+    """What a policy is made from.
 
-    block_file: of a session that is kept, for policies that evict blocks; long: whether the sequence is to be taken for
-    one beyond the trained context from its start (None: as n_ctx says).
+    rope: float64 angles; boundaries: where a text may be cut, for policies that cut it; kept: whether the session is
+    kept in a directory; block_file: where a kept session's blocks are, or those that a fork shares; long: whether the
+    sequence is to be taken for one beyond the trained context from its start (None: as n_ctx says); arenas: memory that
+    is filled already, for a fork.
     """
 
-    graph: GraphModel
+    config: ModelConfig
     memory: MemoryConfig
+    rope: RopeTable
     boundaries: Callable[[], BoundaryScores]
+    kept: bool = False
     block_file: BlockFile | None = None
     long: bool | None = None
+    arenas: Arenas | None = None
 
 
 NO_DISK: dict[str, object] = {
@@ -75,6 +67,18 @@ class DiskNeed:
 
 
 @dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step does in each layer. n_attended: keys that a token attends, on average; n_scored: keys that a token
+    scores; n_blocks: in the index; n_indexed: entries of it that a query is compared with.
+    """
+
+    n_attended: int
+    n_scored: int = 0
+    n_blocks: int = 0
+    n_indexed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepShape:
     """What makes two steps share one static graph: the number of tokens, what the layers are built of (ggml's nodes,
     the fused ones for one token, or the packed ones for a chunk), and whatever the policy sized the graph by.
@@ -85,11 +89,28 @@ class StepShape:
     memory: Hashable
 
 
+@dataclass(frozen=True, slots=True)
+class HookPoint:
+    """A node after which the blocks of a layer are asked for. late: whether what it keeps is attended by the next
+    token; n_known: how many layers from this one on attend what the last token kept, so that they are asked for
+    together (0: only this one, and what the node selects).
+    """
+
+    node: Tensor
+    layer: int
+    late: bool = False
+    n_known: int = 0
+
+
 class EvalHook(Protocol):
     """What runs between nodes of a step's graph: a C eval callback for ggml's scheduler, and what it gets."""
 
     callback: int
     userdata: int
+
+    @property
+    def points(self) -> Sequence[HookPoint]:
+        """Where it runs, in the order of the graph."""
 
     def begin(self) -> None:
         """Called before a compute."""
@@ -102,47 +123,52 @@ class EvalHook(Protocol):
 
 
 class StepAttention(Protocol):
-    """A policy's part of one static graph."""
+    """A policy's part of one static graph, for the form that it was built for.
 
-    hook: EvalHook | None
-    """What must run between the graph's nodes; None: they are computed at once."""
+    qkv is what the form's projections give: in form `ggml` the tuple of q [T, H, d], k and v [T, H_kv, d] after RoPE;
+    in form `one` a tensor [(H + 2 H_kv) * d] and in form `packed` one [n_panels, (H + 2 H_kv) * d, PANEL], before RoPE.
+    """
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """Stores k and v, then attends. q [T, H, d], k and v [T, H_kv, d], after RoPE -> [T, H * d]."""
+    @property
+    def hook(self) -> EvalHook | None:
+        """What must run between the graph's nodes; None: they are computed at once."""
 
-    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
-        """Stores k and v [T, H_kv, d] without attending, for a layer whose output nobody reads."""
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        """Stores keys and values, then attends -> in form `ggml` [T, H * d], in form `one` partial sums for the
+        `attn_out` op, in form `packed` heads [n_panels, H * d, PANEL].
+        """
 
-    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        """Form `one`: qkv [(H + 2 H_kv) * d] before RoPE -> partial sums for the `attn_out` op."""
-
-    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
-        """Form `packed`: qkv [n_panels, (H + 2 H_kv) * d, PANEL] before RoPE -> heads [n_panels, H * d, PANEL]."""
-
-    def store_packed(self, qkv: Tensor, layer: int) -> None:
-        """What `store` is to `attend`."""
+    def store(self, qkv: Tensor, layer: int) -> None:
+        """Stores without attending, for a layer whose output nobody reads. Not asked of form `one`."""
 
     def fill(self, n_past: int) -> None:
         """Writes this part's inputs for a step whose first token has position n_past. Call before every compute."""
 
 
-class UnobservedStep:
-    """A StepAttention that needs nothing between nodes."""
-
-    hook: EvalHook | None = None
-
-
 class Policy(Protocol):
-    """What a session asks of its memory."""
+    """What a session asks of its memory. The first members say what it can do, before one is made."""
 
-    name: str
-    n_ctx: int
+    name: ClassVar[str]
 
-    rewinds: bool
+    forms: ClassVar[frozenset[Form]]
+    """Of what its graphs can be built."""
+
+    bounded: ClassVar[bool]
+    """Whether a token attends a bounded number of keys, so that a context may be longer than the trained one."""
+
+    rewinds: ClassVar[bool]
     """Whether tokens after any position can be forgotten: what lies beyond n_past is overwritten before it is read."""
 
-    precise_rope: bool
+    evicts: ClassVar[bool]
+    """Whether it writes blocks to a file (`--kv-ram`, `--session`)."""
+
+    precise_rope: ClassVar[bool]
     """Whether the fused forms rotate by float64 angles: only where no key is ever rotated by ggml."""
+
+    n_ctx: int
+
+    writes: frozenset[str]
+    """Memories that each layer of a step must change, by name without the layer (`graph verify`)."""
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
         """The sizes of the steps in which a prompt is read."""
@@ -159,6 +185,9 @@ class Policy(Protocol):
     def build(self, ops: Ops, shape: StepShape) -> StepAttention:
         """Its part of the graph that `ops` makes nodes of."""
 
+    def cost(self, n_past: int, n_tokens: int) -> StepCost:
+        """Of a step that reads n_tokens after n_past."""
+
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         """What n_tokens tokens will take of RAM, part by part."""
 
@@ -171,6 +200,12 @@ class Policy(Protocol):
     def checkpoint(self) -> Checkpoints | None:
         """What a session that is kept in a directory needs; None: this memory cannot be kept."""
 
+    def fork(self, n_past: int) -> Policy:
+        """Another memory that has read the same n_past tokens: it shares what neither will change, and copies the rest.
+
+        Called between two steps. Raises InputError where this memory cannot.
+        """
+
     def close(self) -> None: ...
 
 
@@ -182,8 +217,20 @@ class Repeatable(Protocol):
         """The keys and values of the first n tokens, over and over, up to position n_past."""
 
 
-def context_length(memory: MemoryConfig, config: ModelConfig) -> int:
-    return memory.n_ctx or config.n_ctx_train
+@runtime_checkable
+class Selective(Protocol):
+    """A memory whose graphs depend on what was selected before."""
+
+    def assume_selected(self, n_past: int) -> None:
+        """For a graph that is never computed: as if the token before had selected, if there was a choice by then."""
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A memory that may keep blocks on disk; disk: its store (store/disk.py), None where they are in RAM."""
+
+    @property
+    def disk(self) -> Any: ...
 
 
 def even_split(n_tokens: int, n_batch: int) -> list[int]:

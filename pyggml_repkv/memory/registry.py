@@ -4,43 +4,87 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
-from pyggml_repkv.memory.full import FullMemory
+from pyggml_repkv.memory.full.memory import FullMemory
 from pyggml_repkv.memory.policy import Policy, PolicyInputs
-from pyggml_repkv.memory.repkv import RepKVMemory
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 from pyggml_repkv.memory.window import WindowMemory
 
 POLICIES: dict[str, Callable[[PolicyInputs], Policy]] = {
-    "full": FullMemory,
-    "window": WindowMemory,
-    "repkv": RepKVMemory,
+    kind.name: kind for kind in (FullMemory, WindowMemory, RepKVMemory)
 }
 
 
-def make_policy(inputs: PolicyInputs) -> Policy:
+@dataclass(frozen=True, slots=True)
+class PolicyKind:
+    """What is known of a policy before one is made. bounded, evicts, rewinds: as Policy declares them."""
+
+    make: Callable[[PolicyInputs], Policy]
+    bounded: bool
+    evicts: bool
+    rewinds: bool
+
+
+def policy_kind(name: str) -> PolicyKind:
     """Raises InputError for an unknown name and for a file without `make_policy(inputs)`."""
-    name = inputs.memory.kv
     if name.endswith(".py"):
-        return _from_file(Path(name), inputs)
-    if name not in POLICIES:
+        make = _from_file(Path(name))
+    elif name in POLICIES:
+        make = POLICIES[name]
+    else:
         raise InputError(f"--kv is {name!r}; it must be one of {', '.join(POLICIES)}, or a file NAME.py")
-    return POLICIES[name](inputs)
+    # A function that declares nothing may make anything.
+    return PolicyKind(
+        make, getattr(make, "bounded", True), getattr(make, "evicts", True), getattr(make, "rewinds", False)
+    )
 
 
-def _from_file(path: Path, inputs: PolicyInputs) -> Policy:
-    """The file is the user's own program: it is run as such."""
-    if not path.is_file():
-        raise InputError(f"--kv {path}: there is no such file")
+def make_policy(inputs: PolicyInputs) -> Policy:
+    """Raises as `policy_kind` does, and InputError for settings that the policy does not take."""
+    name = inputs.memory.kv
+    kind = policy_kind(name)
+    if not kind.evicts and (inputs.memory.on_disk or inputs.memory.kv_disk_max or inputs.memory.type_evicted):
+        raise InputError(
+            "--kv-dir, --kv-ram, --kv-disk-max and --cache-type-evicted are for memories that evict blocks, as --kv "
+            f"repkv does; --kv is {name}"
+        )
     try:
-        made = runpy.run_path(str(path)).get("make_policy")
-        policy = made(inputs) if callable(made) else None
+        policy = kind.make(inputs)
     except RepkvError:
         raise
     except (Exception, SystemExit) as error:
-        raise InputError(f"--kv {path}: {type(error).__name__}: {error}") from error
+        if not name.endswith(".py"):
+            raise
+        raise _broken(name, error) from error
     if not hasattr(policy, "step_shape"):
+        raise InputError(f"--kv {name}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
+    return policy
+
+
+def _from_file(path: Path) -> Callable[[PolicyInputs], Policy]:
+    """The file is the user's own program: it is run as such."""
+    if not path.is_file():
+        raise InputError(f"--kv {path}: there is no such file")
+    made = _run(path, path.stat().st_mtime_ns).get("make_policy")
+    if not callable(made):
         raise InputError(f"--kv {path}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
-    return cast("Policy", policy)
+    return made
+
+
+@lru_cache(8)
+def _run(path: Path, modified_ns: int) -> dict[str, Any]:
+    try:
+        return runpy.run_path(str(path))
+    except RepkvError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise _broken(str(path), error) from error
+
+
+def _broken(name: str, error: BaseException) -> InputError:
+    return InputError(f"--kv {name}: {type(error).__name__}: {error}")

@@ -76,6 +76,8 @@ struct repkv_regions {
     int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, n_select, store_base, kept;
 };
 
+int repkv_map(char *at, size_t n_bytes, int fd, int64_t offset, int shared);
+
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 
 enum repkv_io_error { REPKV_IO_OK, REPKV_IO_READ, REPKV_IO_SHORT, REPKV_IO_CHECKSUM, REPKV_IO_WRITE, ... };

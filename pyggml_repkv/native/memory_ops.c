@@ -39,9 +39,9 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     }
 }
 
-/* The blocks that a key head attends: [0] how many, then which. */
-static const int32_t *selection(const struct repkv_op_params *p, const struct ggml_tensor *selected, int kv) {
-    return (const int32_t *)selected->data + (p->per_head ? kv * selected->ne[0] : 0);
+/* The runs of rows that a key head attends: [0] how many, then (first row, number of rows) of each. */
+static const int32_t *runs_of(const struct ggml_tensor *runs, int kv) {
+    return (const int32_t *)runs->data + (runs->ne[1] > 1 ? kv * runs->ne[0] : 0);
 }
 
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -49,19 +49,18 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
     const struct repkv_attend_memory_sources *src = SOURCES(dst, attend_memory);
     const struct ggml_tensor *q_local = src->q_local, *k_local = src->k_local, *v_local = src->v_local;
     const struct ggml_tensor *q_far = src->q_far, *k_store = src->k_store, *v_store = src->v_store;
-    const struct place *places = src->places->data;
     const struct repkv_regions *regions = regions_of(src->regions);
     const int64_t base = regions->local_base, store_base = regions->store_base;
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
         if (repkv_abort_requested()) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
-        const int32_t *selected = selection(p, src->selected, kv);
+        const int32_t *runs = runs_of(src->runs, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
         gather_cells(&a, q_far, k_store, v_store, 0, regions->sink_end);
-        for (int i = 0; i < selected[0]; i++) {
-            const struct place block = places[selected[1 + i]];
-            gather_cells(&a, q_far, k_store, v_store, block.row, (int64_t)block.row + block.n_tokens);
+        for (int i = 0; i < runs[0]; i++) {
+            const int64_t first = runs[1 + 2 * i];
+            gather_cells(&a, q_far, k_store, v_store, first, first + runs[2 + 2 * i]);
         }
         gather_cells(&a, q_far, k_store, v_store, regions->remainder - store_base, regions->local - store_base);
         attend_gathered(&a, q_far, 0, INT32_MAX);
@@ -89,18 +88,17 @@ static void attend_part(const struct attention *a, const float *q, const struct 
     }
 }
 
-static int64_t selected_rows(const int32_t *selected, const struct place *places) {
+static int64_t rows_of(const int32_t *runs) {
     int64_t n = 0;
-    for (int i = 0; i < selected[0]; i++) n += places[selected[1 + i]].n_tokens;
+    for (int i = 0; i < runs[0]; i++) n += runs[2 + 2 * i];
     return n;
 }
 
-static void attend_selected(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
-                            const int32_t *selected, const struct place *places, int kv, int64_t *offset, int64_t mine_begin,
-                            int64_t mine_end) {
-    for (int i = 0; i < selected[0]; i++) {
-        const struct place b = places[selected[1 + i]];
-        attend_part(a, a->q, k_store, v_store, b.row, (int64_t)b.row + b.n_tokens, kv, offset, mine_begin, mine_end);
+static void attend_runs(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
+                        const int32_t *runs, int kv, int64_t *offset, int64_t mine_begin, int64_t mine_end) {
+    for (int i = 0; i < runs[0]; i++) {
+        const int64_t first = runs[1 + 2 * i];
+        attend_part(a, a->q, k_store, v_store, first, first + runs[2 + 2 * i], kv, offset, mine_begin, mine_end);
     }
 }
 
@@ -109,7 +107,6 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     const struct repkv_attend_memory_one_sources *src = SOURCES(dst, attend_memory_one);
     const float *qkv = src->qkv->data, *near = src->rope->data, *far = near + p->rope_dim;
     const struct ggml_tensor *k_local = src->k_local, *v_local = src->v_local, *k_store = src->k_store, *v_store = src->v_store;
-    const struct place *places = src->places->data;
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
     const int64_t base = regions->local_base, store_base = regions->store_base;
@@ -117,20 +114,21 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
 
     struct attention a = attention_begin(p, dst, ith);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, far, far + half, p->rope_dim, d);
-    if (p->per_head) {
+    const bool per_head = src->runs->ne[1] > 1;
+    if (per_head) {
         int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += selected_rows(selection(p, src->selected, kv), places);
+        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, kv));
         share(n_rows, ith, nth, &begin, &end);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_selected(&a, k_store, v_store, selection(p, src->selected, kv), places, kv, &offset, begin, end);
+            attend_runs(&a, k_store, v_store, runs_of(src->runs, kv), kv, &offset, begin, end);
         }
         offset = 0;
     }
-    const int32_t none = 0, *selected = p->per_head ? &none : selection(p, src->selected, 0);
+    const int32_t none = 0, *runs = per_head ? &none : runs_of(src->runs, 0);
     const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first - regions->local;
-    share(n_others + selected_rows(selected, places), ith, nth, &begin, &end);
+    share(n_others + rows_of(runs), ith, nth, &begin, &end);
     attend_part(&a, a.q, k_store, v_store, 0, regions->sink_end, -1, &offset, begin, end);
-    attend_selected(&a, k_store, v_store, selected, places, -1, &offset, begin, end);
+    attend_runs(&a, k_store, v_store, runs, -1, &offset, begin, end);
     attend_part(&a, a.q, k_store, v_store, regions->remainder - store_base, regions->local - store_base, -1, &offset, begin, end);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
     attend_part(&a, a.q, k_local, v_local, regions->local - base, regions->first - base, -1, &offset, begin, end);

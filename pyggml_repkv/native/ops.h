@@ -22,9 +22,9 @@ struct repkv_op_params {
     int32_t late;  /* block_topk: what is attended is what the last token selected */
     int32_t n_score; /* score_acc: how many later queries score a key */
     int32_t n_repr;  /* relevance: representatives per block and key head */
-    int32_t n_top;   /* block_topk, attend_memory: most blocks that can be selected */
+    int32_t n_top;   /* block_topk: most blocks that can be selected */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
-    int32_t per_head;  /* block_topk, attend_memory: whether every key head selects its own blocks */
+    int32_t per_head;  /* block_topk: whether every key head selects its own blocks */
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;

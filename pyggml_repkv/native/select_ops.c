@@ -293,6 +293,22 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     }
 }
 
+void repkv_locate(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    (void)userdata;
+    const struct repkv_locate_sources *src = SOURCES(dst, locate);
+    const struct place *places = src->places->data;
+    for (int64_t r = ith; r < dst->ne[1]; r += nth) {
+        const int32_t *blocks = (const int32_t *)src->blocks->data + r * src->blocks->ne[0];
+        int32_t *runs = (int32_t *)dst->data + r * dst->ne[0];
+        runs[0] = blocks[0];
+        for (int32_t i = 0; i < blocks[0]; i++) {
+            const struct place at = places[blocks[1 + i]];
+            runs[1 + 2 * i] = at.row;
+            runs[2 + 2 * i] = at.n_tokens;
+        }
+    }
+}
+
 void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr) {
     for (int kv = 0; kv < n_head_kv; kv++, out += n_repr) {
         int n = 0;

@@ -176,25 +176,30 @@ class Ops:
         }  # fmt: skip
         return self.node("block_topk", shape, values, relevance=relevance, regions=regions, kept=kept)
 
+    def locate(self, blocks: Tensor, places: Tensor) -> Tensor:
+        """Blocks of `block_topk` -> I32 [1 or K, 1 + 2 n_top], how many runs of rows and (first row, rows) of each."""
+        n_rows, n_top = blocks.contents.ne[1], blocks.contents.ne[0] - 1
+        return self.node("locate", (n_rows, 1 + 2 * n_top), blocks=blocks, places=places)
+
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,
-        selected: Tensor, places: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Packed queries and what `block_topk` selected -> heads, packed."""
+        """Packed queries and what `locate` found -> heads, packed."""
         shape = packed_like(q_local, self.config.n_embd_q)
         return self.node(
-            "attend_memory", shape, _selection(selected), q_local=q_local, k_local=k_local, v_local=v_local,
-            q_far=q_far, k_store=k_store, v_store=v_store, selected=selected, places=places, regions=regions,
+            "attend_memory", shape, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far, k_store=k_store,
+            v_store=v_store, runs=runs, regions=regions,
         )  # fmt: skip
 
     def attend_memory_one(
         self, qkv: Tensor, k_local: Tensor, v_local: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor,
-        selected: Tensor, places: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor,
     ) -> Tensor:  # fmt: skip
         """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value."""
         return self.node(
-            "attend_memory_one", self._partial_shape(), _selection(selected), qkv=qkv, k_local=k_local, v_local=v_local,
-            k_store=k_store, v_store=v_store, rope=rope, selected=selected, places=places, regions=regions,
+            "attend_memory_one", self._partial_shape(), qkv=qkv, k_local=k_local, v_local=v_local, k_store=k_store,
+            v_store=v_store, rope=rope, runs=runs, regions=regions,
         )  # fmt: skip
 
     def _partial_shape(self) -> tuple[int, int, int]:
@@ -211,8 +216,3 @@ def _n_rows(weights: Sequence[Tensor]) -> int:
 
 def _counts(weights: Sequence[Tensor], biases: Sequence[Tensor]) -> dict[str, int]:
     return {"n_matrices": len(weights), "n_biases": len(biases)}
-
-
-def _selection(selected: Tensor) -> dict[str, int]:
-    n_top, n_rows = selected.contents.ne[0] - 1, selected.contents.ne[1]
-    return {"n_top": n_top, "per_head": int(n_rows > 1)}

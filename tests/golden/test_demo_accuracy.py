@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import native
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from tests.oracle import qwen2_logits

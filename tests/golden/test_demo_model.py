@@ -7,7 +7,7 @@ import pytest
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import describe
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 
 
 def log_probs(logits: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
-from pyggml_repkv.memory.block_file import BlockHeader, checksum
+from pyggml_repkv.memory.store.block_file import BlockHeader, checksum
 from tests.stores import MAX_BLOCKS, MAX_TOKENS, N_LAYER, StoreBench
 
 DECAY = 0.9

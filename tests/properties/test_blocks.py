@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyggml_repkv.memory.blocks import FixedBlocks, SemanticBlocks
-from pyggml_repkv.memory.boundaries import LOOKAHEAD, BoundaryScores
+from pyggml_repkv.memory.cut.blocks import FixedBlocks, SemanticBlocks
+from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD, BoundaryScores
 
 TEXTS = [b" the", b"ing", b".", b",", b"\n", b"\n\n", b" ", b"3", b'"', "。".encode(), b"\xe3", b""]
 KEYS = np.random.default_rng(0).normal(size=(len(TEXTS), 6))

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
-from pyggml_repkv.memory.blocks import parse_block
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
+from pyggml_repkv.memory.cut.blocks import parse_block
 from tests.tiny_models import TinySpec, write_tiny_model
 
 N_TRAINED, N_LAYER = 150, 3
@@ -84,7 +84,7 @@ def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memor
     folder = str(tmp_path_factory.mktemp("kv"))
     ram = slot_bytes(memory) * (n_slots(model, memory) + n_more)
     with model.session(memory) as here, model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
-        there.policy.disk.store.inject(seed=n_prompt, **faults)
+        there.policy.disk.io.inject(seed=n_prompt, **faults)
         assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
         prefetch = there.stats()["prefetch"]
         assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
@@ -130,9 +130,9 @@ def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_promp
     with model.session(memory) as here, model.session(replace(memory, kv_ram=SMALL)) as there:
         want = read(here, n_prompt, 40)
         got = [there.prefill(TOKENS[:n_prompt]).copy()]
-        there.policy.disk.store.flush()
+        there.policy.disk.io.flush()
         broken = there.policy
-        broken.disk.store.inject(read_at=1, keep=1, read_kind=getattr(native, f"REPKV_IO_{kind}"), error=errno.EIO)
+        broken.disk.io.inject(read_at=1, keep=1, read_kind=getattr(native, f"REPKV_IO_{kind}"), error=errno.EIO)
         got += [there.decode(t).copy() for t in TOKENS[n_prompt : n_prompt + 40]]
         assert np.array_equal(want, got)
         assert there.policy is not broken
@@ -141,7 +141,7 @@ def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_promp
 
 
 def test_a_block_that_is_lost_again_and_again_is_an_error(model, monkeypatch):
-    from pyggml_repkv.memory.block_store import BlockStore
+    from pyggml_repkv.memory.store.block_store import BlockStore
 
     opened = BlockStore.__init__
 
@@ -157,7 +157,7 @@ def test_a_block_that_is_lost_again_and_again_is_an_error(model, monkeypatch):
 @pytest.mark.parametrize("nth", range(1, 12, 2))
 def test_a_full_disk_ends_the_run_with_one_line(model, nth):
     with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
-        session.policy.disk.store.inject(write_at=nth, keep=1, error=errno.ENOSPC)
+        session.policy.disk.io.inject(write_at=nth, keep=1, error=errno.ENOSPC)
         with pytest.raises(StoreError, match="could not be written: No space left on device"):
             session.prefill(TOKENS)
 
@@ -181,15 +181,15 @@ def test_scores_of_evicted_tokens_are_not_kept(model):
 
     with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
         session.prefill(TOKENS[:300])
-        assert session.policy.get_scores(0, 290).shape == (2,)
+        assert session.policy.index.get_score(0, 290).shape == (2,)
         with pytest.raises(InputError, match="not kept"):
-            session.policy.get_scores(0, 10)
+            session.policy.index.get_score(0, 10)
 
 
 def test_quantised_evicted_blocks_change_little(model):
     with model.session(MEMORY) as here, model.session(replace(MEMORY, kv_ram=SMALL, type_evicted="q8_0")) as there:
         want, got = read(here, 400, 20), read(there, 400, 20)
-        assert there.policy.disk.store.end < 0.62 * 400 * N_LAYER * 256 + 25 * 4096 * (1 + N_LAYER)
+        assert there.policy.disk.file.end < 0.62 * 400 * N_LAYER * 256 + 25 * 4096 * (1 + N_LAYER)
     cosine = (want * got).sum(1) / np.linalg.norm(want, axis=1) / np.linalg.norm(got, axis=1)
     assert cosine.min() > 0.99
     assert not np.array_equal(want, got)

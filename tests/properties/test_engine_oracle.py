@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from tests.oracle import qwen2_logits
 from tests.tiny_models import WEIGHT_TYPES, TinySpec, tiny_specs, write_tiny_model
 

@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as QuantType
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import RepkvError
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.chat_template import ChatTemplate
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile

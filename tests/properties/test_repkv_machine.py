@@ -2,6 +2,8 @@
 describe the same tokens.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +20,7 @@ from hypothesis.stateful import (
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.store.arenas import as_array
 
 N_CTX, N_TRAINED, N_LAYER = 400, 150, 2
 TOKENS = np.random.default_rng(3).integers(0, 280, N_CTX).tolist()
@@ -63,7 +66,7 @@ class RepKVMachine(RuleBasedStateMachine):
     @rule(n=st.integers(1, 40))
     def fail(self, n):
         """The step was computed, then stopped: scores as before, and the tokens may be read again."""
-        n_past, scores = self.session.n_past, [s.copy() for s in self.policy.scores]
+        n_past, scores = self.session.n_past, [s.copy() for s in self.policy.index.scores]
         whole_compute = Backend.compute
 
         def compute_and_stop(backend, graph, trace):
@@ -75,26 +78,27 @@ class RepKVMachine(RuleBasedStateMachine):
             with pytest.raises(KeyboardInterrupt):
                 self.session.read(self.next(n))
         assert self.session.n_past == n_past
-        for before, after in zip(scores, self.policy.scores, strict=True):
+        for before, after in zip(scores, self.policy.index.scores, strict=True):
             assert np.array_equal(before, after)
 
     @precondition(lambda self: self.session.n_past > 0)
     @rule(data=st.data(), value=st.floats(-1e3, 1e3))
     def set_score(self, data, value):
         position = data.draw(st.integers(0, self.session.n_past - 1))
-        self.policy.set_scores(1, position, np.full(2, value, np.float32))
-        assert (self.policy.get_scores(1, position) == np.float32(value)).all()
+        self.policy.index.set_score(1, position, np.full(2, value, np.float32))
+        assert (self.policy.index.get_score(1, position) == np.float32(value)).all()
 
     @invariant()
     def every_token_has_its_place(self):
         if not hasattr(self, "session"):
             return
         blocks, n_past = self.policy.blocks, self.session.n_past
-        start = self.policy.local_start(n_past)
+        start = self.policy.local.start(n_past)
         assert blocks.bounds == sorted(set(blocks.bounds))
         assert blocks.bounds[0] == 5
         assert blocks.n_blocks == 0 or blocks.sealed_end <= start
-        assert list(self.policy.block_bounds) == blocks.bounds
+        places = as_array(self.policy.store.places(0), np.int32).reshape(-1, 2)[: blocks.n_blocks]
+        assert places.tolist() == [[begin, end - begin] for begin, end in pairwise(blocks.bounds)]
 
     @invariant()
     def the_index_holds_the_keys_of_the_representatives(self):
@@ -103,22 +107,22 @@ class RepKVMachine(RuleBasedStateMachine):
         for layer in range(N_LAYER):
             for block in range(self.policy.blocks.n_blocks):
                 begin, end = self.policy.blocks.bounds[block : block + 2]
-                chosen = self.policy.get_representatives(layer, block)
+                chosen = self.policy.index.chosen[block][layer]
                 assert ((begin <= chosen) & (chosen < end)).all()
                 for kv in range(2):
                     want = self.policy.stored_keys(layer, chosen[kv])[:, kv]
-                    assert np.allclose(self.policy.indexed_keys(layer, block)[kv], want, rtol=1e-3, atol=1e-3)
+                    assert np.allclose(self.policy.index.entries(layer, block)[kv], want, rtol=1e-3, atol=1e-3)
 
     @invariant()
     def window_and_store_hold_the_same_keys(self):
         if not hasattr(self, "session") or self.session.n_past == 0:
             return
         n_past = self.session.n_past
-        start = max(self.policy.local_start(n_past), self.policy.local_base)
+        start = max(self.policy.local.start(n_past), self.policy.local.base)
         positions = np.arange(start, n_past)
         stored, local = self.policy.stored_keys(1, positions), self.policy.local_keys(1, start, n_past)
-        if self.policy.far:
-            table = self.policy.graph.precise_rope_table(positions)[:, :, None].transpose(1, 2, 0)  # [n, 1, rope_dim]
+        if self.policy.rotation.far:
+            table = self.model.graph.precise_rope_table(positions)[:, :, None].transpose(1, 2, 0)  # [n, 1, rope_dim]
             half = table.shape[-1] // 2
             cosine, sine = table[..., :half], table[..., half:]
             a, b = stored[..., :half], stored[..., half : 2 * half]

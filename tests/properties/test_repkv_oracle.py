@@ -76,10 +76,10 @@ def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, gr
         got = [s.prefill(tokens[:n_prompt]).copy()]
         sizes = s.policy.split(n_prompt, memory.n_batch)
         got += [s.decode(token).copy() for token in tokens[n_prompt:]]
-        scores = [s.policy.get_scores(1, t) for t in range(len(tokens))]
+        scores = [s.policy.index.get_score(1, t) for t in range(len(tokens))]
         # Where the text is cut is its own test's matter.
         bounds = [*s.policy.blocks.bounds, N_CTX] if memory.block.startswith("semantic") else None
-        representatives = [s.policy.get_representatives(1, b).tolist() for b in range(s.policy.blocks.n_blocks)]
+        representatives = [s.policy.index.chosen[b][1].tolist() for b in range(s.policy.blocks.n_blocks)]
     oracle = RepKVOracle(spec, weights, memory, bounds)
     steps = sizes + [1] * n_decode
     want = [oracle.step(tokens[oracle.n_past : oracle.n_past + size])[-1] for size in steps]

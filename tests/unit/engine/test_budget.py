@@ -70,7 +70,7 @@ def test_a_session_says_its_parts_and_refuses_what_does_not_fit(tiny_model, monk
     ):
         parts = session.budget(1000, 200)
         assert set(parts) == {"weights", "window", "tokens", "index", "scores", "compute"}
-        assert parts["tokens"] == 1200 * session.policy.row_bytes
+        assert parts["tokens"] == 1200 * session.policy.local.row_bytes
         assert parts["compute"] > 0
         monkeypatch.setattr(budget, "available_bytes", lambda: 1000)
         with pytest.raises(ComputeError, match=r"1000 tokens need .* of memory \(window .*\) and 1 kB are free"):

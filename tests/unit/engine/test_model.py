@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as QT
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from tests.subprocesses import printed
 from tests.tiny_models import TinySpec, write_tiny_model
 

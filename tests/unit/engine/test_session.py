@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType as QT
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from tests.oracle import qwen2_logits
 from tests.stopping import endless_requests
 from tests.tiny_models import TinySpec, write_tiny_model

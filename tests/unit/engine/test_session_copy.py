@@ -7,8 +7,8 @@ import pytest
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, InputError, StoreError
-from pyggml_repkv.memory.block_store import BlockStore
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.store.block_store import BlockStore
 
 TOKENS = np.random.default_rng(8).integers(0, 280, 500).tolist()
 MEMORY = MemoryConfig(
@@ -91,10 +91,10 @@ def test_a_copy_stays_far_from_the_start(model, tmp_path):
     memory = replace(MEMORY, n_dense=150)
     with model.session(memory) as session:
         session.prefill(TOKENS[:150])
-        assert session.policy.long
+        assert session.policy.rotation.long
         session.save(tmp_path)
         with model.resume(tmp_path) as kept:
-            assert kept.policy.long
+            assert kept.policy.rotation.long
             assert np.array_equal(decode(kept, 150, 5), decode(session, 150, 5))
 
 

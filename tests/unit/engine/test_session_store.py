@@ -231,7 +231,7 @@ def test_what_cannot_be_kept_is_refused(model, tmp_path, memory, what):
 
 
 def test_a_failed_save_is_said_and_the_one_before_stays(model, folder, monkeypatch):
-    from pyggml_repkv.memory.window_file import WindowFile
+    from pyggml_repkv.memory.store.window_file import WindowFile
 
     def full(self, positions, rows):
         raise StoreError("no space left", lost=False)
@@ -334,7 +334,7 @@ def test_an_empty_session_is_bound_to_nothing(model, tmp_path):
 
 def test_a_memory_that_was_stopped_halfway_is_not_saved(model, folder, monkeypatch):
     from pyggml_repkv.errors import ComputeError
-    from pyggml_repkv.memory.disk_tier import DiskTier
+    from pyggml_repkv.memory.store.disk import DiskTier
 
     def interrupted(self, *args, **options):
         raise KeyboardInterrupt
@@ -356,7 +356,7 @@ def test_a_memory_that_was_stopped_halfway_is_not_saved(model, folder, monkeypat
 
 
 def test_after_a_failed_save_nothing_is_saved_any_more(model, folder, monkeypatch):
-    from pyggml_repkv.memory.window_file import WindowFile
+    from pyggml_repkv.memory.store.window_file import WindowFile
 
     write, calls = WindowFile.write, []
 
@@ -381,7 +381,7 @@ def test_a_session_that_nobody_closes_gives_its_lock_back(model, folder):
 
     for _ in range(20):
         # Its threads are still reading then, into memory that must outlive them.
-        model.resume(folder, MEMORY).policy.disk.store.inject(delay_us=2000)
+        model.resume(folder, MEMORY).policy.disk.io.inject(delay_us=2000)
         gc.collect()
     goes_on(model, folder)
 
@@ -414,8 +414,8 @@ def test_a_closed_session_gives_its_memory_back(model):
     before = resident()
     for _ in range(20):
         with model.session(replace(MEMORY, n_ctx=2**20, kv_ram=10**8)) as session:
-            for arena in session.policy.k_store:
-                session.policy.arenas._memory[arena.contents.name][0].write(bytes(10**6))
+            for arena in session.policy.store.k:
+                session.policy.arenas._memory[arena.contents.name.decode()].mapping.write(bytes(10**6))
     assert resident() - before < 20 * 10**6
 
 

@@ -172,7 +172,7 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
 def test_other_settings_are_asked_again(demo_model, tiny_model, tmp_path, capsys, change):
     files = {"text": tmp_path / "text", "policy": tmp_path / "mine.py", "other": tiny_model(n_layer=2, n_ctx=512)}
     files["text"].write_text(PROSE)
-    files["policy"].write_text("from pyggml_repkv.memory.full import FullMemory as make_policy")
+    files["policy"].write_text("from pyggml_repkv.memory.full.memory import FullMemory as make_policy")
     out = tmp_path / "results.jsonl"
     argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out), "--json"]
     changed = [*argv, *(part.format(**files) for part in change)]
@@ -182,7 +182,7 @@ def test_other_settings_are_asked_again(demo_model, tiny_model, tmp_path, capsys
             assert len(out.read_text().splitlines()) == n_lines
     n_lines = len(out.read_text().splitlines())
     if "{policy}" in change:
-        files["policy"].write_text("from pyggml_repkv.memory.full import FullMemory as make_policy  # but other")
+        files["policy"].write_text("from pyggml_repkv.memory.full.memory import FullMemory as make_policy  # but other")
     assert main(changed) == 0
     assert len(out.read_text().splitlines()) == n_lines + ("{policy}" in change)
 

@@ -199,7 +199,7 @@ def test_an_interrupted_step_did_not_happen(slow_model):
 import os, signal, sys, threading
 import numpy as np
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 model = Model.load(sys.argv[1], threads=1)
 memory = MemoryConfig(n_ctx=20000, n_batch=16000)
 fresh, session = model.session(memory), model.session(memory)

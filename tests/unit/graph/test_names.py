@@ -6,8 +6,7 @@ import pytest
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.plan import Plan, PlanCache, PlanKey
-from pyggml_repkv.memory.policy import MemoryConfig, PolicyInputs
-from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.memory.config import MemoryConfig
 
 N_LAYER = 3
 # In the order of src/models/qwen2.cpp; the three names of q, k and v are the product, the bias and the rotation.
@@ -26,7 +25,7 @@ def model(request, tiny_model):
 
 
 def make_plan(model, n_tokens, cb, outputs="all"):
-    policy = make_policy(PolicyInputs(model.graph, MemoryConfig(), model._boundaries))
+    policy = model.graph.make_policy(model.graph.policy_inputs(MemoryConfig(), model._boundaries))
     shape = policy.step_shape(0, n_tokens, model.graph.form(n_tokens, outputs))
     return Plan(model.graph, policy, PlanKey(shape, outputs), cb)
 
@@ -51,7 +50,7 @@ def test_the_exact_graph_names_what_llama_cpp_names(model, n_tokens):
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])
 def test_names_are_on_the_nodes_that_compute(model):
     """In the order in which they run: a value is there before it is used."""
-    policy = make_policy(PolicyInputs(model.graph, MemoryConfig(), model._boundaries))
+    policy = model.graph.make_policy(model.graph.policy_inputs(MemoryConfig(), model._boundaries))
     cache = PlanCache(model.graph, policy, model.backend)
     names = node_names(cache.get(PlanKey(policy.step_shape(0, 7, "ggml"), "all")))
     for il in range(N_LAYER):
@@ -94,7 +93,7 @@ def test_the_names_are_given_by_who_builds(model, n_tokens):
 
 def test_a_cache_passes_its_names_on(model):
     calls = []
-    policy = make_policy(PolicyInputs(model.graph, MemoryConfig(), model._boundaries))
+    policy = model.graph.make_policy(model.graph.policy_inputs(MemoryConfig(), model._boundaries))
     cache = PlanCache(model.graph, policy, model.backend, cb=lambda tensor, name, layer: calls.append(name))
     plan = cache.of_step(0, 1, "all")
     plan.fill(np.array([5], np.int32), 0)

@@ -9,8 +9,7 @@ from pyggml_repkv.ffi.handles import GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph import plan as plan_module
 from pyggml_repkv.graph.plan import _MAX_PLANS, PlanCache, PlanKey
-from pyggml_repkv.memory.policy import MemoryConfig, PolicyInputs
-from pyggml_repkv.memory.registry import make_policy
+from pyggml_repkv.memory.config import MemoryConfig
 
 FORMS = {"fused": {}, "exact": {"exact_graph": True}, "softmax": {"flash_attn": False}}
 
@@ -28,7 +27,7 @@ class Bench:
 
     def __init__(self, model, memory):
         self.model = model
-        self.policy = make_policy(PolicyInputs(model.graph, memory, model._boundaries))
+        self.policy = model.graph.make_policy(model.graph.policy_inputs(memory, model._boundaries))
         self.tokens = np.random.default_rng(2).integers(0, model.config.n_vocab, 512)
 
     def cache(self, **options):

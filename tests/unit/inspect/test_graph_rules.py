@@ -11,7 +11,7 @@ from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
 from pyggml_repkv.inspect.inputs import unfilled_inputs
 from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
 from pyggml_repkv.inspect.verify import verify
-from pyggml_repkv.memory.bounded_attention import BoundedOne
+from pyggml_repkv.memory.bounded.attention import BoundedOne
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.ops.makers import Ops
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.blocks import BlockScheme, FixedBlocks, SemanticBlocks, parse_block
-from pyggml_repkv.memory.boundaries import LOOKAHEAD
+from pyggml_repkv.memory.cut.blocks import BlockScheme, FixedBlocks, SemanticBlocks, parse_block
+from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 
 
 class TokenScores:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pyggml_repkv.memory.boundaries import (
+from pyggml_repkv.memory.cut.boundaries import (
     CLAUSE_END,
     DROP_WEIGHT,
     INSIDE_WORD,

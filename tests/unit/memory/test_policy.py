@@ -6,8 +6,9 @@ import pytest
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.full import FullMemory
-from pyggml_repkv.memory.policy import MemoryConfig, context_length, even_split
+from pyggml_repkv.memory.config import MemoryConfig, context_length
+from pyggml_repkv.memory.full.memory import FullMemory
+from pyggml_repkv.memory.policy import even_split
 from pyggml_repkv.memory.registry import POLICIES
 
 
@@ -43,7 +44,7 @@ def test_a_configuration_is_fixed_and_comparable():
 
 @pytest.mark.parametrize(("n_ctx", "length"), [(0, 64), (1, 1), (63, 63), (1000, 1000)])
 def test_no_length_means_the_trained_one(model, n_ctx, length):
-    assert context_length(MemoryConfig(n_ctx=n_ctx), model.config) == length
+    assert context_length(MemoryConfig(n_ctx=n_ctx), model.config.n_ctx_train, bounded=False) == length
     assert model.session(MemoryConfig(n_ctx=n_ctx)).n_ctx == length
 
 

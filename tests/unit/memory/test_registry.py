@@ -34,7 +34,7 @@ def test_the_example_in_the_documentation_is_a_policy(model):
         assert session.stats()["policy"] == "mean-key"
         for block, (begin, end) in enumerate(zip(policy.blocks.bounds, policy.blocks.bounds[1:], strict=False)):
             mean = policy.stored_keys(1, np.arange(begin, end)).mean(0)
-            assert np.allclose(policy.indexed_keys(1, block)[:, 0], mean, atol=2e-3)
+            assert np.allclose(policy.index.entries(1, block)[:, 0], mean, atol=2e-3)
         logits = session.decode(1)
     with model.session(memory("repkv")) as session:
         session.prefill(TOKENS)

@@ -48,7 +48,7 @@ def test_a_step_that_failed_counts_once(model, n_tokens):
             s.prefill_all(TOKENS[200 : 200 + n_tokens])
         for layer in range(2):
             for position in range(200 + n_tokens):
-                scores = [s.policy.get_scores(layer, position) for s in (session, fresh)]
+                scores = [s.policy.index.get_score(layer, position) for s in (session, fresh)]
                 assert np.array_equal(*scores)
         assert np.array_equal(session.prefill(TOKENS[250:330]), fresh.prefill(TOKENS[250:330]))
 
@@ -59,12 +59,12 @@ def test_what_a_failed_step_selected_is_not_attended_by_the_next(model, n_tokens
     with model.session(memory) as session, model.session(memory) as fresh:
         for s in (session, fresh):
             s.prefill(TOKENS[:200])
-        held = [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer]
+        held = [row[1:4].tolist() for layer in session.policy.kept.selection for row in layer]
         compute_and_fail(session, TOKENS[300 : 300 + n_tokens])
-        assert [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer] == held
+        assert [row[1:4].tolist() for layer in session.policy.kept.selection for row in layer] == held
         for token in TOKENS[200:206]:
             assert np.array_equal(session.decode(token), fresh.decode(token))
-        assert [row[1:4].tolist() for layer in session.policy.kept_selection for row in layer] != held
+        assert [row[1:4].tolist() for layer in session.policy.kept.selection for row in layer] != held
 
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
@@ -73,25 +73,25 @@ def test_what_a_failed_step_selected_is_not_held_on_to(model, n_tokens):
     with model.session(memory) as session, model.session(memory) as fresh, model.session(MEMORY) as loose:
         for s in (session, fresh, loose):
             s.prefill(TOKENS[:200])
-        held = session.policy.kept_selection[..., :4].copy()
+        held = session.policy.kept.selection[..., :4].copy()
         assert (held[..., 0] == 3).all()
         compute_and_fail(session, TOKENS[300 : 300 + n_tokens])
-        assert np.array_equal(session.policy.kept_selection[..., :4], held)
+        assert np.array_equal(session.policy.kept.selection[..., :4], held)
         for token in TOKENS[200:206]:
             logits = [s.decode(token).copy() for s in (session, fresh, loose)]
             assert np.array_equal(logits[0], logits[1])
         assert not np.array_equal(logits[0], logits[2])
         # So large an advantage keeps what was selected for as long as only single tokens are read.
-        assert np.array_equal(session.policy.kept_selection[..., :4], held)
+        assert np.array_equal(session.policy.kept.selection[..., :4], held)
         session.read(TOKENS[206:246])
-        assert session.policy.kept_selection.size == 0
+        assert session.policy.kept.selection.size == 0
 
 
 def test_the_window_moves_and_the_numbers_add_up(model):
     with model.session(MEMORY) as session:
         session.prefill(TOKENS)
         stats = session.stats()
-        assert session.policy.local_base > 0
+        assert session.policy.local.base > 0
         # 400 tokens, of which 64 are local and 4 sinks: 20 blocks of 16 of the 332 between, and 12 that fill none yet.
         assert (stats["blocks"], stats["selected"], stats["far_tokens"]) == (20, 3, 336)
         assert stats["resident_bytes"] <= stats["ram_bytes"]
@@ -101,11 +101,11 @@ def test_the_window_moves_and_the_numbers_add_up(model):
 def test_scores_can_be_set_and_decide_who_represents(model):
     with model.session(MEMORY) as session:
         session.prefill(TOKENS[:60])
-        before = session.policy.get_scores(1, 10)
-        session.policy.set_scores(1, 10, before + 100)
-        assert np.array_equal(session.policy.get_scores(1, 10), before + 100)
+        before = session.policy.index.get_score(1, 10)
+        session.policy.index.set_score(1, 10, before + 100)
+        assert np.array_equal(session.policy.index.get_score(1, 10), before + 100)
         session.prefill(TOKENS[60:200])
-        assert (session.policy.get_representatives(1, 0) == 10).any(1).all()
+        assert (session.policy.index.chosen[0][1] == 10).any(1).all()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_memory_torn_apart_says_so(model, monkeypatch):
             def stop(*args):
                 raise KeyboardInterrupt
 
-            patch.setattr(session.policy, "_make_room", stop)
+            patch.setattr(session.policy.local, "make_room", stop)
             with pytest.raises(KeyboardInterrupt):
                 session.decode(1)
         with pytest.raises(ComputeError, match="start a new session"):
@@ -151,16 +151,16 @@ def test_a_memory_torn_apart_says_so(model, monkeypatch):
 def test_a_step_that_never_began_takes_nothing_back(model, monkeypatch):
     with model.session(MEMORY) as session:
         session.prefill(TOKENS[:150])
-        session.policy.set_scores(1, 140, np.full(2, 7, np.float32))
+        session.policy.index.set_score(1, 140, np.full(2, 7, np.float32))
         with monkeypatch.context() as patch:
 
             def stop(*args):
                 raise KeyboardInterrupt
 
-            patch.setattr(session.policy, "seal", stop)
+            patch.setattr(session.policy.blocks, "append", stop)
             with pytest.raises(KeyboardInterrupt):
                 session.decode(1)
-        assert (session.policy.get_scores(1, 140) == 7).all()
+        assert (session.policy.index.get_score(1, 140) == 7).all()
 
 
 def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
@@ -171,9 +171,9 @@ def test_it_goes_far_when_the_trained_context_ends(tiny_model, caplog):
     ):
         with caplog.at_level("INFO", "pyggml_repkv"):
             session.read(TOKENS[:120])
-            assert not session.policy.far
+            assert not session.policy.rotation.far
             session.read(TOKENS[120:140])
-        assert session.policy.far
+        assert session.policy.rotation.far
         assert "past the 128 tokens the model was trained on" in caplog.text
         session.prefill(TOKENS[140:300])
         assert caplog.text.count("past the") == 1
@@ -186,7 +186,7 @@ def test_it_is_far_from_the_start_where_the_length_says_so(tiny_model, caplog):
         model.session(memory) as session,
     ):
         session.read(TOKENS[:100])
-        assert session.policy.far
+        assert session.policy.rotation.far
         assert session.policy.regions.n_select == MEMORY.chunk_blocks
 
 
@@ -195,7 +195,6 @@ def test_a_closed_session_reads_no_freed_memory(model):
         session.prefill(TOKENS[:200])
         before = session.stats()
     assert session.stats() == before
-    assert session.policy.block_bounds.size == 0
     with pytest.raises(InputError, match="the session is closed"):
         session.policy.stored_keys(1, np.arange(3))
 

@@ -47,7 +47,7 @@ def test_it_does_not_grow(model):
         before = session.stats()["resident_bytes"]
         session.read(TOKENS[200:])
         assert session.stats()["resident_bytes"] == before == sum(session.policy.bytes_at(10**6).values())
-        assert session.policy.k_store[0].contents.ne[1] == WINDOW.n_sink
+        assert session.policy.store.k[0].contents.ne[1] == WINDOW.n_sink
 
 
 @pytest.mark.parametrize("n_sink", [0, 4])

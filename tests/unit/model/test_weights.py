@@ -7,7 +7,7 @@ from gguf import GGUFValueType as VT
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import g, native
-from pyggml_repkv.memory.policy import MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.weights import Repacker, Weights

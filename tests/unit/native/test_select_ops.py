@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.memory.arenas import as_array
 from pyggml_repkv.memory.regions import Regions
+from pyggml_repkv.memory.store.arenas import as_array
 from pyggml_repkv.ops.kernels import LANES
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
 

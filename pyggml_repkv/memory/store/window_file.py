@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.errors import StoreError
-from pyggml_repkv.memory.block_file import checksum
+from pyggml_repkv.memory.store.block_file import checksum
 
 _PREFIX = 16
 Rows = NDArray[np.uint8]

@@ -114,6 +114,9 @@ class BlockFile:
 
     def __init__(self, folder: Path, name: str | None) -> None:
         self.folder = folder
+        self.end = 0
+        """Where the next block is written; whoever shares the file moves it."""
+        self._n_users = 1
         self.path = folder if name is None else folder / name
         try:
             if name is None:
@@ -154,8 +157,15 @@ class BlockFile:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}", lost=False) from None
 
+    def share(self) -> BlockFile:
+        """For one more user, who closes it as well."""
+        self._n_users += 1
+        return self
+
     def close(self) -> None:
-        if self.fd >= 0:
+        """Once all that share it have closed it."""
+        self._n_users -= 1
+        if self._n_users == 0:
             os.close(self.fd)
             self.fd = -1
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.boundaries import LOOKAHEAD, BoundaryScores
+from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD, BoundaryScores
 
 MIN_BLOCK, MAX_BLOCK = 16, 4096
 
@@ -51,6 +51,10 @@ class Blocks(Protocol):
     def restore(self, bounds: Sequence[int], tokens: Sequence[int]) -> None:
         """Takes over blocks that were made elsewhere, and tells the tokens after them."""
         self.bounds[:] = bounds
+
+    def copy_from(self, other: Any) -> None:
+        """Takes over what blocks of the same scheme know."""
+        self.bounds[:] = other.bounds
 
 
 class FixedBlocks(Blocks):
@@ -101,6 +105,11 @@ class SemanticBlocks(Blocks):
         self._known_end = self.sealed_end + len(tokens)
         self._decided_by = bounds[-2] + self.max_size + LOOKAHEAD if len(bounds) > 1 else 0
 
+    def copy_from(self, other: SemanticBlocks) -> None:
+        super().copy_from(other)
+        self._tokens = array("i", other._tokens)
+        self._known_end, self._decided_by = other._known_end, other._decided_by
+
     def seal(self, end: int) -> list[tuple[int, int]]:
         first = begin = self.sealed_end
         new = []
@@ -113,6 +122,13 @@ class SemanticBlocks(Blocks):
             self.bounds.append(begin)
         del self._tokens[: begin - first]
         return new
+
+
+def make_blocks(scheme: BlockScheme, n_sink: int, boundaries: Callable[[], BoundaryScores]) -> Blocks:
+    """boundaries: asked for only where the scheme looks at the text."""
+    if scheme.kind == "fixed":
+        return FixedBlocks(n_sink, scheme.max_size)
+    return SemanticBlocks(n_sink, scheme.min_size, scheme.max_size, boundaries())
 
 
 def parse_block(text: str) -> BlockScheme:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.ffi.context import Tensor, TensorContext
-from pyggml_repkv.ffi.handles import Buffer, lazy_zeros
+from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.arenas import as_rows
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
-from pyggml_repkv.memory.full_attention import FlashAttention, FusedAttention, SoftmaxAttention
+from pyggml_repkv.memory.config import context_length
+from pyggml_repkv.memory.full.attention import ChunkAttention, FlashAttention, OneAttention, SoftmaxAttention
 from pyggml_repkv.memory.policy import (
     NO_DISK,
     DiskNeed,
     Form,
     PolicyInputs,
     StepAttention,
+    StepCost,
     StepShape,
-    context_length,
     even_split,
 )
+from pyggml_repkv.memory.store.arenas import Arenas, as_rows
 from pyggml_repkv.ops.makers import Ops
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
@@ -37,14 +39,18 @@ class FullMemory:
     Without flash attention values are kept transposed, [K * d, n_cells], so that they are multiplied where they lie.
     """
 
-    name = "full"
-    rewinds = True
-    precise_rope = False
+    name: ClassVar[str] = "full"
+    forms: ClassVar[frozenset[Form]] = frozenset(("ggml", "one", "packed"))
+    bounded: ClassVar[bool] = False
+    rewinds: ClassVar[bool] = True
+    evicts: ClassVar[bool] = False
+    precise_rope: ClassVar[bool] = False
+    writes = frozenset(("cache_k", "cache_v"))
 
     def __init__(self, inputs: PolicyInputs) -> None:
-        memory, config = inputs.memory, inputs.graph.config
-        self.config = config
-        self.n_ctx = context_length(memory, config)
+        memory, config = inputs.memory, inputs.config
+        self._inputs, self.config = inputs, config
+        self.n_ctx = context_length(memory, config.n_ctx_train, bounded=False)
         # Rows beyond n_ctx are never written; they pad the attended length.
         self.n_cells = -(-self.n_ctx // N_KV_STEP) * N_KV_STEP
         self._flash = memory.flash_attn
@@ -52,21 +58,15 @@ class FullMemory:
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
         self._bytes_per_token = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in types)
         _check_memory(self._bytes_per_token * self.n_cells, self.n_ctx)
-        self._context = TensorContext(2 * config.n_layer + 8)
-        self._buffer = Buffer.over(lazy_zeros(self._bytes_per_token * self.n_cells))
+        self._arenas = inputs.arenas or Arenas(2 * config.n_layer)
         k_shape = (self.n_cells, config.n_embd_kv)
         v_shape = k_shape if self._flash else k_shape[::-1]
-        self.k_arenas: list[Tensor] = []
-        self.v_arenas: list[Tensor] = []
-        offset = 0
-        for layer in range(config.n_layer):
-            for kind, arenas, type_, shape in zip(
-                "kv", (self.k_arenas, self.v_arenas), types, (k_shape, v_shape), strict=True
-            ):
-                arena = self._context.new(type_, shape, f"cache_{kind}_l{layer}")
-                self._buffer.place(arena, offset)
-                arenas.append(arena)
-                offset += g.ggml_nbytes(arena)
+
+        def arena(type_: int, shape: tuple[int, int], name: str) -> Tensor:
+            return self._arenas.new(type_, shape, name, used=lambda n_past: (n_past, n_past))
+
+        self.k_arenas = [arena(types[0], k_shape, f"cache_k_l{i}") for i in range(config.n_layer)]
+        self.v_arenas = [arena(types[1], v_shape, f"cache_v_l{i}") for i in range(config.n_layer)]
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
         return even_split(n_tokens, n_batch)
@@ -82,11 +82,16 @@ class FullMemory:
         return StepShape(n_tokens, "ggml", min(n_kv, self.n_cells))
 
     def build(self, ops: Ops, shape: StepShape) -> StepAttention:
-        if shape.form != "ggml":
-            return FusedAttention(self, ops, shape.n_tokens)
+        if shape.form == "one":
+            return OneAttention(self, ops)
+        if shape.form == "packed":
+            return ChunkAttention(self, ops, shape.n_tokens)
         assert isinstance(shape.memory, int)
         kind = FlashAttention if self._flash else SoftmaxAttention
         return kind(self, ops.g, shape.n_tokens, shape.memory)
+
+    def cost(self, n_past: int, n_tokens: int) -> StepCost:
+        return StepCost(n_past + (n_tokens + 1) // 2)
 
     def undo_step(self) -> None:
         """Nothing to do: rows beyond n_past are written again before they are read."""
@@ -120,9 +125,13 @@ class FullMemory:
     def checkpoint(self) -> None:
         """Such a session cannot be kept."""
 
+    def fork(self, n_past: int) -> FullMemory:
+        if not self._flash:
+            raise InputError("-fa off keeps values transposed, which cannot be forked: leave it out")
+        return type(self)(replace(self._inputs, arenas=self._arenas.fork(n_past)))
+
     def close(self) -> None:
-        self._context.close()
-        self._buffer.close()
+        self._arenas.close()
 
 
 def _check_memory(n_bytes: int, n_ctx: int) -> None:

@@ -13,12 +13,8 @@ import numpy as np
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.policy import UnobservedStep
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.ops.makers import Ops
-
-_GGML = "this graph was planned for ggml's own nodes"
-_FUSED = "this graph was planned for fused nodes"
 
 
 class Arenas(Protocol):
@@ -28,12 +24,13 @@ class Arenas(Protocol):
     v_arenas: list[Tensor]
 
 
-class _MaskedAttention(UnobservedStep, ABC):
+class _MaskedAttention(ABC):
     """What the two forms made of ggml's nodes share: where rows are written, and who sees whom.
 
     A read takes the result of its write as its source, so no order of nodes can turn them round.
     """
 
+    hook = None
     mask_type: int
 
     def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, n_kv: int) -> None:
@@ -42,24 +39,17 @@ class _MaskedAttention(UnobservedStep, ABC):
         self._rows = context.input(g.GGML_TYPE_I64, (n_tokens,), "kv_rows")
         self._mask: Tensor = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        q, k, v = qkv
         if self._mask is None:
             self._mask = self._g.input(self.mask_type, (self._n_tokens, self._n_kv), "kq_mask")
         k_arena, v_arena = self._write(k, v, layer)
         q = self._g.swap_rows_and_heads(q)  # [H, T, d]
         return self._weigh(q, self._heads(k_arena), v_arena, layer)
 
-    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
+    def store(self, qkv: Tensor, layer: int) -> None:
+        _, k, v = qkv
         self._write(k, v, layer)
-
-    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        raise AssertionError(_GGML)
-
-    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
-        raise AssertionError(_GGML)
-
-    def store_packed(self, qkv: Tensor, layer: int) -> None:
-        raise AssertionError(_GGML)
 
     def fill(self, n_past: int) -> None:
         assert n_past + self._n_tokens <= self._n_kv
@@ -146,39 +136,54 @@ class SoftmaxAttention(_MaskedAttention):
         return self._g.reshape(kqv, (self._n_tokens, config.n_embd_q))
 
 
-class FusedAttention(UnobservedStep):
+class _FusedAttention:
     """The extension's ops: F32 sums, and each key and value is read once for all heads that share it."""
 
-    def __init__(self, memory: Arenas, ops: Ops, n_tokens: int) -> None:
-        self._memory, self._ops, self._n_tokens = memory, ops, n_tokens
+    hook = None
+
+    def __init__(self, memory: Arenas, ops: Ops) -> None:
+        self._memory, self._ops = memory, ops
         self._cells = ops.g.input(g.GGML_TYPE_I32, (2,), "kv_cells")
-
-    def attend_one(self, qkv: Tensor, layer: int) -> Tensor:
-        return self._ops.attend(qkv, *self._arenas(layer), self._cells)
-
-    def attend_packed(self, qkv: Tensor, layer: int) -> Tensor:
-        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)
-        set_name(q, "Qcur", layer)
-        return self._ops.attend_chunk(q, *self._arenas(layer), self._cells)
-
-    def store_packed(self, qkv: Tensor, layer: int) -> None:
-        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)
-        set_name(q, "Qcur", layer)
-        self._ops.g.expand(q)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        raise AssertionError(_FUSED)
-
-    def store(self, k: Tensor, v: Tensor, layer: int) -> None:
-        raise AssertionError(_FUSED)
-
-    def fill(self, n_past: int) -> None:
-        # One token: the cell to write and how many are before it. A chunk: the first cell and the number of tokens.
-        second = n_past if self._n_tokens == 1 else self._n_tokens
-        tensor_array(self._cells)[...] = (n_past, second)
 
     def _arenas(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._memory.k_arenas[layer], self._memory.v_arenas[layer]
+
+
+class OneAttention(_FusedAttention):
+    """One token."""
+
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        return self._ops.attend(qkv, *self._arenas(layer), self._cells)
+
+    def store(self, qkv: Tensor, layer: int) -> None:
+        raise AssertionError("one token is always attended")
+
+    def fill(self, n_past: int) -> None:
+        # The cell to write, and how many are before it.
+        tensor_array(self._cells)[...] = (n_past, n_past)
+
+
+class ChunkAttention(_FusedAttention):
+    """A chunk, packed."""
+
+    def __init__(self, memory: Arenas, ops: Ops, n_tokens: int) -> None:
+        super().__init__(memory, ops)
+        self._n_tokens = n_tokens
+
+    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+        return self._ops.attend_chunk(self._store(qkv, layer), *self._arenas(layer), self._cells)
+
+    def store(self, qkv: Tensor, layer: int) -> None:
+        self._ops.g.expand(self._store(qkv, layer))
+
+    def _store(self, qkv: Tensor, layer: int) -> Tensor:
+        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)  # [P, H * d, PANEL]
+        set_name(q, "Qcur", layer)
+        return q
+
+    def fill(self, n_past: int) -> None:
+        # The first cell to write, and the number of tokens.
+        tensor_array(self._cells)[...] = (n_past, self._n_tokens)
 
 
 def _flat_rows(context: GraphContext, x: Tensor, n_tokens: int, width: int) -> Tensor:

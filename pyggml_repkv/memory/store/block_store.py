@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import ComputeError, StoreError
 from pyggml_repkv.ffi.handles import Handle
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.memory.block_file import BlockFile, BlockHeader, header_bytes
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
+from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader, header_bytes
 from pyggml_repkv.model.config import ModelConfig
 
 # Blocks that may wait to be written; compute waits where there are more.
@@ -108,9 +108,9 @@ class BlockStore(Handle):
         self._kept = [file, memory]
         super().__init__(pointer, native.repkv_store_close, keep=self._kept)
         self.file, self.layout, self.n_slots = file, layout, n_slots
-        self.end = 0
-        """Where the next block is written."""
         self.offsets: list[int] = []
+        self.headers: list[BlockHeader] = []
+        """Of each block, without the bytes that the memory put into it."""
 
     def put(
         self, first_position: int, n_tokens: int, *, rotated: bool, k_rows: Sequence[int], v_rows: Sequence[int],
@@ -132,17 +132,20 @@ class BlockStore(Handle):
                 self.raise_error(of_writes=True)
         types, row_bytes = layout.file_types, layout.file_row_bytes
         header = BlockHeader(block, first_position, n_tokens, rotated, types, row_bytes, sums, extra)  # type: ignore[arg-type]
-        native.repkv_store_commit(self.pointer, header.pack(layout.header_bytes), self.end)
-        self.offsets.append(self.end)
-        self.end += layout.block_bytes(n_tokens)
+        native.repkv_store_commit(self.pointer, header.pack(layout.header_bytes), self.file.end)
+        self._note(header, self.file.end)
 
     def add(self, header: BlockHeader, offset: int) -> None:
         """Tells of a block that is in the file already."""
         sums = native_ffi.cast("uint64_t *", header.checksums.ctypes.data)
         where = header.first_position, offset
         native.repkv_store_add(self.pointer, len(self.offsets), header.n_tokens, header.rotated, *where, sums)
+        self._note(header, offset)
+
+    def _note(self, header: BlockHeader, offset: int) -> None:
         self.offsets.append(offset)
-        self.end = offset + self.layout.block_bytes(header.n_tokens)
+        self.headers.append(replace(header, extra=b""))
+        self.file.end = max(self.file.end, offset + self.layout.block_bytes(header.n_tokens))
 
     def flush(self) -> None:
         """Waits until every block is written. Raises StoreError where one could not be."""

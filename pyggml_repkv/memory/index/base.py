@@ -1,0 +1,115 @@
+"""What finds evicted tokens again: the seam between a memory and its index."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.memory.bounded.local import LocalWindow
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.index.kept import Kept
+from pyggml_repkv.memory.store.arenas import Arenas
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.ops.makers import Ops
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """A layer's queries. Of a chunk: `near` and `far`, packed and scaled, as the window and as older tokens meet them.
+    Of one token: both are qkv [(H + 2 K) * d] before RoPE, and `rope` [2, rope_dim] holds the tables for either.
+    """
+
+    near: Tensor
+    far: Tensor
+    rope: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """blocks: I32 [1 or K, 1 + n], how many blocks are attended and which, for whom must make them resident; runs: I32
+    [1 or K, 1 + 2 n], how many runs of rows are attended, then (first row, number of rows) of each; relevance: what
+    blocks were compared by. One row each for all key heads, or one a key head.
+    """
+
+    blocks: Tensor
+    runs: Tensor
+    relevance: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class IndexParts:
+    """What an index is made from. keys(layer, positions) -> float32 [n, K, d]: stored keys, before RoPE with far
+    positions, else rotated; n_top: most blocks that a step selects; n_blocks() and sealed_end(): blocks so far, and
+    where they end.
+    """
+
+    arenas: Arenas
+    config: ModelConfig
+    memory: MemoryConfig
+    local: LocalWindow
+    kept: Kept
+    keys: Callable[[int, NDArray[np.integer]], NDArray[np.float32]]
+    n_ctx: int
+    max_blocks: int
+    n_top: int
+    n_blocks: Callable[[], int]
+    sealed_end: Callable[[], int]
+
+
+class Index(Protocol):
+    """Entries are made when a block leaves the window (`seal`), and searched in every layer and step (`nodes`)."""
+
+    writes: ClassVar[frozenset[str]]
+    """Memories that the nodes of each layer must change, by name without the layer."""
+
+    n_entries: int
+    """Entries of a block that a query is compared with."""
+
+    n_packed: int
+    """Bytes that `pack` takes."""
+
+    def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
+        """What a layer's queries ask for. places: where its blocks lie (Store.places)."""
+
+    def seal(self, block: int, begin: int, end: int) -> None:
+        """Makes the entries of the tokens [begin, end), which are stored and in no block yet."""
+
+    def renew(self, block: int, begin: int, end: int) -> None:
+        """Makes a block's entries again, from keys that have lost their rotation."""
+
+    def pack(self, block: int) -> bytes:
+        """A block's entries, to be kept with it."""
+
+    def unpack(self, block: int, data: bytes) -> None:
+        """Puts them back. Raises StoreError where they do not fit."""
+
+    def take_scores(self, first: int, end: int) -> NDArray[np.float32]:
+        """What is known of the tokens [first, end), which are in no block yet: float32 [n_layer, n, m]."""
+
+    def put_scores(self, first: int, values: NDArray[np.float32]) -> None:
+        """Puts it back. values: of the same numbers, in any shape."""
+
+    def settle(self) -> None:
+        """Called when a step begins: what the last one would have taken back is settled."""
+
+    def remember(self, n_past: int, n_tokens: int) -> None:
+        """Called before a step computes: what `undo` must put back."""
+
+    def undo(self) -> None:
+        """Takes back what a step did that failed."""
+
+    def forget(self, end: int) -> None:
+        """Nothing of the tokens before `end` is asked for any more but their entries."""
+
+    def bytes_at(self, n_blocks: int, n_open: int) -> dict[str, int]:
+        """RAM for n_blocks blocks and n_open tokens whose scores are held."""
+
+    def copy_from(self, other: Any) -> None:
+        """Takes over what another index of the same kind holds beside its arenas."""
+
+    def close(self) -> None: ...

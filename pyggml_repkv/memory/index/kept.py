@@ -1,0 +1,86 @@
+"""What the last token selected, where the next one holds on to it (`--sticky`) or attends it (`--late`)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.errors import StoreError
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.store.arenas import Arenas, as_array
+from pyggml_repkv.model.config import ModelConfig
+
+_NOTHING = np.empty(0, np.int32)
+
+
+class Kept:
+    """`tensors`: kept-l of each layer, I32 [2, 1 or K, 1 + n_top], in two halves: one is written while the other is
+    read, so that a step that fails can be taken back. None where nothing is held on to.
+    """
+
+    def __init__(self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, n_top: int) -> None:
+        self._shape = 2, config.n_head_kv if memory.per_head else 1, 1 + n_top
+        layers = range(config.n_layer if memory.keeps else 0)
+        self.tensors = [arenas.new(g.GGML_TYPE_I32, self._shape, f"kept-{i}") for i in layers]
+        self._arrays = [as_array(t, np.int32).reshape(self._shape) for t in self.tensors]
+        # The half that the last token wrote; -1: there is nothing to hold on to, as after a chunk.
+        self._half = -1
+        self._undo = -1
+
+    def begin_step(self, *, one: bool) -> int:
+        """-> the half that holds the last token's selection for a step, -1 for none."""
+        self._undo = self._half
+        if not self.tensors:
+            return -1
+        found = self._half if one else -1
+        self._half = int(self._half == 0) if one else -1
+        return found
+
+    def undo(self) -> None:
+        self._half = self._undo
+
+    def chose(self, half: int) -> bool:
+        """Whether the token that wrote a half had a choice."""
+        return half >= 0 and bool(self._arrays[0][half, 0, 0] > 0)
+
+    def assume(self) -> None:
+        """For a graph that is never computed: as if the token before had chosen."""
+        for array in self._arrays:
+            array[..., 0] = 1
+
+    @property
+    def selection(self) -> NDArray[np.int32]:
+        """The last token's, int32 [n_layer, 1 or K, 1 + n_top]; empty where there is none."""
+        return np.stack([a[self._half] for a in self._arrays]) if self._half >= 0 else _NOTHING
+
+    def restore(self, selection: NDArray[np.int32], *, n_blocks: int, n_select: int, n_most: int) -> None:
+        """The reverse, where a step may select n_select of n_blocks, and a token at most n_most.
+
+        Raises StoreError for what no step can have selected: C code takes it as it is.
+        """
+        self._half = self._undo = -1
+        if not selection.size:
+            return
+        shape = (len(self._arrays), *self._shape[1:])
+        if selection.size != np.prod(shape):
+            raise StoreError("what the last token selected is of another shape")
+        rows = selection.reshape(shape)
+        counts = rows[..., 0]
+        if (counts != counts[0, 0]).any() or (counts[0, 0] > 0 and n_blocks <= n_select):
+            raise StoreError("what the last token selected is damaged")
+        for n, *blocks in rows.reshape(-1, shape[-1]).tolist():
+            ids = [-1, *blocks[: max(n, 0)], n_blocks]
+            if not 0 <= n <= n_most or any(a >= b for a, b in pairwise(ids)):
+                raise StoreError("what the last token selected is damaged")
+        for array, selected in zip(self._arrays, rows, strict=True):
+            array[0] = selected
+        self._half = 0
+
+    def copy_from(self, other: Kept) -> None:
+        self._half = self._undo = other._half
+
+    def close(self) -> None:
+        self._arrays = []

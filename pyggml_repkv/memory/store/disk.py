@@ -1,0 +1,219 @@
+"""A store whose blocks are on disk: the arenas hold sinks, open tokens, and slots for the blocks that are attended.
+
+Rows are [sinks | open tokens | slots]. Open tokens are those that no block holds: the remainder, the window and the
+step's own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyggml_repkv.errors import InputError
+from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.bounded.local import N_SINGLE
+from pyggml_repkv.memory.bounded.rotation import Rotation
+from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
+from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
+from pyggml_repkv.memory.hook import StepHook
+from pyggml_repkv.memory.policy import DiskNeed
+from pyggml_repkv.memory.store.arenas import Arenas, as_array, as_rows
+from pyggml_repkv.memory.store.block_file import BlockFile
+from pyggml_repkv.memory.store.block_store import N_STAGING, BlockStore, RecordLayout
+from pyggml_repkv.memory.store.ram import floats
+from pyggml_repkv.model.config import ModelConfig
+
+# Threads that read blocks: measured in docs/disk.md.
+N_IO_THREADS = 4
+
+
+def default_folder() -> Path:
+    """Where blocks go if nobody says: beside the cached models, since temporary folders may lie in RAM."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "pyggml_repkv" / "kv"
+
+
+class DiskStore:
+    """Owns its share of the file, and the native store `io`.
+
+    n_selected: most blocks that a layer attends at once; n_extra: bytes that a block's header carries besides; kept:
+    kept-l of each layer, if the next token attends what this one selected.
+    """
+
+    def __init__(
+        self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, file: BlockFile, blocks: Blocks, *,
+        max_blocks: int, n_selected: int, n_extra: int, kept: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self._arenas, self._config, self._memory, self._blocks = arenas, config, memory, blocks
+        self.file, self._kept = file, kept
+        types = memory.type_k, memory.type_v
+        evicted = (memory.type_evicted, memory.type_evicted) if memory.type_evicted else types
+        max_block = parse_block(memory.block).max_size
+        self.layout = RecordLayout(config, max_block, types, evicted, n_extra)
+        self.n_slots = self._count_slots(n_selected, max_blocks)
+        self.reads_ahead = memory.late and memory.prefetch == "on"
+        # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
+        # move less often.
+        self.n_open = memory.n_local + max_block + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        n_sink = memory.n_sink
+        self.base = 0
+        """First open position less the row it lies in."""
+        self.sealed_end = n_sink
+        shape = n_sink + self.n_open + self.n_slots * max_block, config.n_embd_kv
+
+        def used(n_past: int) -> tuple[int, int]:
+            # Slots are empty in a fork.
+            return 0, n_sink + self.n_open
+
+        def arena(type_name: str, name: str) -> Tensor:
+            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, used=used)
+
+        layers = range(config.n_layer)
+        self.k = [arena(memory.type_k, f"k_store-{i}") for i in layers]
+        self.v = [arena(memory.type_v, f"v_store-{i}") for i in layers]
+        # A fork begins with empty slots, so no place is taken over.
+        self._places = [
+            arenas.new(g.GGML_TYPE_I32, (max_blocks, 2), f"block_places-{i}", used=lambda _: (0, 0)) for i in layers
+        ]
+        self._addresses = [[int(t.contents.data) for t in tensors] for tensors in (self.k, self.v)]
+        self.io = BlockStore(
+            file, self.layout, n_slots=self.n_slots, max_blocks=max_blocks, n_threads=N_IO_THREADS,
+            first_row=n_sink + self.n_open, k_rows=self._addresses[0], v_rows=self._addresses[1],
+            places=[as_array(t, np.uint8).ctypes.data for t in self._places], debug=memory.kv_debug, memory=arenas,
+        )  # fmt: skip
+
+    def _count_slots(self, n_selected: int, max_blocks: int) -> int:
+        slot_bytes = self._config.n_layer * self.layout.slot_bytes
+        n_slots = self._memory.kv_ram // slot_bytes if self._memory.kv_ram else max_blocks
+        if n_slots < min(n_selected, max_blocks):
+            least = -(-n_selected * slot_bytes // 2**20)
+            raise InputError(
+                f"--kv-ram has room for {n_slots} blocks, and up to {n_selected} are attended at once: give at "
+                f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
+            )
+        return min(n_slots, max_blocks)
+
+    def places(self, layer: int) -> Tensor:
+        return self._places[layer]
+
+    def new_hook(self) -> StepHook:
+        return StepHook(self.io, self._kept, reads_ahead=self.reads_ahead)
+
+    def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
+        """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
+        n_bytes = self.file.end + self.layout.block_bytes(end - begin)
+        if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
+            raise InputError(
+                f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}"
+            )
+        row = begin - self.base
+        k_rows, v_rows = (
+            [address + row * n for address in addresses]
+            for addresses, n in zip(self._addresses, self.layout.row_bytes, strict=True)
+        )
+        self.io.put(begin, end - begin, rotated=rotated, k_rows=k_rows, v_rows=v_rows, extra=extra)
+        self.sealed_end = end
+        # What has just left the window is likely to be wanted soon, and need not be read for it.
+        for layer in range(self._config.n_layer):
+            self.io.prefetch(layer, [block])
+
+    def make_room(self, n_past: int, n_tokens: int) -> None:
+        """Moves the open tokens to the start of their rows where the next ones would not fit."""
+        n_sink = self._memory.n_sink
+        if n_past + n_tokens - self.base <= n_sink + self.n_open:
+            return
+        first, n_kept = self.sealed_end - self.base, n_past - self.sealed_end
+        for tensor in (*self.k, *self.v):
+            rows = as_rows(tensor)
+            rows[n_sink : n_sink + n_kept] = rows[first : first + n_kept].copy()
+        self.resume(self.sealed_end)
+
+    def resume(self, sealed_end: int) -> None:
+        """Goes on with a row for each token from sealed_end on."""
+        self.sealed_end = sealed_end
+        self.base = sealed_end - self._memory.n_sink
+
+    def keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
+        if self._arenas.closed:
+            raise InputError("the session is closed")
+        rows = np.empty((len(positions), self.layout.row_bytes[0]), np.uint8)
+        n_sink, bounds = self._memory.n_sink, self._blocks.bounds
+        evicted = (positions >= n_sink) & (positions < self.sealed_end)
+        here = positions[~evicted]
+        rows[~evicted] = as_rows(self.k[layer])[np.where(here < n_sink, here, here - self.base)]
+        block_of = np.searchsorted(bounds, positions, side="right") - 1
+        for block in np.unique(block_of[evicted]).tolist():
+            begin, end = bounds[block : block + 2]
+            mine = evicted & (block_of == block)
+            rows[mine] = self.io.read(layer, block, end - begin)[0][positions[mine] - begin]
+        return floats(rows, self._config, self._memory)
+
+    def rows(self, layer: int, block: int, begin: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Key and value rows of a block, the tokens [begin, end): uint8 [n, row bytes]. Raises StoreError."""
+        return self.io.read(layer, block, end - begin)
+
+    def turn_back(self, rotation: Rotation, n_past: int) -> None:
+        # What is on disk is turned back whenever it is read.
+        self.io.unrotate(np.ascontiguousarray(rotation.inverse(0, n_past)))
+        rotation.turn_back(self.k, 0, min(self._memory.n_sink, n_past), 0)
+        rotation.turn_back(self.k, self.sealed_end, n_past, self.base)
+
+    def share_file(self) -> BlockFile:
+        # A fork reads the file, so nothing may wait to be written.
+        self.io.flush()
+        return self.file.share()
+
+    def copy_from(self, other: DiskStore) -> None:
+        for header, offset in zip(other.io.headers, other.io.offsets, strict=True):
+            self.io.add(header, offset)
+        self.base, self.sealed_end = other.base, other.sealed_end
+
+    def ram_bytes_at(self, n_blocks: int) -> dict[str, int]:
+        """What slots and buffers take once there are n_blocks."""
+        slots = self._config.n_layer * self.layout.slot_bytes * min(n_blocks, self.n_slots)
+        # What waits to be written, and where records are read to.
+        buffers = N_STAGING * self.layout.block_bytes(self.layout.max_tokens) if n_blocks else 0
+        return {"blocks": slots, "buffers": buffers}
+
+    def need(self, n_tokens: int) -> DiskNeed:
+        """What n_tokens evicted tokens need of the disk."""
+        n_blocks, rest = divmod(max(0, n_tokens), self.layout.max_tokens)
+        needed = n_blocks * self.layout.block_bytes(self.layout.max_tokens)
+        needed += bool(rest) * self.layout.block_bytes(rest)
+        return DiskNeed(
+            needed - self.file.end, self.file.free_bytes(), needed, self._memory.kv_disk_max, str(self.file.folder)
+        )
+
+    def stats(self) -> dict[str, object]:
+        """What `kv` of `run --json` says of disk and prefetch."""
+        s = self.io.stats
+        return {
+            "slots": self.n_slots,
+            "disk_bytes": self.file.end,
+            "disk_written_bytes": int(s.written_bytes),
+            "disk_read_bytes": int(s.read_bytes),
+            "direct_io": self.file.direct,
+            "prefetch": {
+                "required": int(s.required),
+                "hits": int(s.hits),
+                "issued": int(s.issued),
+                "used": int(s.used),
+                "late": int(s.late),
+                "missed": int(s.missed),
+                "reads": int(s.reads),
+                "wait_ms": round(float(s.wait_ms), 3),
+                "read_ms": round(float(s.read_ms), 3),
+                "write_wait_ms": round(float(s.write_wait_ms), 3),
+            },
+        }
+
+    def close(self) -> None:
+        self.io.close()
+        self.file.close()
