@@ -122,7 +122,7 @@ class _Column:
 class Table:
     """llama-bench's Markdown, row by row; columns that can have nothing in any row are left out."""
 
-    def __init__(self, plan: Plan, *, on_disk: bool) -> None:
+    def __init__(self, plan: Plan, *, evicts: bool, on_disk: bool) -> None:
         names = [c.name for c in plan.contenders]
         wide = max(map(len, (case.name for case in plan.cases)))
         self._columns = [
@@ -139,7 +139,7 @@ class Table:
         if any(case.n_gen for case in plan.cases):
             self._columns.append(_Column("of memory", 9, lambda r: _percent(r["of_memory_bandwidth"])))
         self._columns.append(_Column("KV", 7, lambda r: _size(r["resident_kv_bytes"])))
-        if any(name not in ("full", "window") for name in names):
+        if evicts:
             self._columns.append(_Column("RAM store", 9, lambda r: _size(r["ram_bytes"])))
         if on_disk:
             self._columns += [

@@ -15,7 +15,7 @@ from pyggml_repkv.cli import output
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import memory_config, model_path, repacks
+from pyggml_repkv.cli.run import kind_of, memory_config, model_path, repacks
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -124,7 +124,9 @@ def main(args: argparse.Namespace) -> int:
     memories = dict(_memories(args))
     plan = _plan(args, memories)
     about = _about(args, memories, plan)
-    printer = _Printer(args.output, Table(plan, on_disk=any(memory.on_disk for memory in memories.values())))
+    evicts = any(kind_of(name).evicts for name in memories)
+    on_disk = any(memory.on_disk for memory in memories.values())
+    printer = _Printer(args.output, Table(plan, evicts=evicts, on_disk=on_disk))
     say = output.say if args.progress or sys.stderr.isatty() else lambda _: None
     done: list[Result] = []
     try:
@@ -198,7 +200,7 @@ def _contenders(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> 
     found = []
     for name, memory in memories.items():
         own = {"exact_graph": args.exact_graph, "repack": repacks(args, name), "memory": asdict(memory)}
-        found.append(Contender(name, True, common | own, memory.flash_attn, can_rewind=name == "full"))
+        found.append(Contender(name, True, common | own, memory.flash_attn, can_rewind=kind_of(name).rewinds))
     if args.vs:
         own = {"n_chunk": args.batch_size, "n_batch": max(LLAMA_N_BATCH, args.batch_size),
                "type_k": args.cache_type_k, "type_v": args.cache_type_v}  # fmt: skip

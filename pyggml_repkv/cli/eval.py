@@ -15,11 +15,10 @@ from pyggml_repkv.cli import output, progress, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import load_model, memory_config, prompt_progress
+from pyggml_repkv.cli.run import kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.eval.retrieval_tasks import VERSION
-from pyggml_repkv.memory.config import MEMORY_FIELDS
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
@@ -126,8 +125,8 @@ def main(args: argparse.Namespace) -> int:
     if args.task not in RETRIEVAL and (args.out or args.png):
         raise InputError(f"--out and --png are for {', '.join(RETRIEVAL)}; {args.task} has no use for them")
     policies: list[str] = args.kv
-    if args.task == "recall" and policies != ["repkv"]:
-        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {','.join(policies)}")
+    if args.task == "recall" and len(policies) != 1:
+        raise InputError(f"recall looks at the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     args.quiet = args.json
@@ -138,7 +137,7 @@ def main(args: argparse.Namespace) -> int:
     # Weights as in the file where one of the policies needs them so; and for all questions, so that what `full`
     # answers does not depend on which others are asked.
     args.no_repack = args.no_repack or args.task in RETRIEVAL
-    args.kv = next((kv for kv in policies if kv != "full"), "full")
+    args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
     tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
     with load_model(args) as model, progress.notices(quiet=True):
         done = tasks.get(args.task, _retrieval)(args, model, policies, text)
@@ -217,12 +216,8 @@ def _answer(
 
 def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
     """Without what the policy does not look at: results do not depend on it."""
-    ignored = {
-        "full": set(MEMORY_FIELDS),
-        "window": set(MEMORY_FIELDS) - {"n_sink", "n_local", "positions"},
-        "repkv": {"kv_dir", "kv_disk_max"},
-    }
-    return {k: v for k, v in asdict(memory).items() if k not in ignored.get(memory.kv, ())}
+    ignored = kind_of(memory.kv).ignores
+    return {k: v for k, v in asdict(memory).items() if k not in ignored}
 
 
 def _policy_file(kv: str) -> str | None:

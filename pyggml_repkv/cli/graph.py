@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pyggml_repkv.cli import graph_run, output
 from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.cli.run import memory_config, model_path
+from pyggml_repkv.cli.run import kind_of, memory_config, model_path
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -152,7 +152,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
     from pyggml_repkv.inspect.builder import Wanted
 
     n_ctx = args.ctx_size
-    if not n_ctx and args.kv == "full" and args.depth:
+    if not n_ctx and args.depth and not kind_of(args.kv).bounded:
         n_ctx = args.depth + args.batch_size
     return Wanted(
         args.phase, memory_config(args, n_ctx), args.depth, args.threads or default_threads(),

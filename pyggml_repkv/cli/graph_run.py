@@ -14,7 +14,7 @@ import numpy as np
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.parser import filled_text, integer, number, text
 from pyggml_repkv.cli.prompt import read_prompt
-from pyggml_repkv.cli.run import load_model, memory_config
+from pyggml_repkv.cli.run import kind_of, load_model, memory_config
 from pyggml_repkv.errors import InputError, RepkvError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def trace(args: argparse.Namespace) -> int:
     n_needed = args.depth + n_traced_tokens(size, args.n)
     with load_model(args) as model, progress.notices(quiet=True):
         tokens = _tokens(args, model, n_needed)
-        memory = memory_config(args, args.ctx_size or (n_needed if args.kv == "full" else 0))
+        memory = memory_config(args, args.ctx_size or (0 if kind_of(args.kv).bounded else n_needed))
         with model.session(memory) as session:
             if args.depth:
                 session.read(tokens[: args.depth])

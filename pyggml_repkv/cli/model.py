@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
-from pyggml_repkv.cli.run import memory_config
+from pyggml_repkv.cli.run import kind_of, memory_config
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -107,10 +107,14 @@ def _memories(args: argparse.Namespace) -> list[MemoryConfig]:
     """One for each policy to be shown."""
     if args.kv is not None:
         return [memory_config(args, args.ctx_size)]
-    # Neither goes with a bounded memory.
-    shown = ("full",) if args.exact_graph or args.flash_attn == "off" else KV_POLICIES
+    # Neither goes with the fused forms.
+    kinds = {kv: kind_of(kv) for kv in KV_POLICIES}
+    only_ggml = args.exact_graph or args.flash_attn == "off"
+    shown = [kv for kv, kind in kinds.items() if "ggml" in kind.forms or not only_ggml]
     without_disk = {**vars(args), **dict.fromkeys(_DISK_FIELDS)}
-    namespaces = (argparse.Namespace(**{**(vars(args) if kv == "repkv" else without_disk), "kv": kv}) for kv in shown)
+    namespaces = (
+        argparse.Namespace(**{**(vars(args) if kinds[kv].evicts else without_disk), "kv": kv}) for kv in shown
+    )
     return [memory_config(namespace, args.ctx_size) for namespace in namespaces]
 
 

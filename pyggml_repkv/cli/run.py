@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
+    from pyggml_repkv.memory.registry import PolicyKind
 
 EXAMPLES = r"""
 examples:
@@ -132,8 +133,15 @@ def load_model(args: argparse.Namespace) -> Model:
 
 
 def repacks(args: argparse.Namespace, policy: str) -> bool:
-    """Whether weights are repacked: memory policies other than `full` read matrices as they lie in the file."""
-    return policy == "full" and not args.no_repack
+    """Whether weights are repacked: only ggml's own nodes read matrices that are not as in the file."""
+    return not args.no_repack and "ggml" in kind_of(policy).forms
+
+
+def kind_of(policy: str) -> PolicyKind:
+    """What a policy declares; only now is ggml loaded. Raises InputError for an unknown one."""
+    from pyggml_repkv.memory.registry import policy_kind
+
+    return policy_kind(policy)
 
 
 def model_path(args: argparse.Namespace) -> str | Path:
@@ -149,7 +157,7 @@ def model_path(args: argparse.Namespace) -> str | Path:
 
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     n_ctx_train = model.config.n_ctx_train
-    unbounded = args.kv != "full"
+    unbounded = kind_of(args.kv).bounded
     n_ctx = args.ctx_size or (0 if unbounded else n_ctx_train)
     if n_ctx and n_prompt > n_ctx:
         raise InputError(

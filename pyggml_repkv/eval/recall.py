@@ -58,15 +58,14 @@ def run_recall(
     """
     n_read = (len(tokens) - n_decode) // memory.n_batch * memory.n_batch
     first_measured = n_read - n_chunks * memory.n_batch
-    if memory.kv != "repkv":
-        raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {memory.kv}")
     n_needed = memory.n_sink + memory.n_local + 2 * parse_block(memory.block).max_size
     if first_measured < n_needed:
         n_needed += (n_chunks + 1) * memory.n_batch + n_decode
         raise InputError(f"{len(tokens)} tokens are too few for recall with these blocks: it takes {n_needed}")
     with model.session(memory) as session:
         policy = session.policy
-        assert isinstance(policy, RepKVMemory)
+        if not isinstance(policy, RepKVMemory):
+            raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {memory.kv}")
         policy.observed = True
         for first in range(0, n_read, memory.n_batch):
             before = _prefetch(policy)

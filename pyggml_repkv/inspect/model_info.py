@@ -18,6 +18,7 @@ from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT, MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import DiskNeed, Policy
+from pyggml_repkv.memory.registry import policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
@@ -257,8 +258,8 @@ class _Planner(ExitStack):
     def plan(self, memory: MemoryConfig) -> MemoryPlan:
         """Raises InputError for settings that no session takes."""
         info, n_tokens = self._info, self._inputs.n_tokens
-        # Memories other than `full` read matrices as they lie in the file.
-        repacked = info.repacked if self._inputs.repack and memory.kv == "full" else {}
+        # Only ggml's own nodes read matrices that are not as in the file.
+        repacked = info.repacked if self._inputs.repack and "ggml" in policy_kind(memory.kv).forms else {}
         # Repacked matrices are multiplied by ggml's own nodes, which is what the exact graph is made of.
         exact = self._inputs.exact or bool(repacked)
         graph = GraphModel(info.config, self._weights, self._inputs.n_threads, exact=exact)

@@ -162,6 +162,9 @@ class Policy(Protocol):
     evicts: ClassVar[bool]
     """Whether it writes blocks to a file (`--kv-ram`, `--session`)."""
 
+    ignores: ClassVar[frozenset[str]]
+    """Fields of MemoryConfig on which its results do not depend."""
+
     precise_rope: ClassVar[bool]
     """Whether the fused forms rotate by float64 angles: only where no key is ever rotated by ggml."""
 

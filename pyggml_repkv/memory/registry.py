@@ -11,7 +11,7 @@ from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.memory.full.memory import FullMemory
-from pyggml_repkv.memory.policy import Policy, PolicyInputs
+from pyggml_repkv.memory.policy import Form, Policy, PolicyInputs
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
 from pyggml_repkv.memory.window import WindowMemory
 
@@ -20,14 +20,22 @@ POLICIES: dict[str, Callable[[PolicyInputs], Policy]] = {
 }
 
 
+# What a function that declares nothing is taken for: it may make any bounded memory.
+_UNDECLARED: dict[str, Any] = {
+    "forms": frozenset(("one", "packed")), "bounded": True, "evicts": True, "rewinds": False, "ignores": frozenset(),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyKind:
-    """What is known of a policy before one is made. bounded, evicts, rewinds: as Policy declares them."""
+    """What is known of a policy before one is made; the fields are what Policy declares."""
 
     make: Callable[[PolicyInputs], Policy]
+    forms: frozenset[Form]
     bounded: bool
     evicts: bool
     rewinds: bool
+    ignores: frozenset[str]
 
 
 def policy_kind(name: str) -> PolicyKind:
@@ -38,10 +46,7 @@ def policy_kind(name: str) -> PolicyKind:
         make = POLICIES[name]
     else:
         raise InputError(f"--kv is {name!r}; it must be one of {', '.join(POLICIES)}, or a file NAME.py")
-    # A function that declares nothing may make anything.
-    return PolicyKind(
-        make, getattr(make, "bounded", True), getattr(make, "evicts", True), getattr(make, "rewinds", False)
-    )
+    return PolicyKind(make, **{name: getattr(make, name, value) for name, value in _UNDECLARED.items()})
 
 
 def make_policy(inputs: PolicyInputs) -> Policy:

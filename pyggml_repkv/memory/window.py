@@ -12,6 +12,7 @@ from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.memory import BoundedMemory, check_settings
 from pyggml_repkv.memory.bounded.rotation import Rotation
+from pyggml_repkv.memory.config import MEMORY_FIELDS
 from pyggml_repkv.memory.index.base import Queries, Selection
 from pyggml_repkv.memory.policy import NO_DISK, PolicyInputs, StepCost
 from pyggml_repkv.memory.store.arenas import Arenas
@@ -23,6 +24,7 @@ class WindowMemory(BoundedMemory):
     """Positions are those in the cache, as in the paper: sinks are seen from just before the window."""
 
     name: ClassVar[str] = "window"
+    ignores: ClassVar[frozenset[str]] = frozenset(MEMORY_FIELDS) - {"n_sink", "n_local", "positions"}
     writes = frozenset(("k_local", "v_local", "k_store", "v_store"))
 
     def __init__(self, inputs: PolicyInputs) -> None:

@@ -13,6 +13,7 @@ from pyggml_repkv.bench.workers._worker import serve
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.registry import policy_kind
 
 # Tokens really read where a depth is made of repeated keys and values.
 N_CELLS = 512
@@ -30,8 +31,7 @@ class RepkvEngine:
         self._memory = MemoryConfig(**(memory or {}))
         self._model = Model.load(model, threads=n_threads, repack=repack, exact_graph=exact_graph)
         self.n_vocab = self._model.config.n_vocab
-        # With every token kept in its own row, what lies beyond n_past is overwritten before it is read.
-        self.can_rewind = self._memory.kv == "full"
+        self.can_rewind = policy_kind(self._memory.kv).rewinds
         self._session: Session | None = None
 
     @property

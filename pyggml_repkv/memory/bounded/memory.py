@@ -38,6 +38,7 @@ class BoundedMemory:
     bounded: ClassVar[bool] = True
     rewinds: ClassVar[bool] = False
     evicts: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = frozenset()
     precise_rope: ClassVar[bool] = True
 
     def __init__(

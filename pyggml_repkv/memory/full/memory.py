@@ -13,7 +13,7 @@ from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
-from pyggml_repkv.memory.config import context_length
+from pyggml_repkv.memory.config import MEMORY_FIELDS, context_length
 from pyggml_repkv.memory.full.attention import ChunkAttention, FlashAttention, OneAttention, SoftmaxAttention
 from pyggml_repkv.memory.policy import (
     NO_DISK,
@@ -44,6 +44,7 @@ class FullMemory:
     bounded: ClassVar[bool] = False
     rewinds: ClassVar[bool] = True
     evicts: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = frozenset(MEMORY_FIELDS)
     precise_rope: ClassVar[bool] = False
     writes = frozenset(("cache_k", "cache_v"))
 

@@ -38,6 +38,7 @@ class RepKVMemory(BoundedMemory):
 
     name: ClassVar[str] = "repkv"
     evicts: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = frozenset(("kv_dir", "kv_disk_max"))
     make_index: ClassVar[Callable[[IndexParts], Index]] = Representatives
     store: RamStore | DiskStore
 
@@ -129,10 +130,7 @@ class RepKVMemory(BoundedMemory):
         """For a graph that is never computed: as if the token before had selected, if there was a choice by then."""
         if self._n_blocks_at(n_past) > self.n_select(n_past, 1):
             self.kept.assume()
-<<<<<<< HEAD
             self.regions.kept = 0
-=======
->>>>>>> docs
 
     def checkpoint(self) -> RepKVCheckpoints:
         return RepKVCheckpoints(self)
@@ -157,11 +155,7 @@ class RepKVMemory(BoundedMemory):
         rotation.far, rotation.far_at = state.far_at >= 0, state.far_at
         disk.resume(position)
         if state.far_at > 0:
-<<<<<<< HEAD
             disk.turn_back_blocks(rotation.inverse(0, state.far_at))
-=======
-            disk.io.unrotate(np.ascontiguousarray(rotation.inverse(0, state.far_at)))
->>>>>>> docs
             # What they carry of the index is from before their keys were turned back.
             for block, (begin, end) in enumerate(pairwise(self.blocks.bounds)):
                 if headers[block][1].rotated:

@@ -66,10 +66,7 @@ class DiskStore:
         self.base = 0
         """First open position less the row it lies in."""
         self.sealed_end = n_sink
-<<<<<<< HEAD
         self._inverse: NDArray[np.float32] | None = None
-=======
->>>>>>> docs
         shape = n_sink + self.n_open + self.n_slots * max_block, config.n_embd_kv
 
         def used(n_past: int) -> tuple[int, int]:
@@ -165,7 +162,6 @@ class DiskStore:
 
     def turn_back(self, rotation: Rotation, n_past: int) -> None:
         # What is on disk is turned back whenever it is read.
-<<<<<<< HEAD
         self.turn_back_blocks(rotation.inverse(0, n_past))
         rotation.turn_back(self.k, 0, min(self._memory.n_sink, n_past), 0)
         rotation.turn_back(self.k, self.sealed_end, n_past, self.base)
@@ -175,12 +171,6 @@ class DiskStore:
         self._inverse = np.ascontiguousarray(inverse, np.float32)
         self.io.unrotate(self._inverse)
 
-=======
-        self.io.unrotate(np.ascontiguousarray(rotation.inverse(0, n_past)))
-        rotation.turn_back(self.k, 0, min(self._memory.n_sink, n_past), 0)
-        rotation.turn_back(self.k, self.sealed_end, n_past, self.base)
-
->>>>>>> docs
     def share_file(self) -> BlockFile:
         # A fork reads the file, so nothing may wait to be written.
         self.io.flush()
@@ -190,11 +180,8 @@ class DiskStore:
         for header, offset in zip(other.io.headers, other.io.offsets, strict=True):
             self.io.add(header, offset)
         self.base, self.sealed_end = other.base, other.sealed_end
-<<<<<<< HEAD
         if other._inverse is not None:
             self.turn_back_blocks(other._inverse)
-=======
->>>>>>> docs
 
     def ram_bytes_at(self, n_blocks: int) -> dict[str, int]:
         """What slots and buffers take once there are n_blocks."""

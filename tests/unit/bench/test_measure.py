@@ -220,7 +220,7 @@ def test_rows_are_as_wide_as_the_header():
         result_of("on", (0.01, 0.01), Case(512, 0, 65536)),
     ]
     plan = Plan([r.case for r in results], [r.contender for r in results], 2, lambda n, n_vocab: [])
-    table = Table(plan, on_disk=True)
+    table = Table(plan, evicts=True, on_disk=True)
     lines = (table.header() + "".join(table.row(record(ABOUT, r, [])) for r in results)).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len({line.count("|") for line in lines}) == 1
@@ -232,9 +232,9 @@ def test_columns_with_nothing_in_them_are_left_out():
         header = Table(Plan(cases, contenders, 1, lambda n, n_vocab: []), **fields).header().splitlines()[0]
         return {name.strip() for name in header.split("|")} & {"of memory", "RAM store", "on disk", "prefetch hit"}
 
-    assert names([Case(512, 0)], [ours("full")], on_disk=False) == set()
-    assert names([Case(0, 1)], [ours("window")], on_disk=False) == {"of memory"}
-    assert names([Case(512, 0)], [ours()], on_disk=True) == {"RAM store", "on disk", "prefetch hit"}
+    assert names([Case(512, 0)], [ours("full")], evicts=False, on_disk=False) == set()
+    assert names([Case(0, 1)], [ours("window")], evicts=False, on_disk=False) == {"of memory"}
+    assert names([Case(512, 0)], [ours()], evicts=True, on_disk=True) == {"RAM store", "on disk", "prefetch hit"}
 
 
 def test_csv_has_one_header_and_json_in_cells():

@@ -95,11 +95,7 @@ def test_a_fork_of_a_kept_session_is_kept_nowhere(model, tmp_path):
 def test_a_fork_that_loses_a_block_reads_its_tokens_again(model):
     from pyggml_repkv.ffi.library import native
 
-<<<<<<< HEAD
     memory = replace(REPKV, kv_ram=2**17)
-=======
-    memory = replace(REPKV, kv_ram=2**15)
->>>>>>> docs
     with model.session(memory) as session:
         session.prefill(TOKENS[:300])
         with session.fork() as fork:

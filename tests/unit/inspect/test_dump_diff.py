@@ -70,7 +70,12 @@ def test_the_picture_is_well_formed(path, tmp_path):
 
 def test_what_repkv_adds_to_full(path):
     changes = {(c.kind, c.name): c for c in diff(snapshot(path, kv="full"), snapshot(path, kv="repkv"))}
-    assert {name for kind, name in changes if kind == "added"} == {"score_acc", "block_relevance", "block_topk", "row_runs"}
+    assert {name for kind, name in changes if kind == "added"} == {
+        "score_acc",
+        "block_relevance",
+        "block_topk",
+        "row_runs",
+    }
     assert not any(kind == "removed" for kind, _ in changes)
     attention = changes["changed", "kqv_partial"]
     assert attention.layers == (0, 1, 2)
