@@ -8,7 +8,7 @@ from typing import Any
 
 from _report_stored import POLICIES, TASKS, Stored, counts_of
 
-from pyggml_repkv.eval import plotting
+from pyggml_repkv.lab.eval import plotting
 
 PICTURES = (
     "results_cost.png",
@@ -121,7 +121,7 @@ def _draw_stability(pyplot: Any, stored: Stored) -> Any:
     return figure
 
 
-# Of a trace (inspect/trace.py): the threads of layers, waits and the first disk lane.
+# Of a trace (lab/inspect/trace.py): the threads of layers, waits and the first disk lane.
 LAYERS, WAITS, DISK = 2, 4, 10
 
 

@@ -27,7 +27,10 @@ from _common import (
     write_table,
 )
 
-from pyggml_repkv.bench.engines import (
+from pyggml_repkv.cli import output
+from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
+from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.lab.bench.engines import (
     EngineProcess,
     check_same_vocabulary,
     context_size,
@@ -35,9 +38,6 @@ from pyggml_repkv.bench.engines import (
     start_llama,
     start_repkv,
 )
-from pyggml_repkv.cli import output
-from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tokenizer import Tokenizer
 

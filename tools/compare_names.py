@@ -16,10 +16,10 @@ from itertools import zip_longest
 
 from _common import add_common_options, model_path, run_tool, say, write_json, write_table
 
-from pyggml_repkv.bench.engines import start_llama
 from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
+from pyggml_repkv.lab.bench.engines import start_llama
+from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted
 from pyggml_repkv.memory.config import MemoryConfig
 
 NO_WORK = {"none", "view", "reshape", "permute", "transpose"}

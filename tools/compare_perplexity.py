@@ -14,11 +14,11 @@ from contextlib import ExitStack
 
 from _common import add_common_options, model_path, run_tool, say, write_json, write_table
 
-from pyggml_repkv.bench.engines import start_llama
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
 from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.eval.likelihood import MIN_CHUNK, chunk_perplexity, chunks_of
+from pyggml_repkv.lab.bench.engines import start_llama
+from pyggml_repkv.lab.eval.likelihood import MIN_CHUNK, chunk_perplexity, chunks_of
 from pyggml_repkv.memory.config import MemoryConfig
 
 # Relative; llama-perplexity prints four decimals.

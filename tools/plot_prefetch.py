@@ -23,7 +23,7 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.eval import plotting
+from pyggml_repkv.lab.eval import plotting
 from pyggml_repkv.memory.config import PREFETCH
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
 from pyggml_repkv.memory.store.block_store import Event

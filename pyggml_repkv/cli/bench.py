@@ -20,9 +20,9 @@ from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
-    from pyggml_repkv.bench.measure import Contender, Plan, Result
-    from pyggml_repkv.bench.table import About, Record, Table
-    from pyggml_repkv.inspect.peak import Peak
+    from pyggml_repkv.lab.bench.measure import Contender, Plan, Result
+    from pyggml_repkv.lab.bench.table import About, Record, Table
+    from pyggml_repkv.lab.inspect.peak import Peak
     from pyggml_repkv.memory.config import MemoryConfig
 
 MAX_TOKENS = 2**20
@@ -115,9 +115,9 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("-c follows from -p, -n and -d here and cannot be given")
     if not args.vs and (args.llama_fa or args.llama_python):
         raise InputError("--llama-fa and --llama-python are for --vs llama.cpp, which is not given")
-    from pyggml_repkv.bench.load import load_warning
-    from pyggml_repkv.bench.measure import measure, spread_warnings
-    from pyggml_repkv.bench.table import Table, record
+    from pyggml_repkv.lab.bench.load import load_warning
+    from pyggml_repkv.lab.bench.measure import measure, spread_warnings
+    from pyggml_repkv.lab.bench.table import Table, record
 
     args.quiet = args.output != "md"
     args.model = str(model_path(args))
@@ -152,7 +152,7 @@ class _Printer:
         self._records: list[Record] = []
 
     def add(self, records: list[Record]) -> None:
-        from pyggml_repkv.bench import table
+        from pyggml_repkv.lab.bench import table
 
         first = not self._records
         self._records += records
@@ -164,7 +164,7 @@ class _Printer:
             output.write(table.json_lines(records))
 
     def end(self, results: list[Result]) -> None:
-        from pyggml_repkv.bench import table
+        from pyggml_repkv.lab.bench import table
 
         if self._kind == "md":
             output.write(table.ratio_table(results))
@@ -181,8 +181,8 @@ def _memories(args: argparse.Namespace) -> Iterator[tuple[str, MemoryConfig]]:
 
 
 def _plan(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> Plan:
-    from pyggml_repkv.bench.measure import Plan
-    from pyggml_repkv.bench.table import all_cases
+    from pyggml_repkv.lab.bench.measure import Plan
+    from pyggml_repkv.lab.bench.table import all_cases
 
     prompts, gens = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
     cases = all_cases(prompts, gens, args.n_depth)
@@ -194,7 +194,7 @@ def _plan(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> Plan:
 
 
 def _contenders(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> list[Contender]:
-    from pyggml_repkv.bench.measure import Contender
+    from pyggml_repkv.lab.bench.measure import Contender
 
     common = {"model": args.model, "n_threads": args.threads}
     found = []
@@ -222,7 +222,7 @@ def _llama_attentions(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _stream(args: argparse.Namespace) -> Callable[[int, int], list[int]]:
-    from pyggml_repkv.bench.engines import random_tokens
+    from pyggml_repkv.lab.bench.engines import random_tokens
 
     if args.text is None:
         return lambda n_tokens, n_vocab: random_tokens(n_tokens, n_vocab, args.seed)
@@ -242,9 +242,9 @@ def _stream(args: argparse.Namespace) -> Callable[[int, int], list[int]]:
 
 
 def _about(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Plan) -> About:
-    from pyggml_repkv.bench.load import cpu_name
-    from pyggml_repkv.bench.table import About
-    from pyggml_repkv.inspect.model_info import ModelInfo
+    from pyggml_repkv.lab.bench.load import cpu_name
+    from pyggml_repkv.lab.bench.table import About
+    from pyggml_repkv.lab.inspect.model_info import ModelInfo
     from pyggml_repkv.model.gguf_file import GGUFFile
 
     info = ModelInfo(GGUFFile.open(Path(args.model)))
@@ -273,7 +273,7 @@ def _short_count(n: int) -> str:
 
 def _peak(args: argparse.Namespace) -> Peak:
     from pyggml_repkv.ffi.handles import Backend
-    from pyggml_repkv.inspect.peak import measure_peak
+    from pyggml_repkv.lab.inspect.peak import measure_peak
 
     backend = Backend(args.threads)
     try:
@@ -286,7 +286,7 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
     """Of one token at each depth, by contender: llama.cpp's are those of our `full`."""
     from dataclasses import replace
 
-    from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
+    from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted
     from pyggml_repkv.memory.config import MemoryConfig
 
     found = {}
@@ -301,9 +301,9 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
 
 
 def _machine(args: argparse.Namespace) -> int:
-    from pyggml_repkv.bench.load import busy_cores, cpu_name, load_warning
-    from pyggml_repkv.bench.machine import measure_types
     from pyggml_repkv.ffi.handles import Backend
+    from pyggml_repkv.lab.bench.load import busy_cores, cpu_name, load_warning
+    from pyggml_repkv.lab.bench.machine import measure_types
 
     busy, peak = [busy_cores()], _peak(args)
     backend = Backend(args.threads)
@@ -326,7 +326,7 @@ def _machine(args: argparse.Namespace) -> int:
         if args.output == "json":
             output.write(json.dumps({**common, "types": [asdict(t) for t in types]}, indent=2) + "\n")
         else:
-            from pyggml_repkv.bench import table
+            from pyggml_repkv.lab.bench import table
 
             output.write(table.json_lines(rows) if args.output == "jsonl" else table.csv_lines(rows, with_header=True))
     warning = load_warning(busy)

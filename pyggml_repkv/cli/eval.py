@@ -17,13 +17,13 @@ from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.cli.run import kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.eval.retrieval_tasks import TASKS as RETRIEVAL
-from pyggml_repkv.eval.retrieval_tasks import VERSION
+from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
+from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
-    from pyggml_repkv.eval.results_file import ResultsFile
-    from pyggml_repkv.eval.retrieval import Asked, RetrievalResult
+    from pyggml_repkv.lab.eval.results_file import ResultsFile
+    from pyggml_repkv.lab.eval.retrieval import Asked, RetrievalResult
     from pyggml_repkv.memory.config import MemoryConfig
 
 MAX_LENGTH = 2**20
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     args.quiet = args.json
     if args.png:
-        from pyggml_repkv.eval.heat_map import check_can_draw
+        from pyggml_repkv.lab.eval.heat_map import check_can_draw
 
         check_can_draw(args.png)
     # Weights as in the file where one of the policies needs them so; and for all questions, so that what `full`
@@ -144,8 +144,8 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         output.write(json.dumps({**done, "peak_rss_bytes": report.peak_rss_bytes()}) + "\n")
     if args.png:
-        from pyggml_repkv.eval.heat_map import draw_heat_map
-        from pyggml_repkv.eval.retrieval import RetrievalResult
+        from pyggml_repkv.lab.eval.heat_map import draw_heat_map
+        from pyggml_repkv.lab.eval.retrieval import RetrievalResult
 
         draw_heat_map(args.png, [RetrievalResult.from_dict(result) for result in done["results"]])
     return 0
@@ -158,8 +158,8 @@ def _memories(args: argparse.Namespace, policies: list[str], n_ctx: int) -> Iter
 
 
 def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
-    from pyggml_repkv.eval.results_file import ResultsFile
-    from pyggml_repkv.eval.retrieval import questions, summary
+    from pyggml_repkv.lab.eval.results_file import ResultsFile
+    from pyggml_repkv.lab.eval.retrieval import questions, summary
 
     results: list[RetrievalResult] = []
     with ResultsFile(args.out) if args.out else nullcontext() as file:
@@ -187,7 +187,7 @@ def _answer(
     file: ResultsFile | None,
 ) -> tuple[bool, RetrievalResult]:
     """-> whether it was in the file, the answer."""
-    from pyggml_repkv.eval.retrieval import RetrievalResult, run_retrieval
+    from pyggml_repkv.lab.eval.retrieval import RetrievalResult, run_retrieval
 
     settings = {
         "task": args.task,
@@ -235,7 +235,7 @@ def _digest(data: bytes) -> str:
 
 
 def _perplexity(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
-    from pyggml_repkv.eval.likelihood import chunk_perplexity
+    from pyggml_repkv.lab.eval.likelihood import chunk_perplexity
 
     if args.lengths:
         return _by_position(args, model, policies, text or "")
@@ -255,7 +255,7 @@ def _fidelity(args: argparse.Namespace, model: Model, policies: list[str], text:
 
 
 def _by_position(args: argparse.Namespace, model: Model, policies: list[str], text: str) -> Result:
-    from pyggml_repkv.eval.likelihood import stretches
+    from pyggml_repkv.lab.eval.likelihood import stretches
 
     compares = args.task == "fidelity"
     (length,) = _one_length(args, model.config.n_ctx_train)
@@ -283,7 +283,7 @@ def _one_length(args: argparse.Namespace, default: int) -> list[int]:
 
 
 def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | None) -> Result:
-    from pyggml_repkv.eval.recall import FIRST_LAYER, layer_shares, run_recall, stability, summary
+    from pyggml_repkv.lab.eval.recall import FIRST_LAYER, layer_shares, run_recall, stability, summary
 
     tokens = model.tokenizer.encode(text or "")
     done: Result = {"task": "recall", "text": args.text, "lengths": {}}

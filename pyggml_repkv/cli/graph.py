@@ -18,8 +18,8 @@ from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
-    from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
-    from pyggml_repkv.inspect.snapshot import Snapshot, TensorInfo
+    from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted
+    from pyggml_repkv.lab.inspect.snapshot import Snapshot, TensorInfo
 
 EXAMPLES = {
     "dump": """
@@ -142,14 +142,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _built(args: argparse.Namespace) -> BuiltGraph:
-    from pyggml_repkv.inspect.builder import BuiltGraph
+    from pyggml_repkv.lab.inspect.builder import BuiltGraph
 
     args.quiet = True
     return BuiltGraph(model_path(args), _wanted(args))
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:
-    from pyggml_repkv.inspect.builder import Wanted
+    from pyggml_repkv.lab.inspect.builder import Wanted
 
     n_ctx = args.ctx_size
     if not n_ctx and args.depth and not kind_of(args.kv).bounded:
@@ -161,7 +161,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
 
 
 def _dump(args: argparse.Namespace) -> int:
-    from pyggml_repkv.inspect import table
+    from pyggml_repkv.lab.inspect import table
 
     if args.json + args.dot + bool(args.svg) > 1:
         raise InputError("--json, --dot and --svg: give one of them")
@@ -202,7 +202,7 @@ def _summary(s: Snapshot, n_shown: int) -> str:
 
 
 def _html(args: argparse.Namespace) -> int:
-    from pyggml_repkv.inspect.page import as_page
+    from pyggml_repkv.lab.inspect.page import as_page
 
     with _built(args) as built:
         snapshot = built.snapshot()
@@ -212,8 +212,8 @@ def _html(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from pyggml_repkv.inspect.inputs import unfilled_inputs
-    from pyggml_repkv.inspect.verify import RULES, verify
+    from pyggml_repkv.lab.inspect.inputs import unfilled_inputs
+    from pyggml_repkv.lab.inspect.verify import RULES, verify
 
     with _built(args) as built:
         snapshot = built.snapshot()
@@ -239,7 +239,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from pyggml_repkv.inspect.diff import diff, summary
+    from pyggml_repkv.lab.inspect.diff import diff, summary
 
     a, b = (_side(args, text) for text in (args.a, args.b))
     changes, numbers = diff(a, b), summary(a, b)
@@ -261,7 +261,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _side(args: argparse.Namespace, text: str) -> Snapshot:
     """A dump, a policy's name, or flags that are put after the common ones."""
-    from pyggml_repkv.inspect.snapshot import Snapshot
+    from pyggml_repkv.lab.inspect.snapshot import Snapshot
 
     if text.endswith(".json"):
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pyggml_repkv.engine.model import Model
-    from pyggml_repkv.inspect.recorder import Recorded, Traced
+    from pyggml_repkv.lab.inspect.recorder import Recorded, Traced
 
 # What is read where no prompt is given: it matters for values, not for time.
 TEXT = "The sea was calm that morning, and the captain had gone below to write his letters. "
@@ -70,9 +70,9 @@ def _add_prompt(group: Any) -> None:
 
 def trace(args: argparse.Namespace) -> int:
     """Reads --depth tokens, then traces steps after them."""
-    from pyggml_repkv.inspect.peak import measure_peak
-    from pyggml_repkv.inspect.recorder import n_traced_tokens, trace_steps
-    from pyggml_repkv.inspect.trace import chrome_trace
+    from pyggml_repkv.lab.inspect.peak import measure_peak
+    from pyggml_repkv.lab.inspect.recorder import n_traced_tokens, trace_steps
+    from pyggml_repkv.lab.inspect.trace import chrome_trace
 
     args.quiet = True
     size = 1 if args.phase == "decode" else args.batch_size
@@ -98,8 +98,8 @@ def trace(args: argparse.Namespace) -> int:
 
 
 def _write_page(args: argparse.Namespace, done: Traced) -> None:
-    from pyggml_repkv.inspect.page import as_page
-    from pyggml_repkv.inspect.trace import node_times
+    from pyggml_repkv.lab.inspect.page import as_page
+    from pyggml_repkv.lab.inspect.trace import node_times
 
     snapshot = done.steps[-1].snapshot
     about = {"model": Path(args.model or "demo model").name, "phase": args.phase, **snapshot.about}
@@ -119,7 +119,7 @@ def _tokens(args: argparse.Namespace, model: Model, n_needed: int) -> list[int]:
 
 
 def _trace_result(args: argparse.Namespace, done: Traced, peak: Any) -> dict[str, Any]:
-    from pyggml_repkv.inspect.trace import layer_rows, roofline, rows
+    from pyggml_repkv.lab.inspect.trace import layer_rows, roofline, rows
 
     plain, traced = median(done.plain_us), median(done.traced_us)
     nodes = median(step.node_us for step in done.steps)
@@ -146,8 +146,8 @@ def _trace_result(args: argparse.Namespace, done: Traced, peak: Any) -> dict[str
 
 
 def _print_trace(args: argparse.Namespace, done: Traced, result: dict[str, Any]) -> None:
-    from pyggml_repkv.inspect.table import as_table
-    from pyggml_repkv.inspect.trace import HEADER, Row
+    from pyggml_repkv.lab.inspect.table import as_table
+    from pyggml_repkv.lab.inspect.trace import HEADER, Row
 
     rows = [
         Row(r["name"], r["op"], r["nodes"], r["us"], r["share"], r["gflops"], r["gbytes_per_second"], r["of_peak"] or 0)
@@ -174,7 +174,7 @@ def _print_trace(args: argparse.Namespace, done: Traced, result: dict[str, Any])
 
 def tensors(args: argparse.Namespace) -> int:
     """Values of the last step of a prompt -> 1 if they differ from those of --compare."""
-    from pyggml_repkv.inspect.recorder import record_tensors
+    from pyggml_repkv.lab.inspect.recorder import record_tensors
 
     args.quiet = True
     before = _load(args.compare) if args.compare else None
@@ -196,7 +196,7 @@ def tensors(args: argparse.Namespace) -> int:
     if args.json:
         output.write(json.dumps({"tensors": rows, "skipped": found.skipped}) + "\n")
         return 0
-    from pyggml_repkv.inspect.table import as_table
+    from pyggml_repkv.lab.inspect.table import as_table
 
     header = ("name", "type", "shape", "min", "max", "mean", "std", "NaN", "first values")
     cells = [

@@ -16,7 +16,7 @@ from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
-    from pyggml_repkv.inspect.model_info import MemoryPlan, ModelInfo, SpecialToken
+    from pyggml_repkv.lab.inspect.model_info import MemoryPlan, ModelInfo, SpecialToken
     from pyggml_repkv.memory.config import MemoryConfig
 
 EXAMPLES = """
@@ -71,7 +71,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs `model info` -> its exit code. Raises RepkvError."""
     from pyggml_repkv.engine import budget
-    from pyggml_repkv.inspect.model_info import ModelInfo, PlanInputs
+    from pyggml_repkv.lab.inspect.model_info import ModelInfo, PlanInputs
     from pyggml_repkv.model.gguf_file import GGUFFile
 
     memories = _memories(args)
@@ -201,7 +201,7 @@ def _special(role: str, token: SpecialToken | None) -> str:
 
 def _weights_table(info: ModelInfo) -> Iterable[str]:
     from pyggml_repkv.engine.budget import size
-    from pyggml_repkv.inspect.table import as_table
+    from pyggml_repkv.lab.inspect.table import as_table
 
     yield from _facts([("weights", [
         f"{_count(info.n_parameters)} parameters, {size(info.weight_bytes)}, {info.bits_per_weight:.2f} bits per weight"
@@ -220,7 +220,7 @@ def _weights_table(info: ModelInfo) -> Iterable[str]:
 
 def _memory_table(plans: Sequence[MemoryPlan], free: int) -> Iterable[str]:
     from pyggml_repkv.engine.budget import size
-    from pyggml_repkv.inspect.table import as_table
+    from pyggml_repkv.lab.inspect.table import as_table
     from pyggml_repkv.model.gguf_file import printable
 
     yield from _facts([("memory", [f"for {plans[0].n_tokens:,} tokens; {size(free)} of RAM are free"])])

@@ -40,7 +40,7 @@ MAX_PACKED_WIDTH = 65536
 
 
 class Tracer(Protocol):
-    """Who wants to know when nodes are computed, or what they hold (inspect/node_trace.py, recorder.py)."""
+    """Who wants to know when nodes are computed, or what they hold (lab/inspect/node_trace.py, recorder.py)."""
 
     traces_ops: bool
     """Whether nodes of ours note themselves when they are computed."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.eval.likelihood import chunk_perplexity, stretches
+from pyggml_repkv.lab.eval.likelihood import chunk_perplexity, stretches
 from pyggml_repkv.memory.config import MemoryConfig
 
 LOGBOOK = Path(__file__).resolve().parents[2] / "docs" / "examples" / "logbook.txt"

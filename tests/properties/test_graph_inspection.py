@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyggml_repkv.inspect.builder import BuiltGraph, Wanted
-from pyggml_repkv.inspect.diff import diff, summary
-from pyggml_repkv.inspect.inputs import unfilled_inputs
-from pyggml_repkv.inspect.snapshot import Snapshot
-from pyggml_repkv.inspect.verify import verify
+from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted
+from pyggml_repkv.lab.inspect.diff import diff, summary
+from pyggml_repkv.lab.inspect.inputs import unfilled_inputs
+from pyggml_repkv.lab.inspect.snapshot import Snapshot
+from pyggml_repkv.lab.inspect.verify import verify
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from tests.tiny_models import TinySpec, write_tiny_model
 

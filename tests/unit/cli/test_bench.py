@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from pyggml_repkv.bench import engines, measure
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.errors import RepkvError
-from pyggml_repkv.inspect import builder
+from pyggml_repkv.lab.bench import engines, measure
+from pyggml_repkv.lab.inspect import builder
 
 FAKE = """
 import numpy as np
-from pyggml_repkv.bench.workers._worker import serve
+from pyggml_repkv.lab.bench.workers._worker import serve
 
 class Engine:
     version, n_vocab, can_rewind = "fake llama", 288, True
@@ -163,8 +163,8 @@ def test_what_was_measured_is_printed_when_it_is_stopped(path, monkeypatch, caps
 
 
 def test_the_machine(capsys, monkeypatch):
-    from pyggml_repkv.bench import load, machine
-    from pyggml_repkv.inspect import peak
+    from pyggml_repkv.lab.bench import load, machine
+    from pyggml_repkv.lab.inspect import peak
 
     monkeypatch.setattr(load, "busy_cores", lambda: 0.0)
     for module in (machine, peak):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.inspect.graph_reader import info_of, read_graph
+from pyggml_repkv.lab.inspect.graph_reader import info_of, read_graph
 from pyggml_repkv.ops.makers import Ops
 from pyggml_repkv.ops.table import OPS
 from tests.unit.native.op_bench import Bench, config

@@ -11,7 +11,7 @@ sys.path.insert(0, str(TOOLS))
 
 FAKE = """
 import numpy as np
-from pyggml_repkv.bench.workers._worker import serve
+from pyggml_repkv.lab.bench.workers._worker import serve
 
 class Engine:
     '''Its logits depend on all the tokens in the context, and on nothing else.'''
@@ -56,7 +56,7 @@ def model(tmp_path: Path) -> str:
 @pytest.fixture
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """fakes(llama=..., repkv=...): the engines are fakes, and that line of code may change their logits x."""
-    from pyggml_repkv.bench import engines
+    from pyggml_repkv.lab.bench import engines
 
     def install(llama: str = "pass", repkv: str = "pass") -> None:
         for name, line in (("LLAMA_WORKER", llama), ("REPKV_WORKER", repkv)):

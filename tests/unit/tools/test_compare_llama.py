@@ -9,7 +9,7 @@ import pytest
 from _common import run_tool
 from compare_llama import compare
 
-from pyggml_repkv.bench import engines
+from pyggml_repkv.lab.bench import engines
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def test_our_own_engine(tiny_model, tmp_path, monkeypatch, capsys):
     """Ours against ours: the worker of the real engine, rewound and opened again, stays the same."""
     path = tmp_path / "worker.py"
     path.write_text(
-        "from pyggml_repkv.bench.workers.repkv_worker import RepkvEngine, serve\n"
+        "from pyggml_repkv.lab.bench.workers.repkv_worker import RepkvEngine, serve\n"
         "serve(lambda **options: RepkvEngine(**options, exact_graph=True))\n"
     )
     monkeypatch.setattr(engines, "LLAMA_WORKER", (str(path),))

@@ -6,14 +6,14 @@ import compare_perplexity
 import pytest
 from _common import run_tool
 
-from pyggml_repkv.bench import engines
 from pyggml_repkv.engine.model import Model
+from pyggml_repkv.lab.bench import engines
 
 # An engine whose logits are ours: what is left to compare is the arithmetic around them.
 FAKE = """
 import numpy as np
-from pyggml_repkv.bench.workers._worker import serve
-from pyggml_repkv.bench.workers.repkv_worker import RepkvEngine
+from pyggml_repkv.lab.bench.workers._worker import serve
+from pyggml_repkv.lab.bench.workers.repkv_worker import RepkvEngine
 
 class Engine(RepkvEngine):
     def all_logits(self, tokens):

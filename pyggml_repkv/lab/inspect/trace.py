@@ -1,0 +1,161 @@
+"""Where the time of steps went: a table by kind of node, a share of what the machine can do, Chrome's trace format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from pyggml_repkv.lab.inspect.peak import Peak
+from pyggml_repkv.lab.inspect.snapshot import Snapshot, TensorInfo
+from pyggml_repkv.memory.store.block_store import Event
+
+
+@dataclass(frozen=True, slots=True)
+class TracedStep:
+    """What a step computed and when. times: begin and end of each node, microseconds from the first step's begin;
+    begin, end: of the step as a whole, with what is done around the graph; events: of the block store, same clock.
+    """
+
+    snapshot: Snapshot
+    times: Sequence[tuple[float, float]]
+    begin: float
+    end: float
+    events: Sequence[Event] = ()
+
+    @property
+    def node_us(self) -> float:
+        return sum(end - begin for begin, end in self.times)
+
+    @property
+    def wait_us(self) -> float:
+        """For blocks, between nodes."""
+        return sum(1e3 * (e.end_ms - e.begin_ms) for e in self.events if e.kind == "wait")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All nodes of one name, in all layers; per step. us: microseconds of a step."""
+
+    name: str
+    op: str
+    n: float
+    us: float
+    share: float
+    gflops: float
+    gbytes: float
+    of_peak: float
+
+    def cells(self) -> tuple[str, ...]:
+        return (
+            self.name, self.op, f"{self.n:g}", f"{self.us:.0f}", f"{100 * self.share:.1f} %", f"{self.us / self.n:.1f}",
+            f"{self.gflops:.1f}", f"{self.gbytes:.1f}", f"{100 * self.of_peak:.0f} %",
+        )  # fmt: skip
+
+
+HEADER = ("name", "op", "nodes", "us", "share", "us each", "GFLOP/s", "GB/s", "of peak")
+
+
+def rows(steps: Sequence[TracedStep], peak: Peak | None) -> list[Row]:
+    """By name, what takes longest first. of_peak: how long the node must take at least, by operations and by bytes from
+    memory, as a share of how long it took; more than 1 where what it reads lies in a cache.
+    """
+    total = sum(step.node_us for step in steps)
+    groups: dict[tuple[str, str], list[tuple[TensorInfo, float]]] = {}
+    for step in steps:
+        for node, (begin, end) in zip(step.snapshot.nodes, step.times, strict=True):
+            groups.setdefault((node.base_name, node.op), []).append((node, end - begin))
+    found = []
+    for (name, op), members in groups.items():
+        us = sum(t for _, t in members)
+        flops, moved = (sum(getattr(node, what) for node, _ in members) for what in ("flops", "bytes_moved"))
+        least = max(flops / peak.gflops, moved / peak.gbytes_per_second) / 1e3 if peak else 0.0
+        n = len(steps)
+        # What took no time that was noted has no speed either.
+        rates = (flops / us / 1e3, moved / us / 1e3, least / us) if us > 0 else (0.0, 0.0, 0.0)
+        found.append(Row(name, op, len(members) / n, us / n, us / total, *rates))
+    return sorted(found, key=lambda row: -row.us)
+
+
+def node_times(steps: Sequence[TracedStep]) -> dict[str, float]:
+    """Of the last step's nodes, by id: the median of all steps with the same graph, microseconds."""
+    nodes = [node.id for node in steps[-1].snapshot.nodes]
+    alike = [step for step in steps if [node.id for node in step.snapshot.nodes] == nodes]
+    spans = zip(*([end - begin for begin, end in step.times] for step in alike), strict=True)
+    return {id_: median(times) for id_, times in zip(nodes, spans, strict=True)}
+
+
+def layer_rows(steps: Sequence[TracedStep]) -> dict[int, float]:
+    """Microseconds of a step in each layer, -1 for what is in none."""
+    times: dict[int, float] = {}
+    for step in steps:
+        layer = -1
+        for node, (begin, end) in zip(step.snapshot.nodes, step.times, strict=True):
+            layer = node.layer
+            times[layer] = times.get(layer, 0.0) + end - begin
+    return {layer: us / len(steps) for layer, us in sorted(times.items())}
+
+
+def roofline(steps: Sequence[TracedStep], peak: Peak) -> dict[str, float]:
+    """Of all steps together: achieved GFLOP/s and GB/s, the peaks, and the least time as a share of the time taken."""
+    us = sum(step.node_us for step in steps)
+    nodes = [node for step in steps for node in step.snapshot.nodes]
+    flops, moved = sum(n.flops for n in nodes), sum(n.bytes_moved for n in nodes)
+    least = sum(max(n.flops / peak.gflops, n.bytes_moved / peak.gbytes_per_second) for n in nodes) / 1e3
+    return {
+        "gflops": flops / us / 1e3,
+        "gbytes_per_second": moved / us / 1e3,
+        "peak_gflops": peak.gflops,
+        "peak_gbytes_per_second": peak.gbytes_per_second,
+        "of_peak": least / us,
+    }
+
+
+def chrome_trace(steps: Sequence[TracedStep]) -> dict[str, Any]:
+    """For Perfetto or chrome://tracing: steps, layers, nodes, waits, and the reads of each thread one below another."""
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "pyggml_repkv"}}]
+    events += [
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}
+        for tid, name in ((1, "steps"), (2, "layers"), (3, "nodes"), (4, "waiting for blocks"))
+    ]
+    n_lanes = 0
+    for i, step in enumerate(steps):
+        events.append(_event(1, f"step {i}: {step.snapshot.about['n_tokens']} tokens", step.begin, step.end))
+        events += _layers(step)
+        for node, (begin, end) in zip(step.snapshot.nodes, step.times, strict=True):
+            args = {"id": node.id, "op": node.op, "shape": "x".join(map(str, node.shape)), "flops": node.flops,
+                    "bytes": node.bytes_moved}  # fmt: skip
+            events.append(_event(3, node.name or node.op, begin, end, args))
+        events += [
+            _event(4, f"layer {e.layer}", 1e3 * e.begin_ms, 1e3 * e.end_ms) for e in step.events if e.kind == "wait"
+        ]
+        lanes: list[float] = []
+        for e in sorted((e for e in step.events if e.kind in ("read", "staged", "write")), key=lambda e: e.begin_ms):
+            lane = next((n for n, end in enumerate(lanes) if end <= e.begin_ms), len(lanes))
+            lanes[lane : lane + 1] = [e.end_ms]
+            ahead = " ahead" if e.ahead else ""
+            name = f"{e.kind} block {e.block} of layer {e.layer}{ahead}"
+            events.append(_event(10 + lane, name, 1e3 * e.begin_ms, 1e3 * e.end_ms))
+        n_lanes = max(n_lanes, len(lanes))
+    events += [
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 10 + n, "args": {"name": f"disk {n + 1}"}}
+        for n in range(n_lanes)
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _layers(step: TracedStep) -> Iterable[dict[str, Any]]:
+    spans: dict[int, tuple[float, float]] = {}
+    for node, (begin, end) in zip(step.snapshot.nodes, step.times, strict=True):
+        if node.layer >= 0 and not node.name.endswith(")"):
+            first, last = spans.get(node.layer, (begin, end))
+            spans[node.layer] = min(first, begin), max(last, end)
+    return [_event(2, f"layer {layer}", begin, end) for layer, (begin, end) in sorted(spans.items())]
+
+
+def _event(tid: int, name: str, begin: float, end: float, args: dict[str, Any] | None = None) -> dict[str, Any]:
+    event: dict[str, Any] = {
+        "ph": "X", "pid": 1, "tid": tid, "name": name, "ts": round(begin, 3), "dur": round(end - begin, 3)
+    }  # fmt: skip
+    return event | ({"args": args} if args else {})

@@ -1,8 +1,0 @@
-"""Workers of other interpreters are scripts: they import what lies beside them."""
-
-import sys
-from pathlib import Path
-
-from pyggml_repkv.bench import workers
-
-sys.path.insert(0, str(Path(workers.__file__).parent))

@@ -1,0 +1,8 @@
+"""Workers of other interpreters are scripts: they import what lies beside them."""
+
+import sys
+from pathlib import Path
+
+from pyggml_repkv.lab.bench import workers
+
+sys.path.insert(0, str(Path(workers.__file__).parent))
