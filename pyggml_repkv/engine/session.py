@@ -13,15 +13,15 @@ from types import TracebackType
 import numpy as np
 
 from pyggml_repkv.engine import budget
+from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.keeper import Keeper, MayResume, Resumed
-from pyggml_repkv.engine.session_copy import save_copy
+from pyggml_repkv.engine.session_copy import OpenStore, is_kept_in, save_copy
 from pyggml_repkv.engine.session_store import SessionStore
 from pyggml_repkv.engine.step import Stepper
-from pyggml_repkv.errors import ContextFullError, InputError, StoreError
+from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.plan import GraphModel, Outputs, Tracer
-from pyggml_repkv.memory.checkpoints import Checkpoints
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
@@ -29,9 +29,6 @@ from pyggml_repkv.model.tokenizer import Tokenizer
 OnProgress = Callable[[int, int], None]
 
 log = logging.getLogger(__name__)
-
-# Tokens between two looks at how much memory is left: reading it takes some 50 microseconds.
-CHECK_EVERY = 2048
 
 
 class Session:
@@ -50,7 +47,7 @@ class Session:
         weight_bytes: int,
         make_policy: Callable[[SessionStore | None], Policy],
         store: SessionStore | None = None,
-        open_store: Callable[[Path, Checkpoints], SessionStore] | None = None,
+        open_store: OpenStore | None = None,
         on_fork: Callable[[Session], None] = lambda _: None,
     ) -> None:
         """make_policy: makes an empty memory, given where the session is kept; store: that, if anywhere; open_store:
@@ -66,7 +63,7 @@ class Session:
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
         self._begun = self._closed = False
-        self._checked_up_to = 0
+        self._room = Room()
 
     @property
     def policy(self) -> Policy:
@@ -186,7 +183,7 @@ class Session:
         other = copy.copy(self)
         other._stepper = self._stepper.fork(lambda: self._make_policy(None))
         other._store = other._keeper = None
-        other._checked_up_to = 0
+        other._room = Room()
         self._on_fork(other)
         return other
 
@@ -226,8 +223,8 @@ class Session:
         ComputeError where the memory was stopped halfway, so that the save before is the last good one.
         """
         self._check_open()
-        if directory is not None and not self._is_kept_in(directory):
-            self._save_copy(Path(directory))
+        if directory is not None and not is_kept_in(self._store, directory):
+            save_copy(self._stepper, Path(directory), self._open_store, self._saved_extra())
         elif self._keeper is None:
             raise InputError("the session is not kept anywhere: say in which directory")
         else:
@@ -266,7 +263,7 @@ class Session:
     def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
-        self._check_room(self.n_past + len(chunk))
+        self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
         self._begun = True
         try:
             logits = self._stepper.step(chunk, outputs)
@@ -281,48 +278,11 @@ class Session:
             self._keeper.stepped(len(chunk))
         return logits
 
-    def _is_kept_in(self, directory: str | os.PathLike[str]) -> bool:
-        if not os.fspath(directory) or "\0" in os.fspath(directory):
-            raise InputError(f"{os.fspath(directory)!r} is no name of a directory")
-        return self._store is not None and Path(directory).resolve() == self._store.folder.resolve()
-
-    def _save_copy(self, folder: Path) -> None:
-        checkpoints = self.policy.checkpoint()
-        if checkpoints is None or self._open_store is None:
-            raise InputError(f"--kv {self.policy.name} cannot be saved")
-        if self.n_past == 0:
-            raise InputError("the session is empty: there is nothing to save")
-        checkpoints.check_copy()
-        with contextlib.closing(self._open_store(folder, checkpoints)) as store:
-            if store.checkpoints():
-                raise InputError(f"{folder} has a session already: give another directory")
-            save_copy(checkpoints, store, self._stepper, self._saved_extra())
-
-    def _check_room(self, n_tokens: int) -> None:
-        """Linux promises memory that it does not have and kills the process that uses it, so ask first."""
-        if n_tokens <= self._checked_up_to:
-            return
-        now, then = self.policy.bytes_at(self.n_past), self.policy.bytes_at(n_tokens + CHECK_EVERY)
-        budget.check({part: then[part] - now.get(part, 0) for part in then}, n_tokens + CHECK_EVERY - self.n_past)
-        self._checked_up_to = n_tokens + CHECK_EVERY
-
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         self._check_open()
-        try:
-            ids = np.asarray(tokens)
-        except ValueError:  # ragged
-            ids = np.empty(0)
-        if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError("tokens must be a non-empty sequence of token ids")
-        # ggml aborts the process on a row that is not there.
-        if ids.min() < 0 or ids.max() >= self.config.n_vocab:
-            bad = int(ids.min() if ids.min() < 0 else ids.max())
-            raise InputError(f"token id {bad} is not in the vocabulary (0 to {self.config.n_vocab - 1})")
-        if self.n_past + len(ids) > self.n_ctx:
-            raise ContextFullError(
-                f"{len(ids)} tokens do not fit: {self.n_past} of {self.n_ctx} are used; a larger -c holds more"
-            )
-        return ids.astype(np.int32)
+        ids = check_tokens(tokens, self.config.n_vocab)
+        check_fits(len(ids), self.n_past, self.n_ctx)
+        return ids
 
     def _check_open(self) -> None:
         if self._closed:
