@@ -57,7 +57,7 @@ struct repkv_store {
     int32_t n_waiting; /* staged blocks that are not written */
     int32_t filling;   /* staging buffer of the last put */
     struct queue required, ahead;
-    struct worker *workers; /* the last one is the caller's own */
+    struct worker *workers; /* the last one is of the thread that computes */
     int32_t n_started;
     pthread_t writer;
     bool has_writer, stopping;
@@ -286,7 +286,7 @@ static void *write_loop(void *data) {
     return NULL;
 }
 
-static bool start_worker(struct repkv_store *s, struct worker *w) {
+static bool worker_open(struct repkv_store *s, struct worker *w) {
     const struct repkv_record_layout *l = &s->config.layout;
     void *buffer = NULL;
     w->store = s;
@@ -295,6 +295,11 @@ static bool start_worker(struct repkv_store *s, struct worker *w) {
     if (posix_memalign(&buffer, REPKV_ALIGN, repkv_aligned(repkv_record_bytes(l, l->max_tokens))) != 0) return false;
     w->buffer = buffer;
     return true;
+}
+
+static void worker_close(struct worker *w) {
+    free(w->buffer);
+    free(w->scratch);
 }
 
 static bool open_tables(struct repkv_store *s) {
@@ -355,7 +360,7 @@ struct repkv_store *repkv_store_open(const struct repkv_store_config *config, ch
         memcpy(s->v_rows, v_rows, n_layer * sizeof *v_rows);
         memcpy(s->places, places, n_layer * sizeof *places);
     }
-    for (int32_t i = 0; ok && i <= s->config.n_threads; i++) ok = start_worker(s, s->workers + i);
+    for (int32_t i = 0; ok && i <= s->config.n_threads; i++) ok = worker_open(s, s->workers + i);
     /* Signals are for Python's threads. */
     sigset_t all, before;
     sigfillset(&all);
@@ -379,10 +384,7 @@ void repkv_store_close(struct repkv_store *s) {
     pthread_mutex_unlock(&s->lock);
     for (int32_t i = 0; i < s->n_started; i++) pthread_join(s->workers[i].thread, NULL);
     if (s->has_writer) pthread_join(s->writer, NULL);
-    for (int32_t i = 0; s->workers && i <= s->config.n_threads; i++) {
-        free(s->workers[i].buffer);
-        free(s->workers[i].scratch);
-    }
+    for (int32_t i = 0; s->workers && i <= s->config.n_threads; i++) worker_close(s->workers + i);
     for (int32_t i = 0; s->staging && i < s->config.n_staging; i++) free(s->staging[i].data);
     for (int32_t i = 0; s->layers && i < s->config.layout.n_layer; i++) {
         free(s->layers[i].slot);
@@ -622,20 +624,15 @@ int repkv_store_audit(struct repkv_store *s, int32_t layer_index) {
 }
 
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v) {
-    const struct repkv_record_layout *l = &s->config.layout;
-    char *rows = malloc((size_t)l->max_tokens * (l->k_row_bytes + l->v_row_bytes));
-    int error = 0;
+    /* Buffers of this call: the caller may be another thread than the one that computes, whose own are in use. */
+    struct worker reader = {0};
+    const bool ok = worker_open(s, &reader);
+    int error = ENOMEM;
     pthread_mutex_lock(&s->lock);
-    enum repkv_io_error result = REPKV_IO_READ;
-    if (rows != NULL) {
-        char *values = rows + (size_t)l->max_tokens * l->k_row_bytes;
-        result = load(s, s->workers + s->config.n_threads, layer, block, k ? k : rows, v ? v : values, &error);
-    } else {
-        error = ENOMEM;
-    }
+    const enum repkv_io_error result = ok ? load(s, &reader, layer, block, k, v, &error) : REPKV_IO_READ;
     if (result != REPKV_IO_OK) remember(s, result, layer, block, error);
     pthread_mutex_unlock(&s->lock);
-    free(rows);
+    worker_close(&reader);
     return result == REPKV_IO_OK ? 0 : -1;
 }
 

@@ -75,7 +75,7 @@ void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *b
 /* Starts to read blocks that the layer's next requirement will name: they replace whatever was not required last. */
 void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 
-/* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */
+/* Reads a block's rows of one layer into k, v of max_tokens rows. Any thread may call it at any time. -1 on failure. */
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
 
 /* From now on keys that were stored rotated are turned back as they are read; table [n_positions, rope_dim] outlives the
