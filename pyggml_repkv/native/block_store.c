@@ -65,8 +65,9 @@ struct repkv_store {
     pthread_cond_t work, done, to_write, written;
     const float *unrotate;
     struct repkv_store_stats stats;
-    struct repkv_store_error read_error, write_error; /* the first of each */
-    bool failed_write;
+    int32_t requiring;                   /* layer whose requirement is running, -1: none */
+    struct repkv_store_error read_error; /* what fails that requirement, or failed the last one */
+    struct repkv_store_error write_error;
     int32_t n_reading;
     double reading_since;
     int32_t *audited; /* [n_layer, n_slots]: block, or -1 */
@@ -142,11 +143,6 @@ static char *rows_of_slot(const struct repkv_store *s, char **rows, int32_t laye
     return rows[layer] + ((size_t)s->config.first_row + (size_t)slot * (size_t)s->config.layout.max_tokens) * row_bytes;
 }
 
-static void remember(struct repkv_store *s, enum repkv_io_error kind, int32_t layer, int32_t block, int error) {
-    struct repkv_store_error *first = kind == REPKV_IO_WRITE ? &s->write_error : &s->read_error;
-    if (first->kind == REPKV_IO_OK) *first = (struct repkv_store_error){(int32_t)kind, layer, block, error};
-}
-
 /* A block's rows of one layer into k and v; called and left with the lock held, which is free meanwhile. */
 static enum repkv_io_error load(struct repkv_store *s, const struct worker *w, int32_t layer, int32_t b, char *k, char *v,
                                 int *error) {
@@ -205,8 +201,10 @@ static void serve(struct repkv_store *s, const struct worker *w, struct request 
         place->n_tokens = s->blocks[b].n_tokens;
         slot->state = SLOT_READY;
     } else {
-        /* A block that nobody has asked for is not lost yet: whoever asks for it will try again. */
-        if (slot->last == layer->now) remember(s, result, r.layer, b, error);
+        /* A block that nobody waits for is not lost yet: whoever asks for it will try again. */
+        if (s->requiring == r.layer && slot->last == layer->now && s->read_error.kind == REPKV_IO_OK) {
+            s->read_error = (struct repkv_store_error){(int32_t)result, r.layer, b, error};
+        }
         slots_release(layer, r.slot);
     }
     pthread_cond_broadcast(&s->done);
@@ -245,6 +243,10 @@ static void *read_loop(void *data) {
     return NULL;
 }
 
+static bool failed_write(const struct repkv_store *s) {
+    return s->write_error.kind != REPKV_IO_OK;
+}
+
 static struct staging *next_to_write(struct repkv_store *s) {
     struct staging *first = NULL;
     for (int32_t i = 0; i < s->config.n_staging; i++) {
@@ -258,7 +260,7 @@ static void *write_loop(void *data) {
     struct repkv_store *s = data;
     pthread_mutex_lock(&s->lock);
     while (!s->stopping) {
-        struct staging *staging = s->failed_write ? NULL : next_to_write(s);
+        struct staging *staging = failed_write(s) ? NULL : next_to_write(s);
         if (staging == NULL) {
             pthread_cond_wait(&s->to_write, &s->lock);
             continue;
@@ -277,8 +279,7 @@ static void *write_loop(void *data) {
             s->stats.written_bytes += (int64_t)n_bytes;
             s->n_waiting--;
         } else {
-            remember(s, result, -1, staging->block, error);
-            s->failed_write = true;
+            s->write_error = (struct repkv_store_error){(int32_t)result, -1, staging->block, error};
         }
         pthread_cond_broadcast(&s->written);
     }
@@ -343,7 +344,7 @@ struct repkv_store *repkv_store_open(const struct repkv_store_config *config, ch
     if (s->config.n_threads > MAX_THREADS) s->config.n_threads = MAX_THREADS;
     const size_t n_layer = (size_t)config->layout.n_layer;
     s->file.fd = config->fd;
-    s->filling = -1;
+    s->filling = s->requiring = -1;
     pthread_mutex_init(&s->lock, NULL);
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
@@ -414,11 +415,11 @@ int repkv_store_put(struct repkv_store *s, int32_t block, int32_t n_tokens, int3
     pthread_mutex_lock(&s->lock);
     const double start = now_ms();
     int32_t at = free_staging(s);
-    if (at < 0 && !s->failed_write) {
+    if (at < 0 && !failed_write(s)) {
         wait_a_while(&s->written, &s->lock);
         at = free_staging(s);
     }
-    const int status = s->failed_write ? -1 : at < 0;
+    const int status = failed_write(s) ? -1 : at < 0;
     s->stats.write_wait_ms += now_ms() - start;
     if (status == 0) s->staging[at].state = STAGING_FILLING;
     pthread_mutex_unlock(&s->lock);
@@ -460,8 +461,8 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 
 int repkv_store_flush(struct repkv_store *s) {
     pthread_mutex_lock(&s->lock);
-    if (s->n_waiting > 0 && !s->failed_write) wait_a_while(&s->written, &s->lock);
-    const int status = s->failed_write ? -1 : s->n_waiting > 0;
+    if (s->n_waiting > 0 && !failed_write(s)) wait_a_while(&s->written, &s->lock);
+    const int status = failed_write(s) ? -1 : s->n_waiting > 0;
     pthread_mutex_unlock(&s->lock);
     return status;
 }
@@ -580,6 +581,8 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
     const struct worker *own = s->workers + s->config.n_threads;
     int status = 0;
     pthread_mutex_lock(&s->lock);
+    s->requiring = layer_index;
+    s->read_error = (struct repkv_store_error){0};
     slots_tick(layer);
     record(s, REPKV_EVENT_SELECTED, layer_index, -1, false, now_ms());
     int complete = ask_for_all(s, layer_index, selected, n_rows, stride);
@@ -597,6 +600,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
         s->stats.wait_ms += now_ms() - start;
         record(s, REPKV_EVENT_WAIT, layer_index, -1, false, start);
     }
+    s->requiring = -1;
     if (s->config.debug) {
         int32_t *audited = s->audited + (size_t)layer_index * (size_t)s->config.n_slots;
         for (int32_t i = 0; i < layer->n; i++) {
@@ -623,17 +627,17 @@ int repkv_store_audit(struct repkv_store *s, int32_t layer_index) {
     return n_changed;
 }
 
-int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v) {
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error) {
     /* Buffers of this call: the caller may be another thread than the one that computes, whose own are in use. */
     struct worker reader = {0};
-    const bool ok = worker_open(s, &reader);
-    int error = ENOMEM;
-    pthread_mutex_lock(&s->lock);
-    const enum repkv_io_error result = ok ? load(s, &reader, layer, block, k, v, &error) : REPKV_IO_READ;
-    if (result != REPKV_IO_OK) remember(s, result, layer, block, error);
-    pthread_mutex_unlock(&s->lock);
+    *error = (struct repkv_store_error){REPKV_IO_READ, layer, block, ENOMEM};
+    if (worker_open(s, &reader)) {
+        pthread_mutex_lock(&s->lock);
+        error->kind = (int32_t)load(s, &reader, layer, block, k, v, &error->error);
+        pthread_mutex_unlock(&s->lock);
+    }
     worker_close(&reader);
-    return result == REPKV_IO_OK ? 0 : -1;
+    return error->kind == REPKV_IO_OK ? 0 : -1;
 }
 
 void repkv_store_unrotate(struct repkv_store *s, const float *table) {

@@ -75,8 +75,8 @@ void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *b
 /* Starts to read blocks that the layer's next requirement will name: they replace whatever was not required last. */
 void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 
-/* Reads a block's rows of one layer into k, v of max_tokens rows. Any thread may call it at any time. -1 on failure. */
-int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
+/* Reads a block's rows of one layer into k, v of max_tokens rows; any thread may, at any time. -1 and `error` on failure. */
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error);
 
 /* From now on keys that were stored rotated are turned back as they are read; table [n_positions, rope_dim] outlives the
  * store. Empties every slot. */
@@ -89,7 +89,7 @@ void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks)
 int repkv_store_audit(struct repkv_store *s, int32_t layer);
 
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
-/* The first failed read, or the first failed write. */
+/* The read that failed the last requirement, or the write that failed; no kind if none did. */
 struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t of_writes);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
 

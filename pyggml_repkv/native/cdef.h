@@ -138,7 +138,7 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 int repkv_store_flush(struct repkv_store *s);
 int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
-int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error);
 void repkv_store_unrotate(struct repkv_store *s, const float *table);
 void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks);
 int repkv_store_audit(struct repkv_store *s, int32_t layer);

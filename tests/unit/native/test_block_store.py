@@ -1,10 +1,13 @@
-"""The block store beside other threads, and after errors; what lies in which slot: tests/properties/test_block_store.py."""
+"""The block store beside other threads and after errors; its slots have tests/properties/test_block_store.py."""
 
+import errno
 import threading
 
 import numpy as np
 import pytest
 
+from pyggml_repkv.errors import StoreError
+from pyggml_repkv.ffi.library import native
 from tests.stores import StoreBench
 
 
@@ -40,3 +43,35 @@ def test_a_read_leaves_a_requirement_alone(bench):
         end.set()
         thread.join()
     assert bench.store.stats.retries == 0
+
+
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_a_read_that_failed_is_forgotten_once_it_was_said(tmp_path, n_threads):
+    """What can be read again is attended again: by the same layer, by another, and alone."""
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2, n_threads=n_threads) as bench:
+        for _ in range(3):
+            bench.put(10, rng)
+        bench.store.flush()
+        for _ in range(2):
+            bench.store.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_READ, error=errno.EIO)
+            with pytest.raises(StoreError, match="block 1 of layer 0 could not be read"):
+                bench.store.require(0, [1])
+            with pytest.raises(StoreError, match="block 2 of layer 1 could not be read"):
+                bench.store.read(1, 2, 10)
+            bench.store.inject()
+            bench.store.require(1, [1])
+            bench.store.require(0, [1, 2])
+            for layer, block in ((1, 1), (0, 1), (0, 2)):
+                assert np.array_equal(bench.attended(layer, block)[0], bench.blocks[block][layer][0])
+            assert np.array_equal(bench.store.read(1, 2, 10)[0], bench.blocks[2][1][0])
+            bench.store.require(0, [0, 2])
+
+
+def test_a_read_that_fails_beside_a_requirement_is_not_its_error(bench):
+    bench.store.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_SHORT)
+    with pytest.raises(StoreError, match="block 7 of layer 1"):
+        bench.store.read(1, 7, 24)
+    bench.store.raise_error()
+    bench.store.inject()
+    bench.store.require(0, [3])
