@@ -211,16 +211,18 @@ static void serve(struct repkv_store *s, const struct worker *w, struct request 
 }
 
 /* Asks for a short time slice, where the kernel knows it (Linux 6.12): compute threads keep every core busy, and a thread
- * that has only to start a read or to take one in must not wait for the end of their slices. */
+ * that has only to start a read or to take one in must not wait for the end of their slices. The policy that the process
+ * was given (SCHED_BATCH, say) stays. */
 static void be_prompt(void) {
 #if defined(__linux__) && defined(SYS_sched_setattr)
+    enum { KEEP_POLICY = 8 }; /* SCHED_FLAG_KEEP_POLICY */
     struct {
         uint32_t size, policy;
         uint64_t flags;
         int32_t nice;
         uint32_t priority;
         uint64_t runtime, deadline, period;
-    } attributes = {.size = 48, .runtime = 100000};
+    } attributes = {.size = 48, .flags = KEEP_POLICY, .runtime = 100000};
     attributes.nice = getpriority(PRIO_PROCESS, 0);
     syscall(SYS_sched_setattr, 0, &attributes, 0);
 #endif

@@ -1,6 +1,7 @@
 """The block store beside other threads and after errors; its slots have tests/properties/test_block_store.py."""
 
 import errno
+import os
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
 from tests.stores import StoreBench
+from tests.subprocesses import printed
 
 
 @pytest.fixture
@@ -75,3 +77,29 @@ def test_a_read_that_fails_beside_a_requirement_is_not_its_error(bench):
     bench.store.raise_error()
     bench.store.inject()
     bench.store.require(0, [3])
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has scheduling policies for batches")
+@pytest.mark.parametrize("policy", ["SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE"])
+def test_every_thread_keeps_the_policy_of_its_process(tmp_path, policy):
+    """Those of ggml, of the store, and the caller's own, while they live and after a compute."""
+    source = f"""
+import os, sys
+from pathlib import Path
+os.sched_setscheduler(0, os.{policy}, os.sched_param(0))
+import numpy as np
+from tests.stores import StoreBench
+from tests.unit.native.op_bench import Bench, config
+bench = Bench(config(), 3)
+x = bench.tensor(np.ones((40, 64), np.float32))
+bench.compute(bench.ops.pack(bench.graph, x))
+with StoreBench(Path(sys.argv[1])) as store:
+    store.put(20, np.random.default_rng(1))
+    store.store.flush()
+    store.store.require(0, [0])
+    threads = [int(name) for name in os.listdir("/proc/self/task")]
+    print(len(threads), {{os.sched_getscheduler(thread) for thread in threads}} == {{os.{policy}}})"""
+    n_threads, kept = printed(source, str(tmp_path))[0].split()
+    # Python's own, two of ggml's, two that read and one that writes; numpy may have started more.
+    assert int(n_threads) >= 6
+    assert kept == "True"
