@@ -11,6 +11,7 @@ enum { MAX_THREADS = 64 };
 static bool open_tables(struct repkv_store *s) {
     const struct repkv_store_config *c = &s->config;
     const size_t n_layer = (size_t)c->layout.n_layer, n_slots = (size_t)c->n_slots, n_blocks = (size_t)c->max_blocks;
+    if (n_layer * n_slots > INT32_MAX / 4 - 64) return false; /* places in a queue are 32-bit numbers */
     s->layers = calloc(n_layer, sizeof *s->layers);
     s->blocks = calloc(n_blocks, sizeof *s->blocks);
     s->checksums = calloc(n_blocks * n_layer, sizeof *s->checksums);

@@ -99,7 +99,8 @@ class DiskStore:
                 f"--kv-ram has room for {n_slots} blocks, and up to {n_selected} are attended at once: give at "
                 f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
-        return min(n_slots, max_blocks)
+        # Rows of an arena are 32-bit numbers; half of them is far more than open tokens leave.
+        return min(n_slots, max_blocks, 2**30 // self.layout.max_tokens)
 
     def places(self, layer: int) -> Tensor:
         return self._places[layer]
