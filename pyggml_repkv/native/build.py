@@ -16,10 +16,13 @@ MODULE = "pyggml_repkv.native._native"
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 
+# Which CPUs it is for: this one, unless a variable names others (vendor/ggml/README.md).
+MARCH = os.environ.get("REPKV_MARCH") or "native"
+
 COMPILE_FLAGS = [
     "-std=c11",
     "-O3",
-    "-march=native",
+    f"-march={MARCH}",
     "-Wall",
     "-Wextra",
     # Our 64-byte vectors never cross a call that is not inlined, so their calling convention on AVX2 is no matter.
