@@ -179,7 +179,7 @@ struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t o
 
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults) {
     pthread_mutex_lock(&s->lock);
-    s->file.faults = *faults;
+    s->faults = *faults;
     s->random = faults->seed;
     pthread_mutex_unlock(&s->lock);
 }

@@ -67,6 +67,7 @@ struct repkv_store {
     int32_t n_reading;
     double reading_since;
     int32_t *audited; /* [n_layer, n_slots]: block, or -1 */
+    struct repkv_faults faults;
     uint64_t random;
     struct repkv_event *events;
     int32_t n_events, max_events;

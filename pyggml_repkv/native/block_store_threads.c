@@ -43,7 +43,7 @@ void queue_push(struct repkv_store *s, struct queue *q, int32_t layer, int32_t s
 
 bool queue_pop(struct repkv_store *s, struct queue *q, struct request *r) {
     while (q->n > 0) {
-        if (s->file.faults.reorder) {
+        if (s->faults.reorder) {
             s->random = s->random * 6364136223846793005u + 1442695040888963407u;
             const int32_t at = (q->head + (int32_t)((s->random >> 33) % (uint64_t)q->n)) % q->capacity;
             const struct request other = q->items[at];
@@ -94,9 +94,11 @@ enum repkv_io_error store_load(struct repkv_store *s, const struct worker *w, in
         s->stats.read_bytes += (int64_t)repkv_aligned(n_bytes);
         if (s->n_reading++ == 0) s->reading_since = now_ms();
     }
+    const struct repkv_faults faults = s->faults;
     pthread_mutex_unlock(&s->lock);
     if (block.staged < 0) {
-        result = repkv_read_record(&s->file, w->buffer, n_bytes, block.offset + (int64_t)in_block, checksum, error, &n_retries);
+        const int64_t offset = block.offset + (int64_t)in_block;
+        result = repkv_read_record(&s->file, faults, w->buffer, n_bytes, offset, checksum, error, &n_retries);
     }
     if (result == REPKV_IO_OK) repkv_decode(layout, k, v, record, block.n_tokens, table, w->scratch);
     pthread_mutex_lock(&s->lock);
@@ -194,10 +196,11 @@ static void *write_loop(void *data) {
             continue;
         }
         const size_t n_bytes = repkv_block_bytes(&s->config.layout, s->blocks[staging->block].n_tokens);
+        const struct repkv_faults faults = s->faults;
         pthread_mutex_unlock(&s->lock);
         int error = 0;
         const double begin = now_ms();
-        const enum repkv_io_error result = repkv_write_bytes(&s->file, staging->data, n_bytes, staging->offset, &error);
+        const enum repkv_io_error result = repkv_write_bytes(&s->file, faults, staging->data, n_bytes, staging->offset, &error);
         pthread_mutex_lock(&s->lock);
         store_record(s, REPKV_EVENT_WRITE, -1, staging->block, false, begin);
         if (result == REPKV_IO_OK) {
