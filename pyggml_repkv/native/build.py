@@ -33,6 +33,11 @@ COMPILE_FLAGS = [
 ]
 LINK_FLAGS = ["-lm", "-lpthread"]
 
+# For tools/sanitize.py: what -fsanitize takes. The first error ends the process.
+if SANITIZERS := os.environ.get("REPKV_SANITIZE"):
+    COMPILE_FLAGS += ["-O1", "-g", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
+
 # The C that cffi generates leaves `self` unused in every wrapper; our own files are compiled without this.
 GENERATED_PREAMBLE = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
 

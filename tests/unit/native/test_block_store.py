@@ -92,7 +92,7 @@ from tests.stores import StoreBench
 from tests.unit.native.op_bench import Bench, config
 bench = Bench(config(), 3)
 x = bench.tensor(np.ones((40, 64), np.float32))
-bench.compute(bench.ops.pack(bench.graph, x))
+bench.compute(bench.ops.pack(x))
 with StoreBench(Path(sys.argv[1])) as store:
     store.put(20, np.random.default_rng(1))
     store.store.flush()
