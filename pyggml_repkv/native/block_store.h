@@ -14,6 +14,7 @@
 #include "block_file.h"
 #include "regions.h"
 
+struct repkv_compute;
 struct repkv_store;
 
 struct repkv_store_config {
@@ -66,8 +67,9 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 int repkv_store_flush(struct repkv_store *s);
 
 /* Makes the blocks of n_rows selections (row r at selected + r * stride: how many, then which) resident in a layer.
- * -1 if one cannot be read (repkv_store_last_error), -2 if compute is to stop meanwhile. */
-int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
+ * -1 if one cannot be read (repkv_store_last_error), -2 if `compute` (or NULL) is to stop meanwhile. */
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
+                        const struct repkv_compute *compute);
 
 /* Starts to read blocks, best first, as far as they are worth a slot: they replace what scores less than them. */
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);

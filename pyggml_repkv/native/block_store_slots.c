@@ -113,7 +113,8 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
     return status;
 }
 
-int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_t *selected, int32_t n_rows, int64_t stride) {
+int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_t *selected, int32_t n_rows, int64_t stride,
+                        const struct repkv_compute *compute) {
     struct slots *layer = s->layers + layer_index;
     const struct worker *own = s->workers + s->config.n_threads;
     int status = 0;
@@ -129,7 +130,7 @@ int repkv_store_require(struct repkv_store *s, int32_t layer_index, const int32_
             if (complete != 0) complete = ask_for_all(s, layer_index, selected, n_rows, stride);
             struct request r;
             if (s->read_error.kind != REPKV_IO_OK) status = -1;
-            else if (repkv_abort_requested()) status = -2;
+            else if (repkv_abort_requested(compute)) status = -2;
             else if (complete == 0 && count_pending(layer, selected, n_rows, stride) == 0) break;
             else if (queue_pop(s, &s->required, &r)) store_serve(s, own, r);
             else store_wait(&s->done, &s->lock);

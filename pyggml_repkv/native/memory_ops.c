@@ -52,7 +52,7 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
     const struct repkv_regions *regions = regions_of(src->regions);
     const int64_t base = regions->local_base, store_base = regions->store_base;
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
         const int32_t *runs = runs_of(src->runs, kv);

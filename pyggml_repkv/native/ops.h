@@ -9,6 +9,8 @@
 
 #include "ggml_api.h"
 
+struct repkv_compute;
+
 struct repkv_op_params {
     float eps;          /* RMS norm */
     float scale;        /* of attention scores: 1 / sqrt(head_dim) */
@@ -28,6 +30,7 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
+    const struct repkv_compute *compute; /* of the backend that computes the node, see compute.h */
     ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };

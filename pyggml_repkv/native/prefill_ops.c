@@ -67,15 +67,15 @@ static void convert_block(float *to, const struct ggml_tensor *w, int64_t r0, in
 }
 
 /* y[panel][first + r] = weight rows [begin, end) @ x, for all panels; y has n_out features. */
-static void multiply(struct ggml_tensor *dst, const struct ggml_tensor *x, const struct ggml_tensor *w, int64_t begin,
-                     int64_t end, int64_t first, float *block) {
+static void multiply(const struct repkv_op_params *p, struct ggml_tensor *dst, const struct ggml_tensor *x,
+                     const struct ggml_tensor *w, int64_t begin, int64_t end, int64_t first, float *block) {
     const int64_t n_in = x->ne[1], n_out = dst->ne[1], n_panels = dst->ne[2];
     for (int64_t r0 = begin; r0 < end; r0 += BLOCK_ROWS) {
         const int n_rows = end - r0 < BLOCK_ROWS ? (int)(end - r0) : BLOCK_ROWS;
         for (int64_t k0 = 0; k0 < n_in; k0 += BLOCK_K) {
             const int n_k = n_in - k0 < BLOCK_K ? (int)(n_in - k0) : BLOCK_K;
             convert_block(block, w, r0, n_rows, k0, n_k);
-            if (repkv_abort_requested()) return;
+            if (repkv_abort_requested(p->compute)) return;
             for (int64_t panel = 0; panel < n_panels; panel++) {
                 float *y = (float *)dst->data + (panel * n_out + first + r0) * PANEL;
                 const float *b = (const float *)x->data + (panel * n_in + k0) * PANEL;
@@ -105,7 +105,7 @@ void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
         const struct ggml_tensor *w = src->matrices[m];
         int64_t begin, end;
         share_rows(w->ne[1], ith, nth, &begin, &end);
-        multiply(dst, src->x, w, begin, end, first, block);
+        multiply(p, dst, src->x, w, begin, end, first, block);
         if (p->n_biases) {
             const float *bias = src->matrices[p->n_matrices + m]->data;
             for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
@@ -124,7 +124,7 @@ void repkv_matmul_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct repkv_matmul_add_sources *src = SOURCES(dst, matmul_add);
     int64_t begin, end;
     share_rows(dst->ne[1], ith, nth, &begin, &end);
-    multiply(dst, src->x, src->weight, begin, end, 0, (float *)repkv_thread_scratch(p, ith));
+    multiply(p, dst, src->x, src->weight, begin, end, 0, (float *)repkv_thread_scratch(p, ith));
     for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
         const int64_t offset = panel * dst->ne[1] * PANEL;
         float *y = (float *)dst->data + offset;
@@ -141,13 +141,13 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     float *block = (float *)repkv_thread_scratch(p, ith), *product_of_up = block + (size_t)BLOCK_ROWS * BLOCK_K;
     int64_t begin, end;
     share_rows(n_out, ith, nth, &begin, &end);
-    multiply(dst, x, gate, begin, end, 0, block);
+    multiply(p, dst, x, gate, begin, end, 0, block);
     /* `up` needs its whole sum before it meets the gate, so its rows go by blocks that are as long as fits. */
     const int64_t rows_per_block = n_in <= BLOCK_K ? BLOCK_ROWS : (int64_t)BLOCK_ROWS * BLOCK_K / n_in;
     const int64_t step = rows_per_block < 1 ? 1 : rows_per_block;
     for (int64_t r0 = begin; r0 < end; r0 += step) {
         const int n_rows = end - r0 < step ? (int)(end - r0) : (int)step;
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         convert_block(block, up, r0, n_rows, 0, (int)n_in);
         for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
             const float *b = (const float *)x->data + panel * n_in * PANEL;
@@ -192,7 +192,7 @@ void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdat
     const int32_t *cells = src->cells->data;
     /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
         const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;

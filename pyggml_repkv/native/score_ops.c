@@ -143,7 +143,7 @@ void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *user
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
         for (int64_t panel = 0; panel < src->q->ne[2]; panel++) {
-            if (repkv_abort_requested()) return;
+            if (repkv_abort_requested(p->compute)) return;
             add_probabilities(p, src->score, src->q, src->k_local, regions_of(src->regions), kv, panel,
                               (float *)repkv_thread_scratch(p, ith));
         }

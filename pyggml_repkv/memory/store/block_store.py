@@ -157,7 +157,7 @@ class BlockStore(Handle):
         """Makes blocks resident, as the hook does between two nodes. Raises StoreError."""
         selected = np.array([len(blocks), *blocks], np.int32)
         pointer = native_ffi.cast("int32_t *", selected.ctypes.data)
-        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected)) < 0:
+        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected), native_ffi.NULL) < 0:
             self.raise_error()
 
     def prefetch(self, layer: int, blocks: Sequence[int]) -> None:

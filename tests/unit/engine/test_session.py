@@ -239,7 +239,7 @@ def test_a_step_that_was_stopped_did_not_happen(model, n_tokens):
         for s in (session, other):
             s.prefill(TOKENS[:40])
         n_stopped = 0
-        with endless_requests(1e-4):
+        with endless_requests(model.backend, 1e-4):
             for _ in range(200):
                 try:
                     session.prefill(TOKENS[100 : 100 + n_tokens])
