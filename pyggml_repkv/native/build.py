@@ -35,7 +35,14 @@ LINK_FLAGS = ["-lm", "-lpthread"]
 
 # For tools/sanitize.py: what -fsanitize takes. The first error ends the process.
 if SANITIZERS := os.environ.get("REPKV_SANITIZE"):
-    COMPILE_FLAGS += ["-O1", "-g", f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    COMPILE_FLAGS += [
+        "-O1",
+        "-g",
+        "-DREPKV_DEBUG",
+        f"-fsanitize={SANITIZERS}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
     LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
 
 # The C that cffi generates leaves `self` unused in every wrapper; our own files are compiled without this.

@@ -13,7 +13,8 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
-    float *buffer = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d));
+    float *buffer = repkv_take(&s, (size_t)d);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {

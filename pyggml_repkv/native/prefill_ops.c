@@ -7,14 +7,20 @@ enum {
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
 };
 
-size_t repkv_prefill_scratch(int n_head, int head_dim) {
-    const size_t matmul = (size_t)BLOCK_ROWS * BLOCK_K + (size_t)BLOCK_ROWS * PANEL;
-    /* keys, values, scores; running maximum and sum of a panel for each head of a group */
-    const size_t attend = (size_t)ATTEND_TILE * (2 * (size_t)head_dim + PANEL) + 2 * PANEL * (size_t)n_head;
-    /* one token's head, and a panel's head after rotation */
-    const size_t store = (size_t)head_dim * (1 + PANEL);
+/* Rows of a weight as F32; matmul_gate_up's second product. */
+static size_t matmul_scratch(void) {
+    return repkv_piece(BLOCK_ROWS * BLOCK_K) + repkv_piece(BLOCK_ROWS * PANEL);
+}
+
+/* One token's head, and a panel's head after rotation. */
+static size_t store_scratch(int head_dim) {
+    return repkv_piece((size_t)head_dim) + repkv_piece((size_t)head_dim * PANEL);
+}
+
+size_t repkv_prefill_scratch(int group, int head_dim) {
+    const size_t matmul = matmul_scratch(), attend = panel_attention_scratch(group, head_dim), store = store_scratch(head_dim);
     const size_t most = matmul > attend ? matmul : attend;
-    return (most > store ? most : store) * sizeof(float) + 64;
+    return most > store ? most : store;
 }
 
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -99,7 +105,8 @@ static void share_rows(int64_t n_rows, int ith, int nth, int64_t *begin, int64_t
 void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_matmul_sources *src = SOURCES(dst, matmul);
-    float *block = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    float *block = repkv_take(&s, BLOCK_ROWS * BLOCK_K);
     int64_t first = 0;
     for (int m = 0; m < p->n_matrices; m++) {
         const struct ggml_tensor *w = src->matrices[m];
@@ -124,7 +131,8 @@ void repkv_matmul_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct repkv_matmul_add_sources *src = SOURCES(dst, matmul_add);
     int64_t begin, end;
     share_rows(dst->ne[1], ith, nth, &begin, &end);
-    multiply(p, dst, src->x, src->weight, begin, end, 0, (float *)repkv_thread_scratch(p, ith));
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    multiply(p, dst, src->x, src->weight, begin, end, 0, repkv_take(&s, BLOCK_ROWS * BLOCK_K));
     for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
         const int64_t offset = panel * dst->ne[1] * PANEL;
         float *y = (float *)dst->data + offset;
@@ -138,7 +146,8 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     const struct repkv_matmul_gate_up_sources *src = SOURCES(dst, matmul_gate_up);
     const struct ggml_tensor *x = src->x, *gate = src->gate, *up = src->up;
     const int64_t n_in = x->ne[1], n_out = dst->ne[1];
-    float *block = (float *)repkv_thread_scratch(p, ith), *product_of_up = block + (size_t)BLOCK_ROWS * BLOCK_K;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    float *block = repkv_take(&s, BLOCK_ROWS * BLOCK_K), *product_of_up = repkv_take(&s, BLOCK_ROWS * PANEL);
     int64_t begin, end;
     share_rows(n_out, ith, nth, &begin, &end);
     multiply(p, dst, x, gate, begin, end, 0, block);
@@ -168,7 +177,8 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const int32_t *cells = src->cells->data;
     const int d = p->head_dim, n_features = (p->n_head + 2 * p->n_head_kv) * d;
     const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
-    float *buffer = (float *)repkv_thread_scratch(p, ith), *rotated = buffer + d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, store_scratch(d));
+    float *buffer = repkv_take(&s, (size_t)d), *rotated = repkv_take(&s, (size_t)d * PANEL);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
