@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 NATIVE := $(filter-out %/_native.c,$(wildcard pyggml_repkv/native/*.[ch])) pyggml_repkv/native/ops.def pyggml_repkv/native/build.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv run test lint bench report clean
+.PHONY: help venv run test lint sanitize bench report clean
 
 help:
 	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model; without ARGS: from a long text)"
 	@echo "make test [ARGS='-k name']          run every test"
 	@echo "make lint                           ruff and mypy"
+	@echo "make sanitize                       tests of the native code with ASan, UBSan and TSan"
 	@echo "make bench [MODEL=FILE] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
 	@echo "make report TEXT=FILE               measure everything in docs/RESULTS.md, for hours (goes on where it was stopped)"
 	@echo "make venv                           only set up $(VENV)"
@@ -51,6 +52,9 @@ lint: venv
 	@$(BIN)/python -m ruff check .
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
+
+sanitize: venv
+	@$(BIN)/python tools/sanitize.py
 
 # GCC breaks llama.cpp's use of AMX (github.com/ggml-org/llama.cpp/pull/26954): it would end with SIGILL.
 NO_AMX := $(shell grep -qsw amx_int8 /proc/cpuinfo && echo -mno-amx-int8)

@@ -4,17 +4,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pyggml_repkv.ffi.library import native
+from pyggml_repkv.ffi.handles import Backend
 
 
 @contextmanager
-def endless_requests(seconds: float) -> Iterator[None]:
-    """A thread that asks to stop every so many seconds: the next compute that takes longer is stopped."""
+def endless_requests(backend: Backend, seconds: float) -> Iterator[None]:
+    """A thread that stops the backend every so many seconds: the next compute that takes longer is stopped."""
     end = threading.Event()
 
     def ask() -> None:
         while not end.wait(seconds):
-            native.repkv_request_abort()
+            backend.stop()
 
     thread = threading.Thread(target=ask)
     thread.start()

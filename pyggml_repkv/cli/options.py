@@ -9,6 +9,7 @@ from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.memory.config import (
     CACHE_TYPES,
     EVICTED_TYPES,
+    MAX_CONTEXT,
     POSITIONS,
     PREFETCH,
     PRESETS,
@@ -51,7 +52,7 @@ def add_context_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         "-c",
         "--ctx-size",
         metavar="N",
-        type=integer(0, MAX_INT),
+        type=integer(0, MAX_CONTEXT),
         default=0,
         help="tokens of context; 0 is what the model was trained on, or with window and repkv a million (default: 0)"
         if sized

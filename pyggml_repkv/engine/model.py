@@ -38,7 +38,7 @@ class Model:
 
     def __init__(self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
         self.file, self.config, self.weights, self.backend = file, config, weights, backend
-        self.graph = GraphModel(config, weights, backend.n_threads, exact=exact)
+        self.graph = GraphModel(config, weights, backend, exact=exact)
         self.load_ms = 0.0
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 

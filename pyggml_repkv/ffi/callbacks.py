@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
-from pyggml_repkv.ffi.handles import tensor_array
-from pyggml_repkv.ffi.library import g, native
+from pyggml_repkv.ffi.handles import Backend, tensor_array
+from pyggml_repkv.ffi.library import g
 
 PythonOpFunction = Callable[..., np.ndarray]
 
@@ -22,7 +22,9 @@ class PythonOps:
     kept, compute is stopped, and `reraise` raises it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        """backend: where the graphs are computed."""
+        self._backend = backend
         self._error: BaseException | None = None
 
     def add(
@@ -38,7 +40,7 @@ class PythonOps:
                 tensor_array(dst)[...] = np.reshape(function(*arrays), shape)
             except BaseException as error:  # carried to the caller by reraise()
                 self._error = error
-                native.repkv_request_abort()
+                self._backend.stop()
 
         context.reserve()
         callback = g.ggml_custom_op_t(run)

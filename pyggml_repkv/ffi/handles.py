@@ -64,6 +64,8 @@ class Backend(Handle):
         super().__init__(pointer, g.ggml_backend_free)
         self.n_threads = n_threads
         g.ggml_backend_cpu_set_n_threads(pointer, n_threads)
+        self.compute_state = native_ffi.new("struct repkv_compute *")
+        """What nodes and hooks of graphs that run here ask whether they are to stop; lives as long as this object."""
         # Sessions of one model share the threads, ggml's work buffer and our scratch: one step at a time.
         self.lock = threading.Lock()
 
@@ -72,21 +74,26 @@ class Backend(Handle):
 
         Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
         """
-        self._check(native.repkv_compute(native_ffi.cast("void *", int(self.pointer)), graph_address, trace))
+        self._check(native.repkv_compute(self.compute_state, self._address, graph_address, trace))
 
     def compute_scheduled(self, scheduler_address: Any, graph_address: Any, trace: Any = native_ffi.NULL) -> None:
         """The same through ggml's scheduler (`Scheduler`), which runs its eval callback between nodes."""
-        self._check(
-            native.repkv_compute_scheduled(
-                native_ffi.cast("void *", int(self.pointer)), scheduler_address, graph_address, trace
-            )
-        )
+        state = self.compute_state
+        self._check(native.repkv_compute_scheduled(state, self._address, scheduler_address, graph_address, trace))
+
+    def stop(self) -> None:
+        """Stops the compute that is running, from any thread or from within: it raises ComputeError."""
+        native.repkv_request_abort(self.compute_state)
+
+    @property
+    def _address(self) -> Any:
+        return native_ffi.cast("void *", int(self.pointer))
 
     def _check(self, status: int) -> None:
         if status == g.GGML_STATUS_SUCCESS:
             return
         if status == g.GGML_STATUS_ABORTED:
-            if native.repkv_was_interrupted():
+            if native.repkv_was_interrupted(self.compute_state):
                 # Python's own handler saw the signal too; even if it did not raise, the result must not be used.
                 raise KeyboardInterrupt
             raise ComputeError("the compute was stopped")

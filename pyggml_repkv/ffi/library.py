@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import platform
+from pathlib import Path
 
 from pyggml_repkv.errors import RepkvError
+from pyggml_repkv.ffi.cpu import lacking_features
 from pyggml_repkv.ffi.symbols import SYMBOLS
 
 __all__ = ["describe", "g", "last_log", "native", "native_ffi"]
@@ -45,11 +48,23 @@ def _check_version() -> None:
         raise RepkvError(f"ggml-python {found} is installed but {GGML_PYTHON_VERSION} is needed; {_REINSTALL}")
 
 
+def _check_cpu() -> None:
+    """Speaks for ggml too, which is compiled for the same CPU."""
+    spec = importlib.util.find_spec("pyggml_repkv.native._native")
+    lacking = lacking_features(Path(spec.origin)) if spec and spec.origin else []
+    if lacking:
+        raise RepkvError(
+            f"pyggml_repkv was compiled for another CPU: this one lacks {', '.join(lacking)}; build it here "
+            "(`make clean venv` or `pip install .`), or for both with REPKV_MARCH=x86-64-v3"
+        )
+
+
 # How long OpenMP threads spin at a barrier before they sleep. By default far longer than our nodes take, and spinning
 # steals the core from the thread that is waited for when anything else runs: decode went from 4 ms a token to 100.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 _check_version()
+_check_cpu()
 try:
     from ggml import ggml as g
 except (ImportError, OSError, RuntimeError, AttributeError) as error:

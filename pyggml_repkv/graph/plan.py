@@ -176,13 +176,13 @@ def _into_panels(x: np.ndarray) -> np.ndarray:
 class GraphModel:
     """What every plan is built from."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, n_threads: int, *, exact: bool) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
         self.config, self.weights = config, weights
         self.exact = exact
         self.rope = rope_params(config)
         self.rope_table = RopeTable(self.rope)
         self.precise_rope_table = RopeTable(self.rope, np.float64)
-        self.kernels = Kernels(config, n_threads)
+        self.kernels = Kernels(config, backend)
         self._packs = bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
 
     def policy_inputs(

@@ -10,6 +10,10 @@ from pyggml_repkv.errors import InputError
 # Tokens a bounded memory may hold where nobody says how many.
 UNBOUNDED_CONTEXT = 2**20
 
+# Positions and rows are 32-bit numbers in the kernels: far below, so that no sum of a few of them is too large. As much
+# as a model file may name (model/config.py).
+MAX_CONTEXT = 2**27
+
 POSITIONS = ("auto", "exact", "far")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
@@ -111,14 +115,15 @@ class MemoryConfig:
     kv_debug: bool = False
 
     def __post_init__(self) -> None:
-        if self.n_ctx < 0:
-            raise InputError(f"-c is {self.n_ctx}; it must be 0 (the trained context) or a number of tokens")
-        if self.n_batch < 1:
-            raise InputError(f"-b is {self.n_batch}; it must be at least 1")
+        if not 0 <= self.n_ctx <= MAX_CONTEXT:
+            raise InputError(
+                f"-c is {self.n_ctx}; it must be 0 (the trained context) or a number of tokens, at most {MAX_CONTEXT}"
+            )
         for flag, value in (("-ctk", self.type_k), ("-ctv", self.type_v)):
             if value not in CACHE_TYPES:
                 raise InputError(f"{flag} is {value!r}; it must be one of {', '.join(CACHE_TYPES)}")
         limits = (
+            ("-b", self.n_batch, 1, 2**20),
             ("--n-sink", self.n_sink, 0, 2**20),
             ("--n-local", self.n_local, 32, 2**20),
             ("--n-dense", self.n_dense, 0, 2**20),

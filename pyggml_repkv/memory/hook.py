@@ -8,6 +8,7 @@ from typing import Any
 
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.memory.policy import HookPoint
 from pyggml_repkv.memory.store.block_store import BlockStore
@@ -18,14 +19,15 @@ _CHANGED = "a slot was given to another block while it was attended"
 class StepHook:
     """The hook of one plan, an eval callback for ggml's scheduler.
 
-    kept: kept-l of each layer, if any point needs them; reads_ahead: whether what a token keeps is read for the next.
+    kept: kept-l of each layer, if any point needs them; backend: what computes the plan; reads_ahead: whether what a
+    token keeps is read for the next.
     """
 
-    def __init__(self, store: BlockStore, kept: Sequence[Tensor], *, reads_ahead: bool) -> None:
-        self._store, self.reads_ahead = store, reads_ahead
+    def __init__(self, store: BlockStore, kept: Sequence[Tensor], backend: Backend, *, reads_ahead: bool) -> None:
+        self._store, self._backend, self.reads_ahead = store, backend, reads_ahead
         self._points: list[HookPoint] = []
         self._hooks = native_ffi.new("struct repkv_hooks *")
-        self._hooks.store = store.pointer
+        self._hooks.store, self._hooks.compute = store.pointer, backend.compute_state
         self._c_points: Any = None
         self._kept = native_ffi.new("void *[]", [_pointer(t) for t in kept])
         self._hooks.kept = self._kept

@@ -53,10 +53,9 @@ static bool strikes(int64_t at, int32_t keep, long long n) {
     return at > 0 && (n == at || (keep && n > at));
 }
 
-static enum repkv_io_error read_once(struct repkv_file *file, char *buffer, size_t n_bytes, int64_t offset, uint64_t checksum,
-                                     int *error) {
+static enum repkv_io_error read_once(struct repkv_file *file, const struct repkv_faults *f, char *buffer, size_t n_bytes,
+                                     int64_t offset, uint64_t checksum, int *error) {
     const long long n = atomic_fetch_add(&file->n_reads, 1) + 1;
-    const struct repkv_faults *f = &file->faults;
     if (f->delay_us > 0) usleep((useconds_t)(xxh64(&n, sizeof n, f->seed) % (uint64_t)f->delay_us));
     const bool struck = strikes(f->read_at, f->keep, n);
     if (struck && f->read_kind == REPKV_IO_READ) {
@@ -81,25 +80,26 @@ static enum repkv_io_error read_once(struct repkv_file *file, char *buffer, size
     return xxh64(buffer, n_bytes, 0) == checksum ? REPKV_IO_OK : REPKV_IO_CHECKSUM;
 }
 
-enum repkv_io_error repkv_read_record(struct repkv_file *file, char *buffer, size_t n_bytes, int64_t offset, uint64_t checksum,
-                                      int *error, int64_t *n_retries) {
+enum repkv_io_error repkv_read_record(struct repkv_file *file, struct repkv_faults faults, char *buffer, size_t n_bytes,
+                                      int64_t offset, uint64_t checksum, int *error, int64_t *n_retries) {
     enum repkv_io_error result = REPKV_IO_OK;
     for (int i = 0; i < REPKV_READ_TRIES; i++) {
         if (i > 0) ++*n_retries;
-        result = read_once(file, buffer, n_bytes, offset, checksum, error);
+        result = read_once(file, &faults, buffer, n_bytes, offset, checksum, error);
         if (result == REPKV_IO_OK) break;
     }
     return result;
 }
 
-enum repkv_io_error repkv_write_bytes(struct repkv_file *file, const char *buffer, size_t n_bytes, int64_t offset, int *error) {
+enum repkv_io_error repkv_write_bytes(struct repkv_file *file, struct repkv_faults faults, const char *buffer, size_t n_bytes,
+                                      int64_t offset, int *error) {
     size_t done = 0;
     while (done < n_bytes) {
         const long long n = atomic_fetch_add(&file->n_writes, 1) + 1;
         size_t want = n_bytes - done;
-        if (strikes(file->faults.write_at, file->faults.keep, n)) {
-            if (file->faults.error != 0) {
-                *error = file->faults.error;
+        if (strikes(faults.write_at, faults.keep, n)) {
+            if (faults.error != 0) {
+                *error = faults.error;
                 return REPKV_IO_WRITE;
             }
             want = (want / 2) / REPKV_ALIGN * REPKV_ALIGN;

@@ -44,7 +44,6 @@ struct repkv_faults {
 
 struct repkv_file {
     int fd;
-    struct repkv_faults faults;
     atomic_llong n_reads, n_writes;
 };
 
@@ -65,10 +64,11 @@ void repkv_decode(const struct repkv_record_layout *layout, char *k, char *v, co
                   const float *unrotate, float *scratch);
 
 /* Reads a record into an aligned buffer and checks it, REPKV_READ_TRIES times if need be. error: errno. */
-enum repkv_io_error repkv_read_record(struct repkv_file *file, char *buffer, size_t n_bytes, int64_t offset, uint64_t checksum,
-                                      int *error, int64_t *n_retries);
+enum repkv_io_error repkv_read_record(struct repkv_file *file, struct repkv_faults faults, char *buffer, size_t n_bytes,
+                                      int64_t offset, uint64_t checksum, int *error, int64_t *n_retries);
 
 /* Writes n_bytes (aligned) at offset (aligned). */
-enum repkv_io_error repkv_write_bytes(struct repkv_file *file, const char *buffer, size_t n_bytes, int64_t offset, int *error);
+enum repkv_io_error repkv_write_bytes(struct repkv_file *file, struct repkv_faults faults, const char *buffer,
+                                      size_t n_bytes, int64_t offset, int *error);
 
 #endif

@@ -14,6 +14,7 @@
 #include "block_file.h"
 #include "regions.h"
 
+struct repkv_compute;
 struct repkv_store;
 
 struct repkv_store_config {
@@ -66,8 +67,9 @@ void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int
 int repkv_store_flush(struct repkv_store *s);
 
 /* Makes the blocks of n_rows selections (row r at selected + r * stride: how many, then which) resident in a layer.
- * -1 if one cannot be read (repkv_store_last_error), -2 if compute is to stop meanwhile. */
-int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
+ * -1 if one cannot be read (repkv_store_last_error), -2 if `compute` (or NULL) is to stop meanwhile. */
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
+                        const struct repkv_compute *compute);
 
 /* Starts to read blocks, best first, as far as they are worth a slot: they replace what scores less than them. */
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
@@ -75,8 +77,8 @@ void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *b
 /* Starts to read blocks that the layer's next requirement will name: they replace whatever was not required last. */
 void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
 
-/* Reads a block's rows of one layer into memory of the caller's: k, v of max_tokens rows, or NULL. -1 on failure. */
-int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
+/* Reads a block's rows of one layer into k, v of max_tokens rows; any thread may, at any time. -1 and `error` on failure. */
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error);
 
 /* From now on keys that were stored rotated are turned back as they are read; table [n_positions, rope_dim] outlives the
  * store. Empties every slot. */
@@ -89,7 +91,7 @@ void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks)
 int repkv_store_audit(struct repkv_store *s, int32_t layer);
 
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats);
-/* The first failed read, or the first failed write. */
+/* The read that failed the last requirement, or the write that failed; no kind if none did. */
 struct repkv_store_error repkv_store_last_error(struct repkv_store *s, int32_t of_writes);
 void repkv_store_inject(struct repkv_store *s, const struct repkv_faults *faults);
 

@@ -16,10 +16,13 @@ MODULE = "pyggml_repkv.native._native"
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 
+# Which CPUs it is for: this one, unless a variable names others (vendor/ggml/README.md).
+MARCH = os.environ.get("REPKV_MARCH") or "native"
+
 COMPILE_FLAGS = [
     "-std=c11",
     "-O3",
-    "-march=native",
+    f"-march={MARCH}",
     "-Wall",
     "-Wextra",
     # Our 64-byte vectors never cross a call that is not inlined, so their calling convention on AVX2 is no matter.
@@ -29,6 +32,18 @@ COMPILE_FLAGS = [
     "-ffp-contract=fast",
 ]
 LINK_FLAGS = ["-lm", "-lpthread"]
+
+# For tools/sanitize.py: what -fsanitize takes. The first error ends the process.
+if SANITIZERS := os.environ.get("REPKV_SANITIZE"):
+    COMPILE_FLAGS += [
+        "-O1",
+        "-g",
+        "-DREPKV_DEBUG",
+        f"-fsanitize={SANITIZERS}",
+        "-fno-sanitize-recover=all",
+        "-fno-omit-frame-pointer",
+    ]
+    LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
 
 # The C that cffi generates leaves `self` unused in every wrapper; our own files are compiled without this.
 GENERATED_PREAMBLE = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'

@@ -9,6 +9,9 @@ struct repkv_ggml_api {
     void *log_set;
 };
 
+struct repkv_compute {
+    ...;
+};
 struct ggml_tensor;
 typedef void (*ggml_custom_op_t)(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
@@ -31,6 +34,7 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
+    const struct repkv_compute *compute;
     ggml_custom_op_t traced;
     int64_t begin_ns, end_ns;
 };
@@ -49,10 +53,11 @@ struct repkv_node_trace {
     int32_t n;
     ...;
 };
-int repkv_compute(void *backend, void *graph, struct repkv_node_trace *trace);
-int repkv_compute_scheduled(void *backend, void *scheduler, void *graph, struct repkv_node_trace *trace);
-void repkv_request_abort(void);
-bool repkv_was_interrupted(void);
+int repkv_compute(struct repkv_compute *compute, void *backend, void *graph, struct repkv_node_trace *trace);
+int repkv_compute_scheduled(struct repkv_compute *compute, void *backend, void *scheduler, void *graph,
+                            struct repkv_node_trace *trace);
+void repkv_request_abort(struct repkv_compute *compute);
+bool repkv_was_interrupted(const struct repkv_compute *compute);
 
 enum repkv_source_use { REPKV_MAYBE, REPKV_MANY, REPKV_ROWS, REPKV_WRITES, ... };
 struct repkv_op_source {
@@ -136,9 +141,10 @@ void repkv_store_commit(struct repkv_store *s, const char *header, int64_t offse
 void repkv_store_add(struct repkv_store *s, int32_t block, int32_t n_tokens, int32_t rotated, int64_t first_position,
                      int64_t offset, const uint64_t *checksums);
 int repkv_store_flush(struct repkv_store *s);
-int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride);
+int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
+                        const struct repkv_compute *compute);
 void repkv_store_prefetch(struct repkv_store *s, int32_t layer, const int32_t *blocks, int32_t n);
-int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v);
+int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error);
 void repkv_store_unrotate(struct repkv_store *s, const float *table);
 void repkv_store_resident(struct repkv_store *s, int32_t layer, int32_t *blocks);
 int repkv_store_audit(struct repkv_store *s, int32_t layer);
@@ -166,6 +172,7 @@ struct repkv_hook_point {
 
 struct repkv_hooks {
     struct repkv_store *store;
+    struct repkv_compute *compute;
     const struct repkv_hook_point *points;
     int32_t n_points;
     void *const *kept;
@@ -183,4 +190,5 @@ void *repkv_node_trace_hook_address(void);
 #define LANES ...
 #define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...
+#define REPKV_PIECE_GAP ...
 #define REPKV_HOOK_CHANGED ...

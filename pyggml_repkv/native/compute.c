@@ -3,7 +3,6 @@
 
 #include <pthread.h>
 #include <signal.h>
-#include <stdatomic.h>
 
 #include "ggml_api.h"
 
@@ -11,35 +10,40 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int n_running;
 static bool installed;
 static struct sigaction previous;
-static atomic_bool abort_requested;
-static atomic_bool interrupted;
+
+/* How many SIGINT came while something computed. Each compute compares it with what it was before: so the handler needs no
+ * list of computes, which might change under it. */
+static atomic_uint n_interrupts;
 
 static void on_sigint(int signal_number, siginfo_t *info, void *context) {
-    /* The other handler first: compute may end as soon as the flag is set, and must then have been told of the signal. */
+    /* The other handler first: compute may end as soon as this one counts, and must then have been told of the signal. */
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal_number, info, context);
     } else {
         previous.sa_handler(signal_number);
     }
-    atomic_store(&interrupted, true);
-    atomic_store(&abort_requested, true);
+    atomic_fetch_add(&n_interrupts, 1);
 }
 
-bool repkv_abort_requested(void) {
-    return atomic_load_explicit(&abort_requested, memory_order_relaxed);
+static bool interrupted(const struct repkv_compute *compute) {
+    return atomic_load_explicit(&n_interrupts, memory_order_relaxed) != compute->n_interrupts_before;
+}
+
+bool repkv_abort_requested(const struct repkv_compute *compute) {
+    if (compute == NULL) return false;
+    return atomic_load_explicit(&compute->abort_requested, memory_order_relaxed) || interrupted(compute);
 }
 
 /* Called by ggml's first thread, after each node. */
-static bool should_abort(void *trace) {
-    if (trace != NULL) repkv_node_trace_end(trace);
-    return repkv_abort_requested();
+static bool should_abort(void *data) {
+    const struct repkv_compute *compute = data;
+    if (compute->trace != NULL) repkv_node_trace_end(compute->trace);
+    return repkv_abort_requested(compute);
 }
 
 static void enter(void) {
     pthread_mutex_lock(&lock);
     if (n_running++ == 0) {
-        atomic_store(&abort_requested, false);
-        atomic_store(&interrupted, false);
         sigaction(SIGINT, NULL, &previous);
         /* The default action kills and "ignore" ignores; only a real handler (Python's) wants company. */
         installed = (previous.sa_flags & SA_SIGINFO) || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
@@ -60,33 +64,38 @@ static void leave(void) {
     pthread_mutex_unlock(&lock);
 }
 
-static int finish(int status) {
+static void begin(struct repkv_compute *compute, void *backend, struct repkv_node_trace *trace) {
+    compute->trace = trace;
+    compute->n_interrupts_before = atomic_load(&n_interrupts);
+    atomic_store(&compute->abort_requested, false);
+    enter();
+    repkv_ggml.set_abort_callback(backend, should_abort, compute);
+    if (trace != NULL) repkv_node_trace_begin(trace);
+}
+
+static int finish(struct repkv_compute *compute, int status) {
     /* ggml's first thread may have polled for the last time before another returned early from the last node. */
-    if (status == GGML_STATUS_SUCCESS && repkv_abort_requested()) status = GGML_STATUS_ABORTED;
+    if (status == GGML_STATUS_SUCCESS && repkv_abort_requested(compute)) status = GGML_STATUS_ABORTED;
+    compute->interrupted = interrupted(compute);
     leave();
     return status;
 }
 
-static void begin(void *backend, struct repkv_node_trace *trace) {
-    enter();
-    repkv_ggml.set_abort_callback(backend, should_abort, trace);
-    if (trace != NULL) repkv_node_trace_begin(trace);
+int repkv_compute(struct repkv_compute *compute, void *backend, void *graph, struct repkv_node_trace *trace) {
+    begin(compute, backend, trace);
+    return finish(compute, repkv_ggml.graph_compute(backend, graph));
 }
 
-int repkv_compute(void *backend, void *graph, struct repkv_node_trace *trace) {
-    begin(backend, trace);
-    return finish(repkv_ggml.graph_compute(backend, graph));
+int repkv_compute_scheduled(struct repkv_compute *compute, void *backend, void *scheduler, void *graph,
+                            struct repkv_node_trace *trace) {
+    begin(compute, backend, trace);
+    return finish(compute, repkv_ggml.sched_graph_compute(scheduler, graph));
 }
 
-int repkv_compute_scheduled(void *backend, void *scheduler, void *graph, struct repkv_node_trace *trace) {
-    begin(backend, trace);
-    return finish(repkv_ggml.sched_graph_compute(scheduler, graph));
+bool repkv_was_interrupted(const struct repkv_compute *compute) {
+    return compute->interrupted;
 }
 
-bool repkv_was_interrupted(void) {
-    return atomic_load(&interrupted);
-}
-
-void repkv_request_abort(void) {
-    atomic_store(&abort_requested, true);
+void repkv_request_abort(struct repkv_compute *compute) {
+    atomic_store(&compute->abort_requested, true);
 }

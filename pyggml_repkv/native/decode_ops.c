@@ -2,12 +2,21 @@
 
 #include "one_token.h"
 
+/* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
+static size_t quantized_size(size_t n) {
+    return n + 128;
+}
+
+/* A row, and the same quantised. */
+static size_t linear_scratch(size_t n) {
+    return repkv_piece(n) + repkv_piece(quantized_size(n));
+}
+
 size_t repkv_decode_scratch(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim) {
     size_t widest = (size_t)(n_ff > n_embd ? n_ff : n_embd);
     const size_t n_embd_q = (size_t)n_head * (size_t)head_dim;
     if (n_embd_q > widest) widest = n_embd_q;
-    /* x after norm, x quantised */
-    const size_t linear = 2 * row_bytes(widest), attend = attention_scratch(n_head, n_head_kv, head_dim);
+    const size_t linear = linear_scratch(widest), attend = attention_scratch(n_head, n_head_kv, head_dim);
     return linear > attend ? linear : attend;
 }
 
@@ -27,8 +36,8 @@ void repkv_norm_linear(struct ggml_tensor *dst, int ith, int nth, void *userdata
     const struct repkv_op_params *p = userdata;
     const struct repkv_norm_linear_sources *src = SOURCES(dst, norm_linear);
     const int n = (int)src->x->ne[0];
-    float *x = (float *)repkv_thread_scratch(p, ith);
-    char *quantized = (char *)x + row_bytes((size_t)n);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, linear_scratch((size_t)n));
+    float *x = repkv_take(&s, (size_t)n), *quantized = repkv_take(&s, quantized_size((size_t)n));
     rms_norm(x, src->x->data, src->norm->data, n, p->eps);
 
     int64_t begin, end, first = 0;
@@ -60,7 +69,8 @@ void repkv_linear_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct ggml_tensor *w = src->weight;
     const float *residual = src->residual->data;
     const int n = (int)w->ne[0];
-    const void *input = quantize_row(w->type, src->x->data, repkv_thread_scratch(p, ith), n);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece(quantized_size((size_t)n)));
+    const void *input = quantize_row(w->type, src->x->data, repkv_take(&s, quantized_size((size_t)n)), n);
     const ggml_vec_dot_t vec_dot = repkv_ggml.get_type_traits_cpu(w->type)->vec_dot;
     float *y = dst->data;
     int64_t begin, end;
@@ -76,8 +86,8 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_gate_up_sources *src = SOURCES(dst, gate_up);
     const struct ggml_tensor *gate = src->gate, *up = src->up;
     const int n = (int)gate->ne[0];
-    float *x = (float *)repkv_thread_scratch(p, ith);
-    char *quantized = (char *)x + row_bytes((size_t)n);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, linear_scratch((size_t)n));
+    float *x = repkv_take(&s, (size_t)n), *quantized = repkv_take(&s, quantized_size((size_t)n));
     rms_norm(x, src->x->data, src->norm->data, n, p->eps);
     float *y = dst->data;
     int64_t begin, end;
@@ -142,11 +152,12 @@ void repkv_attn_out(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct ggml_tensor *w = src->weight;
     const float *residual = src->residual->data;
     const int n = (int)w->ne[0];
-    float *x = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, linear_scratch((size_t)n));
+    float *x = repkv_take(&s, (size_t)n), *quantized = repkv_take(&s, quantized_size((size_t)n));
     for (int h = 0; h < p->n_head; h++) {
         merge_head(x + h * p->head_dim, src->partials->data, nth, p->n_head, h, p->head_dim);
     }
-    const void *input = quantize_row(w->type, x, (char *)x + row_bytes((size_t)n), n);
+    const void *input = quantize_row(w->type, x, quantized, n);
     const ggml_vec_dot_t vec_dot = repkv_ggml.get_type_traits_cpu(w->type)->vec_dot;
     float *y = dst->data;
     int64_t begin, end;

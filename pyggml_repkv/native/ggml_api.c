@@ -5,7 +5,7 @@
 
 struct repkv_ggml repkv_ggml;
 
-static char last_log[512];
+static _Thread_local char last_log[512];
 
 static void capture_log(enum ggml_log_level level, const char *text, void *user_data) {
     (void)user_data;

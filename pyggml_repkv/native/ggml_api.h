@@ -34,7 +34,7 @@ extern struct repkv_ggml repkv_ggml;
 /* Takes the addresses; returns 0, or -1 when one is NULL. Call once, before anything else. ggml's log is captured from then on. */
 int repkv_bind(const struct repkv_ggml_api *api);
 
-/* The last warning or error ggml logged ("" if none), to be quoted in our own error; not thread safe beyond one compute. */
+/* The last warning or error that ggml logged in this thread ("" if none), to be quoted in our own error. */
 const char *repkv_last_log(void);
 void repkv_clear_log(void);
 

@@ -41,7 +41,7 @@ static void fetch_asked(const struct repkv_hooks *h) {
 
 static int on_selected(struct repkv_hooks *h, const struct ggml_tensor *node, struct repkv_hook_point point) {
     const int32_t n_rows = (int32_t)node->ne[1];
-    const int status = repkv_store_require(h->store, point.layer, node->data, n_rows, node->ne[0]);
+    const int status = repkv_store_require(h->store, point.layer, node->data, n_rows, node->ne[0], h->compute);
     if (point.late) fetch_kept(h, SOURCES(node, block_topk)->kept, kept_half(last_half(node)), point.layer);
     return status;
 }
@@ -54,7 +54,7 @@ static int on_known(struct repkv_hooks *h, const struct ggml_tensor *node, struc
     for (int32_t i = point.layer; i < point.layer + point.n_known && status == 0; i++) {
         const struct ggml_tensor *kept = h->kept[i];
         const int32_t n_rows = (int32_t)kept->ne[1];
-        status = repkv_store_require(h->store, i, kept_row(kept, half, 0), n_rows, kept->ne[0]);
+        status = repkv_store_require(h->store, i, kept_row(kept, half, 0), n_rows, kept->ne[0], h->compute);
     }
     return status;
 }
@@ -76,7 +76,7 @@ bool repkv_eval_hook(struct ggml_tensor *node, bool ask, void *data) {
     h->asked = point.layer;
     h->n_asked = point.n_known > 0 ? point.n_known : 1;
     if (h->status == 0) return true;
-    repkv_request_abort();
+    repkv_request_abort(h->compute);
     return false;
 }
 

@@ -18,6 +18,7 @@ struct repkv_hook_point {
 
 struct repkv_hooks {
     struct repkv_store *store;
+    struct repkv_compute *compute; /* of the backend; stopped where a block cannot be had */
     const struct repkv_hook_point *points; /* in the order of the graph */
     int32_t n_points;
     void *const *kept;  /* struct ggml_tensor *[n_layer], kept-l of regions.h; NULL unless a point needs them */

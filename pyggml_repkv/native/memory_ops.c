@@ -13,7 +13,8 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
-    float *buffer = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d));
+    float *buffer = repkv_take(&s, (size_t)d);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
@@ -52,7 +53,7 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
     const struct repkv_regions *regions = regions_of(src->regions);
     const int64_t base = regions->local_base, store_base = regions->store_base;
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
         const int32_t *runs = runs_of(src->runs, kv);

@@ -7,11 +7,6 @@
 
 enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
 
-/* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
-static inline size_t row_bytes(size_t n) {
-    return ((n * sizeof(float) + 511) / 256) * 256;
-}
-
 /* Rotates pairs (i, i + rope_dim / 2), the "neox" layout that Qwen2 uses. */
 static inline void rope(float *y, const float *x, const float *cosine, const float *sine, int rope_dim, int head_dim) {
     const int half = rope_dim / 2;
@@ -54,17 +49,18 @@ struct attention {
 };
 
 static inline size_t attention_scratch(int n_head, int n_head_kv, int head_dim) {
-    return row_bytes((size_t)n_head * (size_t)head_dim) + 2 * row_bytes(TILE * (size_t)n_head_kv * (size_t)head_dim) +
-           row_bytes(TILE);
+    const size_t d = (size_t)head_dim, tile = TILE * (size_t)n_head_kv * d;
+    return repkv_piece((size_t)n_head * d) + 2 * repkv_piece(tile) + repkv_piece(TILE);
 }
 
 static inline struct attention attention_begin(const struct repkv_op_params *p, struct ggml_tensor *dst, int ith) {
-    const int d = p->head_dim, width = p->n_head_kv * d;
+    const int d = p->head_dim, tile = TILE * p->n_head_kv * d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, attention_scratch(p->n_head, p->n_head_kv, d));
     struct attention a = {.p = p};
-    a.q = (float *)repkv_thread_scratch(p, ith);
-    a.keys = a.q + row_bytes((size_t)(p->n_head * d)) / sizeof(float);
-    a.values = a.keys + row_bytes((size_t)(TILE * width)) / sizeof(float);
-    a.scores = a.values + row_bytes((size_t)(TILE * width)) / sizeof(float);
+    a.q = repkv_take(&s, (size_t)(p->n_head * d));
+    a.keys = repkv_take(&s, (size_t)tile);
+    a.values = repkv_take(&s, (size_t)tile);
+    a.scores = repkv_take(&s, TILE);
     a.partials = (float *)dst->data + (size_t)ith * (size_t)p->n_head * (size_t)(2 + d);
     for (int h = 0; h < p->n_head; h++) {
         float *partial = a.partials + (size_t)h * (size_t)(2 + d);

@@ -8,6 +8,9 @@
 #define REPKV_OPS_H
 
 #include "ggml_api.h"
+#include "scratch.h"
+
+struct repkv_compute;
 
 struct repkv_op_params {
     float eps;          /* RMS norm */
@@ -28,6 +31,7 @@ struct repkv_op_params {
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
+    const struct repkv_compute *compute; /* of the backend that computes the node, see compute.h */
     ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };
@@ -87,8 +91,9 @@ size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int h
 /* 1 if the prefill ops were compiled for vectors wide enough to outrun ggml's own multiplication. */
 int repkv_has_fast_prefill(void);
 
-static inline char *repkv_thread_scratch(const struct repkv_op_params *p, int ith) {
-    return p->scratch + (size_t)ith * p->scratch_stride;
+/* What thread ith takes in one call: n_bytes of scratch. */
+static inline struct repkv_scratch repkv_thread_scratch(const struct repkv_op_params *p, int ith, size_t n_bytes) {
+    return repkv_scratch_begin(p->scratch + (size_t)ith * p->scratch_stride, p->scratch_stride, n_bytes);
 }
 
 #endif

@@ -76,17 +76,23 @@ struct panel_attention {
     int n_cells; /* gathered and not attended yet */
 };
 
+static inline size_t panel_attention_scratch(int group, int head_dim) {
+    return 2 * repkv_piece(ATTEND_TILE * (size_t)head_dim) + repkv_piece(ATTEND_TILE * PANEL) +
+           2 * repkv_piece((size_t)group * PANEL);
+}
+
 static inline struct panel_attention panel_attention_begin(const struct repkv_op_params *p, struct ggml_tensor *dst,
                                                            int64_t panel, int kv, int ith) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     struct panel_attention a = {.p = p, .kv = kv};
     a.first = (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
     a.out = (float *)dst->data + a.first;
-    a.keys = (float *)repkv_thread_scratch(p, ith);
-    a.values = a.keys + ATTEND_TILE * d;
-    a.scores = a.values + ATTEND_TILE * d;
-    a.max = a.scores + ATTEND_TILE * PANEL;
-    a.sum = a.max + group * PANEL;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, panel_attention_scratch(group, d));
+    a.keys = repkv_take(&s, (size_t)(ATTEND_TILE * d));
+    a.values = repkv_take(&s, (size_t)(ATTEND_TILE * d));
+    a.scores = repkv_take(&s, ATTEND_TILE * PANEL);
+    a.max = repkv_take(&s, (size_t)(group * PANEL));
+    a.sum = repkv_take(&s, (size_t)(group * PANEL));
     memset(a.out, 0, (size_t)(group * d * PANEL) * sizeof(float));
     for (int i = 0; i < group * PANEL; i++) {
         a.max[i] = LEAST;

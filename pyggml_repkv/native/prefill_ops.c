@@ -7,14 +7,20 @@ enum {
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
 };
 
-size_t repkv_prefill_scratch(int n_head, int head_dim) {
-    const size_t matmul = (size_t)BLOCK_ROWS * BLOCK_K + (size_t)BLOCK_ROWS * PANEL;
-    /* keys, values, scores; running maximum and sum of a panel for each head of a group */
-    const size_t attend = (size_t)ATTEND_TILE * (2 * (size_t)head_dim + PANEL) + 2 * PANEL * (size_t)n_head;
-    /* one token's head, and a panel's head after rotation */
-    const size_t store = (size_t)head_dim * (1 + PANEL);
+/* Rows of a weight as F32; matmul_gate_up's second product. */
+static size_t matmul_scratch(void) {
+    return repkv_piece(BLOCK_ROWS * BLOCK_K) + repkv_piece(BLOCK_ROWS * PANEL);
+}
+
+/* One token's head, and a panel's head after rotation. */
+static size_t store_scratch(int head_dim) {
+    return repkv_piece((size_t)head_dim) + repkv_piece((size_t)head_dim * PANEL);
+}
+
+size_t repkv_prefill_scratch(int group, int head_dim) {
+    const size_t matmul = matmul_scratch(), attend = panel_attention_scratch(group, head_dim), store = store_scratch(head_dim);
     const size_t most = matmul > attend ? matmul : attend;
-    return (most > store ? most : store) * sizeof(float) + 64;
+    return most > store ? most : store;
 }
 
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -67,15 +73,15 @@ static void convert_block(float *to, const struct ggml_tensor *w, int64_t r0, in
 }
 
 /* y[panel][first + r] = weight rows [begin, end) @ x, for all panels; y has n_out features. */
-static void multiply(struct ggml_tensor *dst, const struct ggml_tensor *x, const struct ggml_tensor *w, int64_t begin,
-                     int64_t end, int64_t first, float *block) {
+static void multiply(const struct repkv_op_params *p, struct ggml_tensor *dst, const struct ggml_tensor *x,
+                     const struct ggml_tensor *w, int64_t begin, int64_t end, int64_t first, float *block) {
     const int64_t n_in = x->ne[1], n_out = dst->ne[1], n_panels = dst->ne[2];
     for (int64_t r0 = begin; r0 < end; r0 += BLOCK_ROWS) {
         const int n_rows = end - r0 < BLOCK_ROWS ? (int)(end - r0) : BLOCK_ROWS;
         for (int64_t k0 = 0; k0 < n_in; k0 += BLOCK_K) {
             const int n_k = n_in - k0 < BLOCK_K ? (int)(n_in - k0) : BLOCK_K;
             convert_block(block, w, r0, n_rows, k0, n_k);
-            if (repkv_abort_requested()) return;
+            if (repkv_abort_requested(p->compute)) return;
             for (int64_t panel = 0; panel < n_panels; panel++) {
                 float *y = (float *)dst->data + (panel * n_out + first + r0) * PANEL;
                 const float *b = (const float *)x->data + (panel * n_in + k0) * PANEL;
@@ -99,13 +105,14 @@ static void share_rows(int64_t n_rows, int ith, int nth, int64_t *begin, int64_t
 void repkv_matmul(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_matmul_sources *src = SOURCES(dst, matmul);
-    float *block = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    float *block = repkv_take(&s, BLOCK_ROWS * BLOCK_K);
     int64_t first = 0;
     for (int m = 0; m < p->n_matrices; m++) {
         const struct ggml_tensor *w = src->matrices[m];
         int64_t begin, end;
         share_rows(w->ne[1], ith, nth, &begin, &end);
-        multiply(dst, src->x, w, begin, end, first, block);
+        multiply(p, dst, src->x, w, begin, end, first, block);
         if (p->n_biases) {
             const float *bias = src->matrices[p->n_matrices + m]->data;
             for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
@@ -124,7 +131,8 @@ void repkv_matmul_add(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct repkv_matmul_add_sources *src = SOURCES(dst, matmul_add);
     int64_t begin, end;
     share_rows(dst->ne[1], ith, nth, &begin, &end);
-    multiply(dst, src->x, src->weight, begin, end, 0, (float *)repkv_thread_scratch(p, ith));
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    multiply(p, dst, src->x, src->weight, begin, end, 0, repkv_take(&s, BLOCK_ROWS * BLOCK_K));
     for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
         const int64_t offset = panel * dst->ne[1] * PANEL;
         float *y = (float *)dst->data + offset;
@@ -138,16 +146,17 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     const struct repkv_matmul_gate_up_sources *src = SOURCES(dst, matmul_gate_up);
     const struct ggml_tensor *x = src->x, *gate = src->gate, *up = src->up;
     const int64_t n_in = x->ne[1], n_out = dst->ne[1];
-    float *block = (float *)repkv_thread_scratch(p, ith), *product_of_up = block + (size_t)BLOCK_ROWS * BLOCK_K;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, matmul_scratch());
+    float *block = repkv_take(&s, BLOCK_ROWS * BLOCK_K), *product_of_up = repkv_take(&s, BLOCK_ROWS * PANEL);
     int64_t begin, end;
     share_rows(n_out, ith, nth, &begin, &end);
-    multiply(dst, x, gate, begin, end, 0, block);
+    multiply(p, dst, x, gate, begin, end, 0, block);
     /* `up` needs its whole sum before it meets the gate, so its rows go by blocks that are as long as fits. */
     const int64_t rows_per_block = n_in <= BLOCK_K ? BLOCK_ROWS : (int64_t)BLOCK_ROWS * BLOCK_K / n_in;
     const int64_t step = rows_per_block < 1 ? 1 : rows_per_block;
     for (int64_t r0 = begin; r0 < end; r0 += step) {
         const int n_rows = end - r0 < step ? (int)(end - r0) : (int)step;
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         convert_block(block, up, r0, n_rows, 0, (int)n_in);
         for (int64_t panel = 0; panel < dst->ne[2]; panel++) {
             const float *b = (const float *)x->data + panel * n_in * PANEL;
@@ -168,7 +177,8 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const int32_t *cells = src->cells->data;
     const int d = p->head_dim, n_features = (p->n_head + 2 * p->n_head_kv) * d;
     const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
-    float *buffer = (float *)repkv_thread_scratch(p, ith), *rotated = buffer + d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, store_scratch(d));
+    float *buffer = repkv_take(&s, (size_t)d), *rotated = repkv_take(&s, (size_t)d * PANEL);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
@@ -192,7 +202,7 @@ void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdat
     const int32_t *cells = src->cells->data;
     /* A unit is a panel and a key/value head; taking every nth spreads the long panels over the threads. */
     for (int64_t unit = ith; unit < dst->ne[2] * p->n_head_kv; unit += nth) {
-        if (repkv_abort_requested()) return;
+        if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
         const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;

@@ -11,7 +11,7 @@
 
 #include "packed.h"
 
-/* Bytes of scratch per thread. */
-size_t repkv_prefill_scratch(int n_head, int head_dim);
+/* Bytes of scratch per thread; group: query heads that share a key head. */
+size_t repkv_prefill_scratch(int group, int head_dim);
 
 #endif

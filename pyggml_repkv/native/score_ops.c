@@ -5,6 +5,34 @@
 #include "packed.h"
 #include "regions.h"
 
+/* Scores of up to so many keys are kept from the pass that finds their sum to the one that adds them. */
+enum { KEPT_SCORES = 1024 };
+
+static size_t acc_scratch(int head_dim) {
+    return 2 * repkv_piece((size_t)head_dim);
+}
+
+static size_t acc_one_scratch(int n_head_kv, int head_dim) {
+    return 2 * repkv_piece((size_t)(n_head_kv * head_dim)) + repkv_piece((size_t)head_dim);
+}
+
+static size_t attention_chunk_scratch(int group, int head_dim) {
+    return repkv_piece(ATTEND_TILE * (size_t)head_dim) + repkv_piece(ATTEND_TILE * PANEL) + 2 * repkv_piece((size_t)group * PANEL);
+}
+
+static size_t attention_one_scratch(int group, int head_dim) {
+    const size_t d = (size_t)head_dim, n = (size_t)group;
+    return repkv_piece(n * d) + repkv_piece(d) + repkv_piece(TILE * d) + repkv_piece(TILE) + 2 * repkv_piece(n) +
+           repkv_piece(n * KEPT_SCORES);
+}
+
+size_t repkv_score_scratch(int group, int n_head_kv, int head_dim) {
+    const size_t acc = acc_scratch(head_dim), acc_one = acc_one_scratch(n_head_kv, head_dim);
+    const size_t chunk = attention_chunk_scratch(group, head_dim), one = attention_one_scratch(group, head_dim);
+    const size_t most = acc > acc_one ? acc : acc_one, most_attention = chunk > one ? chunk : one;
+    return most > most_attention ? most : most_attention;
+}
+
 /* sum[d] += sign * token t's query, summed over the heads that share key head kv. */
 static void add_query(float *sum, const struct ggml_tensor *queries, const struct repkv_op_params *p, int kv, int64_t t,
                       float sign) {
@@ -23,7 +51,8 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const int d = p->head_dim;
     const size_t head_bytes = k_local->nb[1] / (size_t)p->n_head_kv;
     const float unit = 1.0f / (p->scale * (float)p->n_score);
-    float *sum = (float *)repkv_thread_scratch(p, ith), *key = sum + d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, acc_scratch(d));
+    float *sum = repkv_take(&s, (size_t)d), *key = repkv_take(&s, (size_t)d);
     if (ith == 0) *(float *)dst->data = 0.0f;
 
     const int64_t first = regions->first, n_tokens = regions->n_tokens;
@@ -54,7 +83,8 @@ void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     const struct ggml_tensor *k_local = src->k_local, *score = src->score;
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, group = p->n_head / p->n_head_kv, width = p->n_head_kv * d;
-    float *sum = (float *)repkv_thread_scratch(p, ith), *rotated = sum + width, *keys = rotated + d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, acc_one_scratch(p->n_head_kv, d));
+    float *sum = repkv_take(&s, (size_t)width), *rotated = repkv_take(&s, (size_t)d), *keys = repkv_take(&s, (size_t)width);
     if (ith == 0) *(float *)dst->data = 0.0f;
     memset(sum, 0, (size_t)width * sizeof(float));
     for (int h = 0; h < p->n_head; h++) {
@@ -93,14 +123,15 @@ static void masked_scores(const struct repkv_op_params *p, float *scores, const 
 /* Adds to the scores of one key head what the query heads that share it give to each key, for one panel. */
 static void add_probabilities(const struct repkv_op_params *p, const struct ggml_tensor *score, const struct ggml_tensor *queries,
                               const struct ggml_tensor *k_local, const struct repkv_regions *regions, int kv, int64_t panel,
-                              float *scratch) {
+                              struct repkv_scratch s) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
     const int64_t lane_0 = regions->first + panel * PANEL, left = regions->n_tokens - panel * PANEL;
     const int n_lanes = left < PANEL ? (int)left : PANEL;
     const int64_t begin = first_scored(p, regions, lane_0), end = lane_0 + n_lanes;
     const float *q = (const float *)queries->data + (size_t)((panel * p->n_head + kv * group) * d) * PANEL;
-    float *keys = scratch, *scores = keys + ATTEND_TILE * d, *max = scores + ATTEND_TILE * PANEL, *sum = max + group * PANEL;
+    float *keys = repkv_take(&s, (size_t)(ATTEND_TILE * d)), *scores = repkv_take(&s, ATTEND_TILE * PANEL);
+    float *max = repkv_take(&s, (size_t)(group * PANEL)), *sum = repkv_take(&s, (size_t)(group * PANEL));
     for (int i = 0; i < group * PANEL; i++) {
         max[i] = LEAST;
         sum[i] = 0.0f;
@@ -140,25 +171,14 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
 void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_score_attention_sources *src = SOURCES(dst, score_attention);
+    const struct repkv_scratch s = repkv_thread_scratch(p, ith, attention_chunk_scratch(p->n_head / p->n_head_kv, p->head_dim));
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
         for (int64_t panel = 0; panel < src->q->ne[2]; panel++) {
-            if (repkv_abort_requested()) return;
-            add_probabilities(p, src->score, src->q, src->k_local, regions_of(src->regions), kv, panel,
-                              (float *)repkv_thread_scratch(p, ith));
+            if (repkv_abort_requested(p->compute)) return;
+            add_probabilities(p, src->score, src->q, src->k_local, regions_of(src->regions), kv, panel, s);
         }
     }
-}
-
-/* Scores of up to so many keys are kept from the pass that finds their sum to the one that adds them. */
-enum { KEPT_SCORES = 1024 };
-
-static size_t one_scratch(int group, int head_dim) {
-    return (size_t)(group + 1 + TILE) * (size_t)head_dim + TILE + (size_t)group * (2 + KEPT_SCORES);
-}
-
-size_t repkv_score_scratch(int n_head, int n_head_kv, int head_dim) {
-    return one_scratch(n_head / n_head_kv, head_dim) * sizeof(float);
 }
 
 /* Scaled products of a group's queries with the n keys from c0 on, -inf beyond: to [group][stride]. */
@@ -175,11 +195,11 @@ static void tile_scores(const struct repkv_op_params *p, float *to, size_t strid
 
 static void add_probabilities_one(const struct repkv_op_params *p, const struct ggml_tensor *score, const float *q,
                                   const float *own_key, const struct ggml_tensor *k_local, const struct repkv_regions *regions,
-                                  int kv, float *keys) {
+                                  int kv, float *keys, struct repkv_scratch s) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
     const int64_t begin = first_scored(p, regions, regions->first), end = regions->first;
-    float *r = (float *)score->data + kv, *weights = keys + TILE * d, *max = weights + TILE, *sum = max + group;
-    float *kept = sum + group;
+    float *r = (float *)score->data + kv, *weights = repkv_take(&s, TILE), *max = repkv_take(&s, (size_t)group);
+    float *sum = repkv_take(&s, (size_t)group), *kept = repkv_take(&s, (size_t)group * KEPT_SCORES);
     const bool keeps = end - begin <= KEPT_SCORES - TILE;
     const size_t stride = keeps ? KEPT_SCORES : TILE;
     for (int g = 0; g < group; g++) {
@@ -216,13 +236,15 @@ void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *
     const struct repkv_score_attention_one_sources *src = SOURCES(dst, score_attention_one);
     const float *qkv = src->qkv->data, *cosine = src->rope->data, *sine = cosine + p->rope_dim / 2;
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    float *q = (float *)repkv_thread_scratch(p, ith), *own_key = q + group * d, *keys = own_key + d;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, attention_one_scratch(group, d));
+    float *q = repkv_take(&s, (size_t)(group * d)), *own_key = repkv_take(&s, (size_t)d);
+    float *keys = repkv_take(&s, (size_t)(TILE * d));
     if (ith == 0) *(float *)dst->data = 0.0f;
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
         rope(own_key, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
         for (int g = 0; g < group; g++) rope(q + g * d, qkv + (kv * group + g) * d, cosine, sine, p->rope_dim, d);
         /* Rows of a short tile hold what was there before: finite from the first on. */
         memset(keys, 0, TILE * (size_t)d * sizeof(float));
-        add_probabilities_one(p, src->score, q, own_key, src->k_local, regions_of(src->regions), kv, keys);
+        add_probabilities_one(p, src->score, q, own_key, src->k_local, regions_of(src->regions), kv, keys, s);
     }
 }

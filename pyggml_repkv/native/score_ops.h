@@ -4,7 +4,7 @@
 
 #include "ops.h"
 
-/* Bytes of scratch per thread for one token; for a chunk these ops need less than attention does. */
-size_t repkv_score_scratch(int n_head, int n_head_kv, int head_dim);
+/* Bytes of scratch per thread; group: query heads that share a key head. */
+size_t repkv_score_scratch(int group, int n_head_kv, int head_dim);
 
 #endif

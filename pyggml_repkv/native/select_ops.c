@@ -9,10 +9,17 @@ enum {
     MAX_SELECTED = 4096, /* where blocks are chosen and not all taken */
 };
 
+static size_t relevance_scratch(int n_head, int head_dim) {
+    return repkv_piece((size_t)(n_head * head_dim)) + repkv_piece(2 * (size_t)n_head * LANES);
+}
+
+static size_t topk_scratch(int n_head) {
+    return 2 * repkv_piece((size_t)n_head) + repkv_piece(MAX_SELECTED);
+}
+
 size_t repkv_select_scratch(int n_head, int head_dim) {
-    const size_t heads = (size_t)n_head;
-    const size_t relevance = heads * (size_t)head_dim + 2 * heads * LANES, topk = 2 * heads + MAX_SELECTED;
-    return (relevance > topk ? relevance : topk) * sizeof(float);
+    const size_t relevance = relevance_scratch(n_head, head_dim), topk = topk_scratch(n_head);
+    return relevance > topk ? relevance : topk;
 }
 
 /* Below any relevance: what is not a number, and lanes beyond the last block. */
@@ -159,7 +166,8 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct repkv_regions *regions = regions_of(src->regions);
     const int width = p->n_head * p->head_dim, n_tokens = regions->n_tokens;
     /* The mean query of the chunk: padded lanes are left out. */
-    float *mean = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, relevance_scratch(p->n_head, p->head_dim));
+    float *mean = repkv_take(&s, (size_t)width);
     memset(mean, 0, (size_t)width * sizeof(float));
     for (int panel = 0; panel * PANEL < n_tokens && regions->n_blocks > 0; panel++) {
         const int lanes = n_tokens - panel * PANEL < PANEL ? n_tokens - panel * PANEL : PANEL;
@@ -173,7 +181,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         }
     }
     scale_f32(mean, 1.0f / (float)n_tokens, width);
-    relevance(dst, p, src->index, mean, mean + width, regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, mean, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
 }
 
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -182,10 +190,11 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     const int d = p->head_dim;
     const float *qkv = src->qkv->data, *cosine = (const float *)src->rope->data + p->rope_dim;
     const struct repkv_regions *regions = regions_of(src->regions);
-    float *q = (float *)repkv_thread_scratch(p, ith);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, relevance_scratch(p->n_head, d));
+    float *q = repkv_take(&s, (size_t)(p->n_head * d));
     for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
     scale_f32(q, p->scale, p->n_head * d);
-    relevance(dst, p, src->index, q, q + p->n_head * d, regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
 }
 
 /* Of each head: 0 for REPKV_MEAN and REPKV_MAX, else the maximum of x and 1 / sum of exp(x - maximum) over all blocks. */
@@ -267,7 +276,9 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const int n_blocks = regions->n_blocks, last = kept ? regions->kept : -1;
     const int n_rows = p->per_head ? p->n_head_kv : 1, heads = p->n_head / n_rows;
     const int64_t n_padded = (src->relevance->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
-    float *max = (float *)repkv_thread_scratch(p, ith), *scale = max + p->n_head, *best = scale + p->n_head;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, topk_scratch(p->n_head));
+    float *max = repkv_take(&s, (size_t)p->n_head), *scale = repkv_take(&s, (size_t)p->n_head);
+    float *best = repkv_take(&s, MAX_SELECTED);
     if (ith >= n_rows) return;
     int n_top = regions->n_select < p->n_top ? regions->n_select : p->n_top;
     if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;

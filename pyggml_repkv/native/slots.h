@@ -1,4 +1,4 @@
-/* Which block lies in which slot of one layer. Used by block_store.c only, under its lock. */
+/* Which block lies in which slot of one layer. Used by the block store only, under its lock. */
 #ifndef REPKV_SLOTS_H
 #define REPKV_SLOTS_H
 

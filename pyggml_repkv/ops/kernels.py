@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyggml_repkv.ffi.context import Tensor
-from pyggml_repkv.ffi.handles import aligned_zeros
+from pyggml_repkv.ffi.handles import Backend, aligned_zeros
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.model.config import ModelConfig
 
@@ -29,18 +29,18 @@ def packed_like(x: Tensor, n_features: int) -> tuple[int, int, int]:
 
 
 class Kernels:
-    """Sizes of the model, and scratch for n_threads threads: graphs that share it must not be computed at once."""
+    """Sizes of the model, and scratch for the threads of the backend that computes the graphs: one at a time."""
 
-    def __init__(self, config: ModelConfig, n_threads: int) -> None:
-        self.config, self.n_threads = config, n_threads
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        self.config, self.backend, self.n_threads = config, backend, backend.n_threads
         c = config
         size = native.repkv_scratch_size(c.n_embd, c.n_ff, c.n_head, c.n_head_kv, c.head_dim)
         self._scratch_stride = -(-size // 64) * 64
-        self._scratch = aligned_zeros(self._scratch_stride * n_threads)
+        self._scratch = aligned_zeros(self._scratch_stride * self.n_threads)
 
     def params(self, **values: Any) -> Any:
-        """A struct repkv_op_params for one node, with these fields besides the common ones. It points to the scratch:
-        the graph must keep this object alive.
+        """A struct repkv_op_params for one node, with these fields besides the common ones. It points to what this
+        object owns: the graph must keep it alive.
         """
         c = self.config
         params = native_ffi.new("struct repkv_op_params *")
@@ -50,6 +50,7 @@ class Kernels:
         params.n_threads = self.n_threads
         params.scratch = native_ffi.cast("char *", self._scratch.ctypes.data)
         params.scratch_stride = self._scratch_stride
+        params.compute = self.backend.compute_state
         for name, value in values.items():
             setattr(params, name, value)
         return params

@@ -112,6 +112,11 @@ class TestKey:
         monkeypatch.setenv("CXXFLAGS", "-O1")
         assert wheel_key(PIN, ggml_wheel.machine()) != wheel_key(PIN, here)
 
+    def test_changes_with_the_cpus_it_is_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        here = wheel_key(PIN, ggml_wheel.machine())
+        monkeypatch.setenv("REPKV_MARCH", "x86-64-v2" if "x86_64" in ggml_wheel.machine()["platform"] else "armv8-a")
+        assert wheel_key(PIN, ggml_wheel.machine()) != here
+
 
 class TestMachine:
     def test_asks_both_compilers_for_version_and_cpu(self) -> None:
@@ -219,6 +224,23 @@ class TestPipBuild:
         assert f"--hash=sha256:{PIN.sha256}" in (tmp_path / "requirement.txt").read_text()
         assert flags == f"flags {PIN.cmake_args}."
         assert outer == "outer ."
+
+    def test_ggml_is_compiled_for_other_cpus_too(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        python = script(tmp_path / "python", 'echo "flags $CMAKE_ARGS."; echo "C $CFLAGS."; echo "C++ $CXXFLAGS."')
+        monkeypatch.setattr(sys, "executable", str(python))
+        monkeypatch.setenv("REPKV_MARCH", "x86-64-v3")
+        monkeypatch.setenv("CFLAGS", "-g")
+        monkeypatch.delenv("CXXFLAGS", raising=False)
+        ggml_wheel.build_with_pip(PIN, tmp_path, tmp_path / "log")
+        flags, c, cxx = (tmp_path / "log").read_text().splitlines()
+        assert {"-DGGML_NATIVE=OFF", "-DGGML_AVX2=OFF", "-DGGML_LLAMAFILE=ON"} <= set(flags.split())
+        assert "-DGGML_NATIVE=ON" not in flags
+        assert (c, cxx) == ("C -g -march=x86-64-v3.", "C++ -march=x86-64-v3.")
+
+    def test_cpus_that_the_compiler_does_not_know_are_its_own_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("REPKV_MARCH", "abacus")
+        with pytest.raises(WheelError, match=r"^the C compiler does not work: .* -march=abacus "):
+            ggml_wheel.machine()
 
 
 class TestExtension:

@@ -24,6 +24,10 @@ from pathlib import Path
 
 PIN_FILE = Path(__file__).with_name("pin.toml")
 FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
+# The CPUs that ggml and the extension are compiled for, as the compilers' -march takes it; unset: this one.
+MARCH_VARIABLE = "REPKV_MARCH"
+# ggml's own switches for x86, which are on where GGML_NATIVE is off; -march says them all.
+X86_SWITCHES = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
 # The last two tell a pip inside a build which backend to load: ours, where it needs ggml-python's.
 OUTER_BUILD = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PEP517_", "_PYPROJECT_HOOKS_")
 LOG_TAIL_LINES = 25
@@ -52,21 +56,28 @@ class Pin:
 
     @property
     def cmake_args(self) -> str:
-        return shlex.join(f"-D{flag}={value}" for flag, value in self.cmake.items())
+        flags = dict(self.cmake)
+        if march() != "native":
+            flags.update({"GGML_NATIVE": "OFF", **{f"GGML_{switch}": "OFF" for switch in X86_SWITCHES}})
+        return shlex.join(f"-D{flag}={value}" for flag, value in flags.items())
+
+
+def march() -> str:
+    return os.environ.get(MARCH_VARIABLE) or "native"
 
 
 Builder = Callable[[Pin, Path, Path], None]
 
 
-def native_macros(variable: str, default: str, language: str) -> str:
-    """The compiler's predefined macros under -march=native: its version and the CPU features it will use."""
+def compiler_macros(variable: str, default: str, language: str) -> str:
+    """The compiler's predefined macros under -march: its version and the CPU features it will use."""
     command = shlex.split(os.environ.get(variable, "")) or [default]
     if shutil.which(command[0]) is None:
         raise WheelError(
             f"no {language} compiler: {command[0]} is not on PATH; install one"
             f" (Debian: apt-get install build-essential) or name it in {variable}"
         )
-    probe = [*command, "-march=native", "-dM", "-E", "-x", language.lower(), os.devnull]
+    probe = [*command, f"-march={march()}", "-dM", "-E", "-x", language.lower(), os.devnull]
     result = subprocess.run(probe, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["no message"])[-1]
@@ -80,8 +91,8 @@ def machine() -> dict[str, str]:
         "platform": sysconfig.get_platform(),
         # One home directory may serve containers with different C libraries.
         "libc": " ".join(platform.libc_ver()),
-        "cc": native_macros("CC", "cc", "C"),
-        "cxx": native_macros("CXX", "c++", "C++"),
+        "cc": compiler_macros("CC", "cc", "C"),
+        "cxx": compiler_macros("CXX", "c++", "C++"),
         **{name: os.environ.get(name, "") for name in FLAG_VARIABLES},
     }
 
@@ -112,6 +123,9 @@ def build_environment(pin: Pin, constraints: Path) -> dict[str, str]:
     """The environment of the pip that builds: the pin's CMake flags, and nothing of an outer make or pip."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(OUTER_BUILD)}
     env["CMAKE_ARGS"] = pin.cmake_args
+    if march() != "native":
+        for name in ("CFLAGS", "CXXFLAGS"):
+            env[name] = f"{env.get(name, '')} -march={march()}".strip()
     # scikit-build-core takes `make` where there is no ninja, and make alone compiles one file at a time.
     env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
     # pip reads build constraints from the first of these up to 25.2, from the second since 25.3.
@@ -169,8 +183,9 @@ def ensure_wheel(pin: Pin | None = None, root: Path | None = None, build: Builde
         with locked(root / f"{key}.lock"):
             if wheel := sound_wheel(folder):
                 return wheel
+            cpus = "this machine" if march() == "native" else march()
             print(
-                f"building ggml {pin.ggml} for this machine (a minute or two, once)",
+                f"building ggml {pin.ggml} for {cpus} (a minute or two, once)",
                 file=sys.stderr,
                 flush=True,
             )

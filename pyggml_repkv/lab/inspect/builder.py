@@ -52,7 +52,7 @@ class BuiltGraph:
         check_tensors(self.file, self.config)
         self._weights = Weights(self.file, self.config, repack=wanted.repack, join=not wanted.exact)
         self._backend = Backend(wanted.n_threads)
-        self.model = GraphModel(self.config, self._weights, wanted.n_threads, exact=wanted.exact)
+        self.model = GraphModel(self.config, self._weights, self._backend, exact=wanted.exact)
         self.policy: Policy | None = None
         try:
             self.policy = self.model.make_policy(self.model.policy_inputs(wanted.memory, _no_boundaries))

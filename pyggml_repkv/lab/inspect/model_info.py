@@ -262,7 +262,7 @@ class _Planner(ExitStack):
         repacked = info.repacked if self._inputs.repack and "ggml" in policy_kind(memory.kv).forms else {}
         # Repacked matrices are multiplied by ggml's own nodes, which is what the exact graph is made of.
         exact = self._inputs.exact or bool(repacked)
-        graph = GraphModel(info.config, self._weights, self._inputs.n_threads, exact=exact)
+        graph = GraphModel(info.config, self._weights, self._backend, exact=exact)
         # What was copied from the file is not read there again, but for embeddings.
         copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
         weights = {"weights": len(info.file.data) - copied + sum(repacked.values())}

@@ -48,7 +48,7 @@ class BoundedStep(ABC):
     def __init__(self, parts: Parts, ops: Ops, n_tokens: int) -> None:
         self._parts, self._ops, self._n_tokens = parts, ops, n_tokens
         self._regions = Regions.input(ops.g)
-        self.hook: StepHook | None = parts.store.new_hook()
+        self.hook: StepHook | None = parts.store.new_hook(ops.kernels.backend)
         self._selections: list[Selection] = []
 
     @abstractmethod

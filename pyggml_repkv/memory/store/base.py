@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.memory.store.block_file import BlockFile
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Store(Protocol):
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Called before a step, so that its tokens have rows."""
 
-    def new_hook(self) -> StepHook | None:
-        """For one plan; None where blocks are always there."""
+    def new_hook(self, backend: Backend) -> StepHook | None:
+        """For one plan, which the backend computes; None where blocks are always there."""
 
     def keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated. Raises StoreError for unreadable ones."""

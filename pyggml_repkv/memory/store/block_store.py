@@ -157,7 +157,7 @@ class BlockStore(Handle):
         """Makes blocks resident, as the hook does between two nodes. Raises StoreError."""
         selected = np.array([len(blocks), *blocks], np.int32)
         pointer = native_ffi.cast("int32_t *", selected.ctypes.data)
-        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected)) < 0:
+        if native.repkv_store_require(self.pointer, layer, pointer, 1, len(selected), native_ffi.NULL) < 0:
             self.raise_error()
 
     def prefetch(self, layer: int, blocks: Sequence[int]) -> None:
@@ -169,8 +169,9 @@ class BlockStore(Handle):
         """A block's key and value rows in a layer, as in the arenas: uint8 [n_tokens, row bytes]. Raises StoreError."""
         k, v = (np.empty((self.layout.max_tokens, n), np.uint8) for n in self.layout.row_bytes)
         pointers = (native_ffi.cast("char *", rows.ctypes.data) for rows in (k, v))
-        if native.repkv_store_read(self.pointer, layer, block, *pointers) < 0:
-            self.raise_error()
+        error = native_ffi.new("struct repkv_store_error *")
+        if native.repkv_store_read(self.pointer, layer, block, *pointers, error) < 0:
+            self._raise(error)
         return k[:n_tokens], v[:n_tokens]
 
     def unrotate(self, table: NDArray[np.float32]) -> None:
@@ -210,8 +211,11 @@ class BlockStore(Handle):
         native.repkv_store_inject(self.pointer, native_ffi.new("struct repkv_faults *", faults))
 
     def raise_error(self, *, of_writes: bool = False) -> None:
-        """Raises the first failed read or write, if there was one, as a StoreError."""
-        error = native.repkv_store_last_error(self.pointer, of_writes)
+        """Raises the read that failed the last requirement, or the write that failed, if any, as a StoreError."""
+        self._raise(native.repkv_store_last_error(self.pointer, of_writes))
+
+    def _raise(self, error: Any) -> None:
+        """error: a struct repkv_store_error."""
         path, reason = self.file.path, _REASONS.get(error.kind) or os.strerror(error.error)
         if error.kind == native.REPKV_IO_WRITE:
             raise StoreError(f"{path}: block {error.block} could not be written: {reason}", lost=False)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.local import N_SINGLE
 from pyggml_repkv.memory.bounded.rotation import Rotation
@@ -99,13 +100,14 @@ class DiskStore:
                 f"--kv-ram has room for {n_slots} blocks, and up to {n_selected} are attended at once: give at "
                 f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
             )
-        return min(n_slots, max_blocks)
+        # Rows of an arena are 32-bit numbers; half of them is far more than open tokens leave.
+        return min(n_slots, max_blocks, 2**30 // self.layout.max_tokens)
 
     def places(self, layer: int) -> Tensor:
         return self._places[layer]
 
-    def new_hook(self) -> StepHook:
-        return StepHook(self.io, self._kept, reads_ahead=self.reads_ahead)
+    def new_hook(self, backend: Backend) -> StepHook:
+        return StepHook(self.io, self._kept, backend, reads_ahead=self.reads_ahead)
 
     def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
         """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, to_float32
@@ -52,7 +53,7 @@ class RamStore:
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Every token has its row."""
 
-    def new_hook(self) -> None:
+    def new_hook(self, backend: Backend) -> None:
         """Blocks are always there."""
 
     def keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:

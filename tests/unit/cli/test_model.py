@@ -59,7 +59,7 @@ def test_the_table_has_the_right_numbers(info, tiny_model):
 def test_it_fits_a_terminal_of_80_columns(info, tiny_model, monkeypatch):
     path = tiny_model(n_layer=1, n_ctx=256, weight_type=QT.Q4_0, head_dim=64)
     monkeypatch.chdir(path.parent)
-    for flags in ((), ("-c", "2000000000", "--kv-ram", "16M", "--kv-dir", "kv")):
+    for flags in ((), ("-c", "134217728", "--kv-ram", "16M", "--kv-dir", "kv")):
         _, out, _ = info(path.name, *flags)
         assert max(map(len, out.splitlines())) <= 80
 
@@ -95,11 +95,11 @@ def test_only_policies_that_the_flags_allow_are_shown(info, tiny_model):
 
 
 def test_what_does_not_fit_is_no_failure(info, tiny_model):
-    code, out, err = info(tiny_model(head_dim=64), "--kv", "full", "-c", "2000000000")
+    code, out, err = info(tiny_model(head_dim=64), "--kv", "full", "-c", "100000000")
     assert (code, err) == (0, "")
     assert cells(out, "fits") == ["no"]
-    assert cells(out, "keys and values") == ["2048.0 GB"]
-    assert "full: 2000000000 tokens need 2048.0 GB and" in out
+    assert cells(out, "keys and values") == ["102.4 GB"]
+    assert "full: 100000000 tokens need 102.4 GB and" in out
 
 
 def test_a_vocabulary_is_shown_without_a_plan(info, golden_dir):
@@ -141,7 +141,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
         ([__file__], "is not a GGUF file"),
         ([""], "is a directory"),
         (["-m", "a", "b"], "as FILE and with -m: leave one out"),
-        (["MODEL", "-c", "100000000000"], "-c/--ctx-size: must be a whole number from 0 to 2147483647"),
+        (["MODEL", "-c", "100000000000"], "-c/--ctx-size: must be a whole number from 0 to 134217728"),
         (["MODEL", "--kv", "nope"], "'nope' is none of full, window, repkv"),
         (["MODEL", "--kv", "nope.py"], "--kv nope.py: there is no such file"),
         (["MODEL", "--kv", "full", "--kv-ram", "1M"], "as --kv repkv does; --kv is full"),

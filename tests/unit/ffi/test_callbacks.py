@@ -18,14 +18,14 @@ class Graph:
     """x + 0 [2, 3] through Python ops, each taking the last one's value."""
 
     def __init__(self, *functions, n_threads=2):
-        self.ops, self.context = PythonOps(), GraphContext(128)
+        self.allocator, self.backend = GraphAllocator(), Backend(n_threads)
+        self.ops, self.context = PythonOps(self.backend), GraphContext(128)
         self.x, self.zero = (self.context.input(g.GGML_TYPE_F32, (2, 3), name) for name in ("x", "zero"))
         # A node that all threads share: without one, ggml would start only one.
         node = self.context.add(self.x, self.zero)
         for function in functions:
             node = self.ops.add(self.context, (2, 3), [node, node], function)
         self.node = self.context.output(node)
-        self.allocator, self.backend = GraphAllocator(), Backend(n_threads)
         self.allocator.allocate(self.context.graph)
 
     def compute(self):
@@ -90,7 +90,8 @@ def test_a_full_context_is_an_error():
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.callbacks import PythonOps
 from pyggml_repkv.ffi.context import GraphContext
-ops, context = PythonOps(), GraphContext(64)
+from pyggml_repkv.ffi.handles import Backend
+ops, context = PythonOps(Backend(1)), GraphContext(64)
 x = context.input(0, (4,), "x")
 try:
     for _ in range(500):
@@ -139,7 +140,7 @@ def test_the_graph_keeps_its_functions():
     function = Doubler()
     alive = weakref.ref(function)
     graph = Graph(function)
-    graph.ops = PythonOps()
+    graph.ops = PythonOps(graph.backend)
     del function
     gc.collect()
     assert graph.compute().tolist() == [[0, 2, 4], [6, 8, 10]]

@@ -45,12 +45,12 @@ class Graph:
     """A row of Python ops on one backend; what they do, they do during compute."""
 
     def __init__(self, *functions):
-        self.ops, self.context = PythonOps(), GraphContext(128)
+        self.allocator, self.backend = GraphAllocator(), Backend(2)
+        self.ops, self.context = PythonOps(self.backend), GraphContext(128)
         node = self.context.input(g.GGML_TYPE_F32, (1,), "x")
         for function in functions:
             node = self.ops.add(self.context, (1,), [node], lambda x, f=function: f() or x)
         self.context.output(node)
-        self.allocator, self.backend = GraphAllocator(), Backend(2)
         self.allocator.allocate(self.context.graph)
 
     def compute(self):
@@ -121,10 +121,54 @@ def test_a_compute_inside_another_restores_the_handler_at_the_end():
 
 def test_a_request_stops_compute_and_is_no_interrupt():
     ran = []
-    graph = Graph(native.repkv_request_abort, lambda: ran.append(2))
+    graph = Graph(lambda: graph.backend.stop(), lambda: ran.append(2))
     with pytest.raises(ComputeError, match="stopped"):
         graph.compute()
     assert ran == []
+
+
+class Other:
+    """A compute in another thread that is running all the while: its first node waits for `end`."""
+
+    def __enter__(self):
+        self.started, self.may_end, self.ran, self.raised = threading.Event(), threading.Event(), [], []
+        self.graph = Graph(self.started.set, self.may_end.wait, lambda: self.ran.append(1))
+        self.thread = threading.Thread(target=self.compute)
+        self.thread.start()
+        assert self.started.wait(10)
+        return self
+
+    def compute(self):
+        try:
+            self.graph.compute()
+        except BaseException as error:
+            self.raised.append(type(error))
+
+    def __exit__(self, *_):
+        self.may_end.set()
+        self.thread.join()
+
+
+def test_a_request_stops_one_compute_of_two():
+    graph = Graph(lambda: graph.backend.stop())
+    with Other() as other, pytest.raises(ComputeError, match="stopped"):
+        graph.compute()
+    assert (other.raised, other.ran) == ([], [1])
+
+
+def test_an_interrupt_stops_every_compute():
+    with python_handler(lambda *_: None), Other() as other, pytest.raises(KeyboardInterrupt):
+        Graph(lambda: signal.raise_signal(signal.SIGINT)).compute()
+    assert (other.raised, other.ran) == ([KeyboardInterrupt], [])
+
+
+def test_an_interrupt_before_a_compute_does_not_stop_it():
+    with python_handler(lambda *_: None), Other() as other:
+        with pytest.raises(KeyboardInterrupt):
+            Graph(lambda: signal.raise_signal(signal.SIGINT)).compute()
+        ran = []
+        Graph(lambda: ran.append(1)).compute()
+    assert (other.raised, ran) == ([KeyboardInterrupt], [1])
 
 
 def matmul(bench, x, cells):
@@ -151,7 +195,7 @@ def test_a_long_op_stops_in_its_middle(op):
     allocator = GraphAllocator()
     allocator.allocate(bench.graph.graph)
     tensor_array(node)[...] = np.nan
-    with endless_requests(1e-3), pytest.raises(ComputeError, match="stopped"):
+    with endless_requests(bench.backend, 1e-3), pytest.raises(ComputeError, match="stopped"):
         bench.backend.compute(bench.graph.native_graph)
     assert np.isnan(tensor_array(node)).any()
 

@@ -7,21 +7,21 @@ from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.callbacks import PythonOps
 from pyggml_repkv.ffi.context import GraphContext, set_name
 from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
-from pyggml_repkv.ffi.library import g, native
+from pyggml_repkv.ffi.library import g
 from pyggml_repkv.ffi.scheduler import Scheduler, python_callback
 
 
 @pytest.fixture
 def chain():
     """x + 1, three times: the nodes, and how to compute them with a callback."""
-    with_ops, context = PythonOps(), GraphContext(16)
+    backend = Backend(2)
+    with_ops, context = PythonOps(backend), GraphContext(16)
     x = context.input(g.GGML_TYPE_F32, (4,), "x")
     nodes = []
     for i in range(3):
         nodes.append(with_ops.add(context, (4,), [nodes[-1] if nodes else x], lambda a: a + 1))
         set_name(nodes[-1], "step", i)
     context.output(nodes[-1])
-    backend = Backend(2)
     allocator = GraphAllocator(backend)
     allocator.allocate(context.graph)
 
@@ -32,6 +32,7 @@ def chain():
         backend.compute_scheduled(scheduler.address, scheduler.graph)
         return tensor_array(nodes[-1]).copy()
 
+    compute.backend = backend
     yield compute
     allocator.close()
     context.close()
@@ -61,7 +62,7 @@ def test_a_callback_that_cancels_and_asks_for_an_abort_stops_the_compute(chain):
     def observe(node, ask):
         if not ask:
             seen.append(name(node))
-            native.repkv_request_abort()
+            chain.backend.stop()
         return ask
 
     with pytest.raises(ComputeError, match="stopped"):

@@ -6,10 +6,11 @@ import pytest
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.config import MemoryConfig, context_length
+from pyggml_repkv.memory.config import MAX_CONTEXT, MemoryConfig, context_length
 from pyggml_repkv.memory.full.memory import FullMemory
 from pyggml_repkv.memory.policy import even_split
 from pyggml_repkv.memory.registry import POLICIES
+from tests.subprocesses import printed
 
 
 @pytest.fixture
@@ -21,8 +22,8 @@ def model(tiny_model):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_ctx": -1}, "-c is -1; it must be 0 (the trained context) or a number of tokens"),
-        ({"n_batch": 0}, "-b is 0; it must be at least 1"),
+        ({"n_ctx": -1}, "-c is -1; it must be 0 (the trained context) or a number of tokens, at most 134217728"),
+        ({"n_batch": 0}, "-b is 0; it must be between 1 and 1048576"),
         ({"type_k": "q4_0"}, "-ctk is 'q4_0'; it must be one of f16, bf16, f32, q8_0"),
         ({"type_v": ""}, "-ctv is ''; it must be one of f16, bf16, f32, q8_0"),
     ],
@@ -31,6 +32,41 @@ def test_a_bad_value_names_its_flag_and_what_would_be_right(fields, message):
     with pytest.raises(InputError) as caught:
         MemoryConfig(**fields)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("kv", ["full", "window", "repkv"])
+@pytest.mark.parametrize("n_ctx", [MAX_CONTEXT + 1, 2**31 - 1, 2**31, 2**62])
+def test_more_tokens_than_kernels_can_count_are_refused(kv, n_ctx):
+    with pytest.raises(InputError, match=f"-c is {n_ctx}; .*, at most {MAX_CONTEXT}"):
+        MemoryConfig(kv=kv, n_ctx=n_ctx)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv": "full"},
+        {"kv": "window"},
+        {"kv": "repkv"},
+        {"kv": "repkv", "kv_dir": "DIR", "block": "semantic:16-4096"},
+        {"kv": "repkv", "kv_dir": "DIR", "n_batch": 2**20},
+    ],
+)
+def test_the_longest_context_works_or_says_what_it_lacks(tiny_model, tmp_path, fields):
+    """Arenas of a hundred million rows are only address space until they are written."""
+    source = """
+import sys
+from pyggml_repkv.engine.model import Model
+from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.memory.config import MAX_CONTEXT, MemoryConfig
+fields = {name: sys.argv[2] if value == "DIR" else value for name, value in eval(sys.argv[3]).items()}
+try:
+    session = Model.load(sys.argv[1], threads=1).session(MemoryConfig(n_ctx=MAX_CONTEXT, **fields))
+    session.prefill([1, 2, 3])
+    print(session.n_past)
+except ComputeError as error:
+    print(error)"""
+    (line,) = printed(source, str(tiny_model(n_layer=2)), str(tmp_path / "blocks"), repr(fields))
+    assert line == "3" or "need" in line or "not enough memory" in line
 
 
 def test_a_configuration_is_fixed_and_comparable():

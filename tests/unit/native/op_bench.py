@@ -48,7 +48,7 @@ class Bench:
         self.backend = Backend(self.n_threads)
         self.context = TensorContext(32)
         self.graph = GraphContext(256)
-        self.kernels = Kernels(self.config, self.n_threads)
+        self.kernels = Kernels(self.config, self.backend)
         self.ops = Ops(self.graph, self.kernels)
         self.buffers: list[Buffer] = []
 

@@ -151,14 +151,14 @@ def test_copies_of_weights_count_beside_what_stays_in_the_file(tiny_model):
 
 @pytest.mark.parametrize("memory", [MemoryConfig(), REPKV, replace(REPKV, kv_ram=2**30)])
 def test_what_does_not_fit_is_counted_and_a_length_that_fits_is_said(tiny_model, tmp_path, memory):
-    path, n_tokens = tiny_model(head_dim=64), 2**31 - 1
+    path, n_tokens = tiny_model(n_layer=8, head_dim=256), 2**27
     memory = replace(memory, n_ctx=n_tokens, kv_dir=str(tmp_path) if memory.kv_ram else "")
     free = 2**29
     plan = plan_of(path, memory, n_tokens, free=free)
     assert not plan.fits
     assert plan.ram_bytes > free
     if memory.kv == "full":
-        assert plan.ram["keys and values"] == n_tokens * 2 * 2 * (2 * 64 * 2)
+        assert plan.ram["keys and values"] == n_tokens * 8 * 2 * (2 * 256 * 2)
         assert "compute" not in plan.ram
     assert f"{n_tokens} tokens need" in plan.note
     assert f"about {plan.most_tokens} would fit" in plan.note

@@ -1,0 +1,25 @@
+"""Whether this CPU has what the extension was compiled for, known before any of its code runs (native/isa.c)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def needed_features(extension: Path) -> list[str]:
+    """What the extension's code may use, by names of /proc/cpuinfo; empty where nothing is said."""
+    found = re.search(rb"repkv_isa:([^\0]*)", extension.read_bytes())
+    return re.findall(r"(\w+)=1\b", found[1].decode()) if found else []
+
+
+def lacking_features(extension: Path) -> list[str]:
+    """What of this the CPU at hand lacks; empty too where there is no /proc/cpuinfo."""
+    try:
+        with CPUINFO.open() as lines:
+            features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return []
+    known = set(features.partition(":")[2].split())
+    return [name for name in needed_features(extension) if name not in known] if known else []
