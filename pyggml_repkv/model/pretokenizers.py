@@ -11,24 +11,34 @@ from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
 
 from pyggml_repkv.errors import ModelFileError
 
+
 # Possessive wherever giving characters back could not help: Oniguruma gives up, by a panic, on a match that
 # backtracks ten million times, which one long run of blanks is enough for.
-_QWEN2 = (
-    r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"  # not (?i:...), which would also match the long s
-    r"|[^\r\n\p{L}\p{N}]?+\p{L}++"
-    r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-    r"|(?:[^\S\r\n]*+[\r\n]++)++"
-    r"|\s+(?!\S)"
-    r"|\s"
-)
+def _words(digits: str) -> str:
+    return (
+        r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"  # not (?i:...), which would also match the long s
+        r"|[^\r\n\p{L}\p{N}]?+\p{L}++"
+        rf"|{digits}"
+        r"| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|(?:[^\S\r\n]*+[\r\n]++)++"
+        r"|\s+(?!\S)"
+        r"|\s"
+    )
+
+
+_QWEN2 = _words(r"\p{N}")
 _GPT2_WITHOUT_DIGITS = r"'(?:[stmd]|re|ve|ll)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s"
+
+# Names of one pre-tokenizer. With it a word that is a token stays one, whatever the merges say, and a text starts with
+# BOS unless the file says otherwise.
+LLAMA3 = frozenset(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"))
 
 # Each pattern cuts what the one before left; what it does not match stays whole.
 PATTERNS: dict[str, tuple[str, ...]] = {
     "qwen2": (_QWEN2,),
     "deepseek-r1-qwen": (_QWEN2,),
     "smollm": (r"\p{N}", _GPT2_WITHOUT_DIGITS),
+    **dict.fromkeys(sorted(LLAMA3), (_words(r"\p{N}{1,3}"),)),
 }
 
 # No word goes on past these places and no lookahead sees across them, with any of the patterns above.

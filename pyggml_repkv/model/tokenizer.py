@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.models import BPE
 
 from pyggml_repkv.errors import InputError, ModelFileError
-from pyggml_repkv.model.pretokenizers import chunks, pre_tokenizer
+from pyggml_repkv.model.pretokenizers import LLAMA3, chunks, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
 
 # Characters. One call costs 170 bytes for each of them, and cannot be interrupted.
@@ -96,7 +96,7 @@ class Tokenizer:
         self._tokens = tokens
         self._kinds = dict(kinds or {})
         words = pre_tokenizer(pre)
-        self._bpe, self._dropped = _byte_pair_encoder(tokens, merges)
+        self._bpe, self._dropped = _byte_pair_encoder(tokens, merges, ignore_merges=pre in LLAMA3)
         self._bpe.pre_tokenizer = words
         # Longest first, by bytes: the order in which llama.cpp looks for them.
         by_length = sorted(self._kinds, key=lambda i: len(tokens[i].encode()), reverse=True)
@@ -122,7 +122,7 @@ class Tokenizer:
             bos_id=_token_id(metadata, "bos", len(tokens)),
             eos_id=_token_id(metadata, "eos", len(tokens)),
             eog_ids=eog_ids,
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token")),
+            add_bos=adds_bos(metadata),
         )
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
@@ -188,6 +188,11 @@ class Tokenizer:
         return parts
 
 
+def adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether a text starts with the BOS token."""
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") in LLAMA3))
+
+
 def _cut(part: str | int, spelled: str, special: int) -> list[str | int]:
     if isinstance(part, int):
         return [part]
@@ -214,8 +219,13 @@ def _byte_token(text: str) -> bytes:
         return text.encode()
 
 
-def _byte_pair_encoder(tokens: Sequence[str], merges: Sequence[str]) -> tuple[HFTokenizer, int | None]:
-    """The encoder, and the id that it gives to bytes without a token (None if every byte has one)."""
+def _byte_pair_encoder(
+    tokens: Sequence[str], merges: Sequence[str], *, ignore_merges: bool
+) -> tuple[HFTokenizer, int | None]:
+    """The encoder, and the id that it gives to bytes without a token (None if every byte has one).
+
+    ignore_merges: a word that is a token is that token, though no merges lead to it.
+    """
     vocab = {token: i for i, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         twice = next(i for i, token in enumerate(tokens) if vocab[token] != i)
@@ -234,13 +244,13 @@ def _byte_pair_encoder(tokens: Sequence[str], merges: Sequence[str]) -> tuple[HF
         pairs.append((left, right))
     try:
         if _BYTE_OF.keys() <= vocab.keys():
-            return HFTokenizer(BPE(vocab, pairs)), None
+            return HFTokenizer(BPE(vocab, pairs, ignore_merges=ignore_merges)), None
         # A stand-in for missing bytes keeps their neighbours from merging as if nothing were between.
         stand_in = " "
         while stand_in in vocab:
             stand_in += " "
         vocab[stand_in] = len(tokens)
-        return HFTokenizer(BPE(vocab, pairs, unk_token=stand_in)), len(tokens)
+        return HFTokenizer(BPE(vocab, pairs, unk_token=stand_in, ignore_merges=ignore_merges)), len(tokens)
     except TypeError:
         raise ModelFileError("tokenizer.ggml.tokens has text that is not UTF-8; convert the file again") from None
 

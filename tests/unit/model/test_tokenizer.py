@@ -84,8 +84,27 @@ def test_a_missing_key_is_named(key: str) -> None:
 
 
 def test_an_unknown_pre_tokenizer_error_lists_the_known_ones() -> None:
-    with pytest.raises(ModelFileError, match="deepseek-r1-qwen, qwen2, smollm"):
-        Tokenizer.from_metadata(vocabulary(pre="llama-bpe"))
+    with pytest.raises(ModelFileError, match=r"deepseek-r1-qwen, falcon3, .*, qwen2, smollm"):
+        Tokenizer.from_metadata(vocabulary(pre="tekken"))
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "pixtral"])
+def test_with_llama_3s_names_whole_words_need_no_merges_and_a_text_has_bos(pre: str) -> None:
+    tokens = [*byte_alphabet(), "ab", "abc", f"{SPACE}abc", "<s>"]
+    metadata = {
+        "tokenizer.ggml.model": "gpt2", PRE: pre, TOKENS: tokens, MERGES: ["a b"], BOS: len(tokens) - 1,
+    }  # fmt: skip
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert pieces(tokenizer, "abc abc abca") == [b"<s>", b"abc", b" abc", b" ", b"ab", b"c", b"a"]
+    without = Tokenizer.from_metadata({**metadata, "tokenizer.ggml.add_bos_token": False})
+    assert pieces(without, "abc") == [b"abc"]
+    assert pieces(Tokenizer.from_metadata({**metadata, PRE: "qwen2"}), "abc") == [b"ab", b"c"]
+
+
+def test_llama_3_takes_digits_by_threes() -> None:
+    text = "x1234 56½a\n\n 7"
+    found = pre_tokenizer("llama-bpe").pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in found] == ["x", "123", "4", " ", "56½", "a", "\n\n", " ", "7"]
 
 
 def test_merges_and_words() -> None:
