@@ -1,4 +1,4 @@
-"""Local inference for Qwen2-family GGUF models whose context is not bounded by memory."""
+"""Local inference for Qwen and Llama GGUF models whose context is not bounded by memory."""
 
 from __future__ import annotations
 

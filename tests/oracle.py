@@ -1,4 +1,4 @@
-"""Qwen2 in plain numpy, float64, one token at a time in the reader's head: what the engine must equal."""
+"""Qwen2, Qwen3 and Llama in plain numpy, float64, all tokens at once: what the engine must equal."""
 
 import math
 
@@ -9,39 +9,62 @@ from tests.tiny_models import TinySpec
 Array = np.ndarray
 
 
-def qwen2_logits(spec: TinySpec, weights: dict[str, Array], tokens: list[int]) -> Array:
+def oracle_logits(spec: TinySpec, weights: dict[str, Array], tokens: list[int]) -> Array:
     """Logits [T, V] of every token, with the weights as write_tiny_model returns them."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     positions = np.arange(len(tokens))
     x = w["token_embd.weight"][tokens]  # [T, E]
     for i in range(spec.n_layer):
-        block = {name.removeprefix(f"blk.{i}."): v for name, v in w.items() if name.startswith(f"blk.{i}.")}
-        x = x + attention(spec, block, rms_norm(x, block["attn_norm.weight"], spec.norm_eps), positions)
+        block = layer_weights(w, i)
+        heads = attention(spec, block, rms_norm(x, block["attn_norm.weight"], spec.norm_eps), positions)
+        x = x + linear(block, "attn_output", heads)
         x = x + feed_forward(block, rms_norm(x, block["ffn_norm.weight"], spec.norm_eps))
+    return output_logits(spec, w, x)
+
+
+def layer_weights(w: dict[str, Array], layer: int) -> dict[str, Array]:
+    """By names without the layer; with the divisors of RoPE's frequencies, where the model has them."""
+    prefix = f"blk.{layer}."
+    block = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
+    return block | {name: w[name] for name in ("rope_freqs.weight",) if name in w}
+
+
+def output_logits(spec: TinySpec, w: dict[str, Array], x: Array) -> Array:
     x = rms_norm(x, w["output_norm.weight"], spec.norm_eps)
-    return x @ w["token_embd.weight" if spec.tied else "output.weight"].T
+    return x @ w["token_embd.weight" if spec.tied else "output.weight"].T + w.get("output.bias", 0.0)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
+def linear(block: dict[str, Array], name: str, x: Array) -> Array:
+    return x @ block[f"{name}.weight"].T + block.get(f"{name}.bias", 0.0)
+
+
 def feed_forward(block: dict[str, Array], x: Array) -> Array:
-    gate = x @ block["ffn_gate.weight"].T
-    return (gate / (1 + np.exp(-gate)) * (x @ block["ffn_up.weight"].T)) @ block["ffn_down.weight"].T
+    gate = linear(block, "ffn_gate", x)
+    return linear(block, "ffn_down", gate / (1 + np.exp(-gate)) * linear(block, "ffn_up", x))
+
+
+def project(spec: TinySpec, block: dict[str, Array], x: Array) -> tuple[Array, Array, Array]:
+    """x [T, E] -> q [H, T, d], k and v [K, T, d], before RoPE."""
+    names = ("attn_qkv",) if "attn_qkv.weight" in block else ("attn_q", "attn_k", "attn_v")
+    joined = np.concatenate([linear(block, name, x) for name in names], -1)
+    heads = joined.reshape(len(x), -1, spec.head_dim).transpose(1, 0, 2)
+    q, k, v = np.split(heads, [spec.n_head, spec.n_head + spec.n_head_kv])
+    if "attn_q_norm.weight" in block:
+        q = rms_norm(q, block["attn_q_norm.weight"], spec.norm_eps)
+        k = rms_norm(k, block["attn_k_norm.weight"], spec.norm_eps)
+    return q, k, v
 
 
 def attention(spec: TinySpec, block: dict[str, Array], x: Array, positions: Array) -> Array:
-    """Causal grouped-query attention: query head h reads key/value head h // (H / K)."""
+    """Causal grouped-query attention [T, H * d]: query head h reads key/value head h // (H / K)."""
     n_tokens = len(x)
-
-    def heads(name: str, n: int) -> Array:  # [n, T, d]
-        y = x @ block[f"attn_{name}.weight"].T + block[f"attn_{name}.bias"]
-        return y.reshape(n_tokens, n, spec.head_dim).transpose(1, 0, 2)
-
-    q = rotate(spec, heads("q", spec.n_head), positions)
-    k = rotate(spec, heads("k", spec.n_head_kv), positions)
-    v = heads("v", spec.n_head_kv)
+    q, k, v = project(spec, block, x)
+    factors = block.get("rope_freqs.weight")
+    q, k = rotate(spec, q, positions, factors), rotate(spec, k, positions, factors)
     group = spec.n_head // spec.n_head_kv
     visible = positions[None, :] <= positions[:, None]
     out = np.empty((n_tokens, spec.n_head, spec.head_dim))
@@ -50,13 +73,17 @@ def attention(spec: TinySpec, block: dict[str, Array], x: Array, positions: Arra
         scores = np.where(visible, scores, -np.inf)
         p = np.exp(scores - scores.max(-1, keepdims=True))
         out[:, h] = (p / p.sum(-1, keepdims=True)) @ v[h // group]
-    return out.reshape(n_tokens, -1) @ block["attn_output.weight"].T
+    return out.reshape(n_tokens, -1)
 
 
-def rotate(spec: TinySpec, x: Array, positions: Array) -> Array:
-    """RoPE on pairs (i, i + n/2) of the first n = rope_dim values; linear scaling and YaRN (arXiv 2309.00071)."""
+def rotate(spec: TinySpec, x: Array, positions: Array, factors: Array | None = None) -> Array:
+    """RoPE on the first n = rope_dim values: i with i + n/2, in Llama 2i with 2i + 1; linear scaling and YaRN (arXiv
+    2309.00071). factors: what each frequency is divided by.
+    """
     n = spec.rope_dim or spec.head_dim
     frequency = spec.rope_base ** (-2.0 * np.arange(n // 2) / n)
+    if factors is not None:
+        frequency = frequency / factors
     magnitude = 1.0
     if spec.scaling_kind == "linear":
         frequency = frequency / spec.scaling_factor
@@ -64,8 +91,12 @@ def rotate(spec: TinySpec, x: Array, positions: Array) -> Array:
         frequency, magnitude = yarn(spec, frequency, n)
     angle = positions[:, None] * frequency
     cos, sin = np.cos(angle) * magnitude, np.sin(angle) * magnitude
-    a, b = x[..., : n // 2], x[..., n // 2 : n]
-    return np.concatenate((a * cos - b * sin, a * sin + b * cos, x[..., n:]), -1)
+    first = np.arange(0, n, 2) if spec.arch == "llama" else np.arange(n // 2)
+    second = first + (1 if spec.arch == "llama" else n // 2)
+    a, b = x[..., first], x[..., second]
+    rotated = x.copy()
+    rotated[..., first], rotated[..., second] = a * cos - b * sin, a * sin + b * cos
+    return rotated
 
 
 def yarn(spec: TinySpec, frequency: Array, n: int) -> tuple[Array, float]:

@@ -1,4 +1,7 @@
-"""Representative-token memory in plain numpy, float64: every step as the method's description says, nothing clever."""
+"""Representative-token memory in plain numpy, float64: every step as the method's description says, nothing clever.
+
+Of `window` too, which is the same without blocks: what is neither first nor recent is not attended.
+"""
 
 from dataclasses import dataclass, field
 
@@ -6,7 +9,7 @@ import numpy as np
 
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
-from tests.oracle import Array, feed_forward, rms_norm, rotate
+from tests.oracle import Array, feed_forward, layer_weights, linear, output_logits, project, rms_norm, rotate
 from tests.tiny_models import TinySpec
 
 
@@ -26,7 +29,10 @@ class RepKVOracle:
     def __init__(
         self, spec: TinySpec, weights: dict[str, Array], memory: MemoryConfig, bounds: list[int] | None = None
     ) -> None:
+        self.window = memory.kv == "window"
         self.spec, self.memory, self.far = spec, memory, memory.positions == "far"
+        if self.window:
+            self.far = memory.positions != "exact"
         self.n_dense = min(memory.n_dense, spec.n_ctx)
         if memory.positions == "auto" and memory.n_ctx > spec.n_ctx:
             self.far, self.n_dense = True, 0
@@ -46,20 +52,19 @@ class RepKVOracle:
         first, m = self.n_past, self.memory
         start = max(0, first - m.n_local)
         self.far |= m.positions == "auto" and first + len(tokens) > self.spec.n_ctx
-        while self.bounds[len(self.blocks)] + self.max_size <= start:
+        while not self.window and self.bounds[len(self.blocks)] + self.max_size <= start:
             self.blocks.append(range(*self.bounds[len(self.blocks) : len(self.blocks) + 2]))
             for layer in self.layers:
                 layer.representatives.append([self.best(layer, kv) for kv in range(self.spec.n_head_kv)])
         self.selected = []
         x = self.w["token_embd.weight"][tokens]
         for i, layer in enumerate(self.layers):
-            block = {n.removeprefix(f"blk.{i}."): v for n, v in self.w.items() if n.startswith(f"blk.{i}.")}
+            block = layer_weights(self.w, i)
             h = rms_norm(x, block["attn_norm.weight"], self.spec.norm_eps)
-            x = x + self.attend(layer, block, h, start) @ block["attn_output.weight"].T
+            x = x + linear(block, "attn_output", self.attend(layer, block, h, start))
             x = x + feed_forward(block, rms_norm(x, block["ffn_norm.weight"], self.spec.norm_eps))
         self.n_past += len(tokens)
-        x = rms_norm(x, self.w["output_norm.weight"], self.spec.norm_eps)
-        return x @ self.w["token_embd.weight" if self.spec.tied else "output.weight"].T
+        return output_logits(self.spec, self.w, x)
 
     def best(self, layer: Layer, kv: int) -> list[int]:
         tokens = sorted(self.blocks[-1], key=lambda t: (-layer.scores[t][kv], t))
@@ -68,17 +73,16 @@ class RepKVOracle:
     def attend(self, layer: Layer, block: dict[str, Array], x: Array, start: int) -> Array:
         spec, m, first, n = self.spec, self.memory, self.n_past, len(x)
         group, positions = spec.n_head // spec.n_head_kv, np.arange(first, first + n)
+        q, k, v = project(spec, block, x)
 
-        def heads(name: str, count: int) -> Array:  # [count, T, d]
-            y = x @ block[f"attn_{name}.weight"].T + block[f"attn_{name}.bias"]
-            return y.reshape(n, count, spec.head_dim).transpose(1, 0, 2)
+        def turned(heads: Array, at: Array) -> Array:
+            return rotate(spec, heads, at, block.get("rope_freqs.weight"))
 
-        q, k, v = heads("q", spec.n_head), heads("k", spec.n_head_kv), heads("v", spec.n_head_kv)
-        q_near, k_near = rotate(spec, q, positions), rotate(spec, k, positions)
-        q_far = rotate(spec, q, np.full(n, m.n_local)) if self.far else q_near
+        q_near, k_near = turned(q, positions), turned(k, positions)
+        q_far = turned(q, np.full(n, m.n_local)) if self.far else q_near
         for t in range(n):
             # At position 0, which for YaRN is not the key itself: it puts a factor on both sides of a product.
-            layer.keys.append(rotate(spec, k[:, t : t + 1], np.zeros(1, int))[:, 0])
+            layer.keys.append(turned(k[:, t : t + 1], np.zeros(1, int))[:, 0])
             layer.rotated.append(k_near[:, t])
             layer.values.append(v[:, t])
             layer.scores.append(np.zeros(spec.n_head_kv))
@@ -95,7 +99,7 @@ class RepKVOracle:
         if m.late and n == 1 and kept and layer.kept:
             chosen = kept
         self.selected.append(chosen)
-        sealed_end = self.bounds[len(self.blocks)]
+        sealed_end = start if self.window else self.bounds[len(self.blocks)]
         out = np.empty((n, spec.n_head, spec.head_dim))
         for h in range(spec.n_head):
             kv = h // group

@@ -1,4 +1,4 @@
-"""Tiny random Qwen2 models, written as complete GGUF files, for tests that compare against a plain oracle.
+"""Tiny random models of every family, written as complete GGUF files, for tests that compare against a plain oracle.
 
 `write_tiny_model` returns the weights as they were written, dequantised, so an oracle needs no GGUF code.
 """
@@ -51,10 +51,25 @@ RANDOM_BLOCK_TYPES = (*_RANDOM_BLOCKS, QT.IQ1_M, QT.NVFP4)
 WEIGHT_TYPES = (*EXACT_TYPES, *QUANTISED_TYPES, *RANDOM_BLOCK_TYPES)
 
 
+QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
+# What the files of a family may have beside its matrices and norms.
+OPTIONAL = {
+    "qwen2": (*QKV_BIASES, "output.bias"),
+    "qwen3": QKV_BIASES,
+    "llama": (*QKV_BIASES, "attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias", "rope_freqs.weight"),
+}
+
+
 @dataclass(frozen=True)
 class TinySpec:
-    """Shape and flavour of a tiny model; `n_embd` and `rope_dim` of 0 mean their usual values."""
+    """Shape and flavour of a tiny model; `n_embd` and `rope_dim` of 0 mean their usual values.
 
+    optional: of OPTIONAL, what the file has. joined: q, k and v are one matrix, and their biases, if any, one vector.
+    """
+
+    arch: str = "qwen2"
+    optional: tuple[str, ...] = QKV_BIASES
+    joined: bool = False
     n_layer: int = 2
     n_head: int = 4
     n_head_kv: int = 2
@@ -132,30 +147,32 @@ def write_tiny_model(
 
 def tiny_metadata(spec: TinySpec) -> Metadata:
     """Metadata of `spec` without the tokenizer."""
-    metadata: Metadata = {
-        "general.architecture": ("qwen2", VT.STRING),
-        "general.name": ("tiny", VT.STRING),
-        "general.quantization_version": (2, VT.UINT32),
-        "qwen2.block_count": (spec.n_layer, VT.UINT32),
-        "qwen2.context_length": (spec.n_ctx, VT.UINT32),
-        "qwen2.embedding_length": (spec.width, VT.UINT32),
-        "qwen2.feed_forward_length": (spec.n_ff, VT.UINT32),
-        "qwen2.attention.head_count": (spec.n_head, VT.UINT32),
-        "qwen2.attention.head_count_kv": (spec.n_head_kv, VT.UINT32),
-        "qwen2.attention.layer_norm_rms_epsilon": (spec.norm_eps, VT.FLOAT32),
-        "qwen2.rope.freq_base": (spec.rope_base, VT.FLOAT32),
+    values = {
+        "block_count": (spec.n_layer, VT.UINT32),
+        "context_length": (spec.n_ctx, VT.UINT32),
+        "embedding_length": (spec.width, VT.UINT32),
+        "feed_forward_length": (spec.n_ff, VT.UINT32),
+        "attention.head_count": (spec.n_head, VT.UINT32),
+        "attention.head_count_kv": (spec.n_head_kv, VT.UINT32),
+        "attention.layer_norm_rms_epsilon": (spec.norm_eps, VT.FLOAT32),
+        "rope.freq_base": (spec.rope_base, VT.FLOAT32),
     }
     if spec.width != spec.n_head * spec.head_dim:
-        metadata["qwen2.attention.key_length"] = (spec.head_dim, VT.UINT32)
-        metadata["qwen2.attention.value_length"] = (spec.head_dim, VT.UINT32)
+        values["attention.key_length"] = (spec.head_dim, VT.UINT32)
+        values["attention.value_length"] = (spec.head_dim, VT.UINT32)
     if spec.rope_dim:
-        metadata["qwen2.rope.dimension_count"] = (spec.rope_dim, VT.UINT32)
+        values["rope.dimension_count"] = (spec.rope_dim, VT.UINT32)
     if spec.scaling_kind != "none":
-        metadata["qwen2.rope.scaling.type"] = (spec.scaling_kind, VT.STRING)
-        metadata["qwen2.rope.scaling.factor"] = (spec.scaling_factor, VT.FLOAT32)
+        values["rope.scaling.type"] = (spec.scaling_kind, VT.STRING)
+        values["rope.scaling.factor"] = (spec.scaling_factor, VT.FLOAT32)
     if spec.scaling_orig_ctx:
-        metadata["qwen2.rope.scaling.original_context_length"] = (spec.scaling_orig_ctx, VT.UINT32)
-    return metadata
+        values["rope.scaling.original_context_length"] = (spec.scaling_orig_ctx, VT.UINT32)
+    return {
+        "general.architecture": (spec.arch, VT.STRING),
+        "general.name": ("tiny", VT.STRING),
+        "general.quantization_version": (2, VT.UINT32),
+        **{f"{spec.arch}.{key}": value for key, value in values.items()},
+    }
 
 
 def byte_alphabet() -> list[str]:
@@ -197,21 +214,27 @@ def tiny_shapes(spec: TinySpec) -> dict[str, tuple[int, ...]]:
     }
     if not spec.tied:
         shapes["output.weight"] = (spec.n_vocab, width)
+    if "output.bias" in spec.optional:
+        shapes["output.bias"] = (spec.n_vocab,)
+    if "rope_freqs.weight" in spec.optional:
+        shapes["rope_freqs.weight"] = ((spec.rope_dim or spec.head_dim) // 2,)
+    matrices = {"attn_q": (n_q, width), "attn_k": (n_kv, width), "attn_v": (n_kv, width)}
+    biases = set(spec.optional)
+    if spec.joined:
+        matrices = {"attn_qkv": (n_q + 2 * n_kv, width)}
+        biases |= {"attn_qkv.bias"} if biases & set(QKV_BIASES) else set()
+    matrices["attn_output"] = (width, n_q)
+    feed_forward = {"ffn_gate": (spec.n_ff, width), "ffn_up": (spec.n_ff, width), "ffn_down": (width, spec.n_ff)}
     for layer in range(spec.n_layer):
-        block = {
-            "attn_norm.weight": (width,),
-            "attn_q.weight": (n_q, width),
-            "attn_q.bias": (n_q,),
-            "attn_k.weight": (n_kv, width),
-            "attn_k.bias": (n_kv,),
-            "attn_v.weight": (n_kv, width),
-            "attn_v.bias": (n_kv,),
-            "attn_output.weight": (width, n_q),
-            "ffn_norm.weight": (width,),
-            "ffn_gate.weight": (spec.n_ff, width),
-            "ffn_up.weight": (spec.n_ff, width),
-            "ffn_down.weight": (width, spec.n_ff),
-        }
+        block: dict[str, tuple[int, ...]] = {}
+        for norm, of_norm in (("attn_norm.weight", matrices), ("ffn_norm.weight", feed_forward)):
+            block[norm] = (width,)
+            for name, shape in of_norm.items():
+                block[f"{name}.weight"] = shape
+                if f"{name}.bias" in biases:
+                    block[f"{name}.bias"] = shape[:1]
+        if spec.arch == "qwen3":
+            block |= {f"attn_{name}_norm.weight": (spec.head_dim,) for name in "qk"}
         shapes.update({f"blk.{layer}.{name}": shape for name, shape in block.items()})
     return shapes
 
@@ -223,6 +246,8 @@ def tiny_tensors(spec: TinySpec) -> Tensors:
     for name, shape in tiny_shapes(spec).items():
         if name.endswith("norm.weight"):
             tensors[name] = Packed((1 + 0.2 * rng.standard_normal(shape)).astype(np.float32), QT.F32)
+        elif name == "rope_freqs.weight":
+            tensors[name] = Packed(rng.uniform(1, 8, shape).astype(np.float32), QT.F32)
         elif name.endswith(".bias"):
             tensors[name] = Packed((0.3 * rng.standard_normal(shape)).astype(np.float32), QT.F32)
         else:
@@ -270,8 +295,17 @@ def _fitting_types(*row_sizes: int) -> list[GGMLQuantizationType]:
 
 
 @st.composite
+def families(draw: st.DrawFn) -> dict[str, Any]:
+    """Of a TinySpec: which family, and what of it the file has; mostly what published files have."""
+    arch = draw(st.sampled_from(sorted(OPTIONAL)))
+    usual = QKV_BIASES if arch == "qwen2" else ()
+    optional = st.one_of(st.just(usual), st.sets(st.sampled_from(OPTIONAL[arch])).map(lambda names: (*sorted(names),)))
+    return {"arch": arch, "optional": draw(optional), "joined": draw(st.sampled_from([False, False, True]))}
+
+
+@st.composite
 def tiny_specs(draw: st.DrawFn, *, max_layers: int = 3, max_ctx: int = 256) -> TinySpec:
-    """Specs of tiny models: any grouping of heads, weight type that fits, tying and RoPE scaling."""
+    """Specs of tiny models: any family, grouping of heads, weight type that fits, tying and RoPE scaling."""
     n_head_kv = draw(st.integers(1, 3))
     n_head = n_head_kv * draw(st.integers(1, 4))
     head_dim = draw(st.sampled_from([16, 32, 64]))
@@ -281,6 +315,7 @@ def tiny_specs(draw: st.DrawFn, *, max_layers: int = 3, max_ctx: int = 256) -> T
     scaling = draw(st.sampled_from([("none", 1.0), ("none", 1.0), ("linear", 2.0), ("yarn", 4.0)]))
     types = _fitting_types(n_embd or n_head * head_dim, n_head * head_dim, n_ff)
     return TinySpec(
+        **draw(families()),
         n_layer=draw(st.integers(1, max_layers)),
         n_head=n_head,
         n_head_kv=n_head_kv,

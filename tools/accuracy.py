@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.demo import demo_model_path
-from tests.oracle import qwen2_logits
+from tests.oracle import oracle_logits
 from tests.tiny_models import TinySpec
 
 N_TOKENS = 400
@@ -31,7 +31,7 @@ def main(text_file: str) -> None:
     path = demo_model_path()
     with Model.load(path, repack=False) as model:
         tokens = model.tokenizer.encode(Path(text_file).read_text())[:N_TOKENS]
-        true = log_probs(qwen2_logits(oracle_spec(model), oracle_weights(model), tokens))
+        true = log_probs(oracle_logits(oracle_spec(model), oracle_weights(model), tokens))
         with model.session(MemoryConfig(n_ctx=1024)) as session:
             report("one token", true, np.array([session.decode(token) for token in tokens]), tokens)
     for name, options, flash_attn in FORMS:

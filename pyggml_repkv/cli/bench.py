@@ -254,7 +254,7 @@ def _about(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Pl
     return About(
         cpu=cpu_name(),
         model_filename=args.model,
-        model_type=f"qwen2 {_short_count(info.n_parameters)} {main_type.upper()}",
+        model_type=f"{info.config.arch} {_short_count(info.n_parameters)} {main_type.upper()}",
         model_size=info.weight_bytes,
         model_n_params=info.n_parameters,
         n_threads=args.threads,

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     parser = Parser(
         prog=PROG,
-        description="Local inference for Qwen2-family GGUF models whose context is not bounded by memory.",
+        description="Local inference for Qwen and Llama GGUF models whose context is not bounded by memory.",
         epilog=EPILOG,
         formatter_class=HelpFormatter,
     )

@@ -158,6 +158,8 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     stretch = "not scaled"
     if scaling.kind != "none":
         stretch = f"{scaling.kind} scaling by {scaling.factor:g} from {scaling.orig_context:,} tokens"
+    elif "rope_freqs.weight" in info.file.tensors:
+        stretch = "each frequency scaled by the file's rope_freqs"
     turned = f", {c.rope_dim} of {c.head_dim} values of a head" if c.rope_dim != c.head_dim else ""
     output_is = "the token embedding (tied)" if c.tied_output else "a matrix of its own"
     return [

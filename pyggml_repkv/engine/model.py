@@ -51,7 +51,7 @@ class Model:
         repack: bool = True,
         exact_graph: bool = False,
     ) -> Model:
-        """Opens a GGUF file of architecture qwen2.
+        """Opens a GGUF file of one of the families in `ARCHS`.
 
         threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.
@@ -167,7 +167,7 @@ class Model:
         return digest.hexdigest()
 
     def _boundaries(self) -> BoundaryScores:
-        return BoundaryScores(self.tokenizer.token_bytes, FirstLayerKeys(self.weights, self.config))
+        return BoundaryScores(self.tokenizer.token_bytes, FirstLayerKeys(self.file, self.config))
 
     def close(self) -> None:
         for session in list(self._sessions):

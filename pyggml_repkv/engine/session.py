@@ -21,7 +21,8 @@ from pyggml_repkv.engine.session_store import SessionStore
 from pyggml_repkv.engine.step import Stepper
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, Tracer
+from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.plan import GraphModel, Tracer
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer

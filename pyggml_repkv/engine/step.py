@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache, Tracer
+from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.plan import GraphModel, PlanCache, Tracer
 from pyggml_repkv.memory.policy import Policy
 
 

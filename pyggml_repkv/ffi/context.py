@@ -116,6 +116,11 @@ class GraphContext(TensorContext):
         self.reserve()
         return g.ggml_permute(self.pointer, a, 0, 2, 1, 3)
 
+    def transpose(self, a: Tensor) -> Tensor:
+        """[..., m, n] -> [..., n, m], without moving data."""
+        self.reserve()
+        return g.ggml_transpose(self.pointer, a)
+
     def get_rows(self, a: Tensor, rows: Tensor) -> Tensor:
         self.reserve()
         return g.ggml_get_rows(self.pointer, a, rows)
@@ -152,11 +157,17 @@ class GraphContext(TensorContext):
         self.reserve()
         return g.ggml_swiglu(self.pointer, gate_up)
 
-    def rope_neox(self, x: Tensor, positions: Tensor, rope: Rope) -> Tensor:
-        """x [T, n_head, head_dim], positions I32 [T]."""
+    def rope(
+        self, x: Tensor, positions: Tensor, rope: Rope, factors: Tensor | None = None, *, pairs: bool = False
+    ) -> Tensor:
+        """x [T, n_head, head_dim], positions I32 [T]: turns values i and i + n/2 together, or pairs 2i and 2i + 1.
+
+        factors F32 [n / 2]: what each frequency is divided by.
+        """
         self.reserve()
+        mode = g.GGML_ROPE_TYPE_NORMAL if pairs else g.GGML_ROPE_TYPE_NEOX
         return g.ggml_rope_ext(
-            self.pointer, x, positions, None, rope.n_dims, g.GGML_ROPE_TYPE_NEOX, rope.n_ctx_orig, rope.freq_base,
+            self.pointer, x, positions, factors, rope.n_dims, mode, rope.n_ctx_orig, rope.freq_base,
             rope.freq_scale, rope.ext_factor, rope.attn_factor, rope.beta_fast, rope.beta_slow,
         )  # fmt: skip
 

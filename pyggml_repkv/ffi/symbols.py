@@ -76,6 +76,7 @@ SYMBOLS = (
     "ggml_swiglu",
     "ggml_swiglu_split",
     "ggml_tensor_overhead",
+    "ggml_transpose",
     "ggml_type_name",
     "ggml_used_mem",
     "ggml_version",

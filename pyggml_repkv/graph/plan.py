@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,8 +15,11 @@ from pyggml_repkv.ffi.handles import Backend, GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
 from pyggml_repkv.ffi.library import native, native_ffi
 from pyggml_repkv.ffi.scheduler import Scheduler
-from pyggml_repkv.graph.qwen2 import NameTensor, Qwen2Graph
-from pyggml_repkv.graph.qwen2_fused import FusedQwen2Graph
+from pyggml_repkv.graph.decoder import Decoder, Outputs
+from pyggml_repkv.graph.forms.base import DecoderForm, NameTensor
+from pyggml_repkv.graph.forms.ggml import GgmlForm
+from pyggml_repkv.graph.forms.one import OneForm
+from pyggml_repkv.graph.forms.packed import PackedForm
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import EvalHook, Form, HookPoint, Policy, PolicyInputs, StepAttention, StepShape
@@ -26,8 +29,6 @@ from pyggml_repkv.model.rope import RopeTable, rope_params
 from pyggml_repkv.model.weights import Weights
 from pyggml_repkv.ops.kernels import PANEL, Kernels, n_panels
 from pyggml_repkv.ops.makers import Ops
-
-Outputs = Literal["last", "all", "none"]
 
 # Enough for decode, a full chunk, an odd last chunk and their neighbours in attended length.
 _MAX_PLANS = 6
@@ -78,10 +79,8 @@ class Plan:
         self._rope_table = self._rope_input(model.config.rope_dim)
         ops = Ops(g, model.kernels, self._rope_table, traced)
         self.attention: StepAttention = policy.build(ops, key.shape)
-        if key.shape.form == "ggml":
-            self.logits = self._build_ggml(model, key, cb)
-        else:
-            self.logits = self._build_fused(model, key, cb, ops)
+        form = self._form(model, ops, cb)
+        self.logits = Decoder(g, model.weights, form, self.attention, cb).build(self._tokens, key.outputs)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
         self._tracer: Tracer | None = None
@@ -121,14 +120,19 @@ class Plan:
             raise
         self.hook.check_complete()
 
-    def _build_ggml(self, model: GraphModel, key: PlanKey, cb: NameTensor) -> Tensor | None:
-        g, n_tokens = self.context, key.shape.n_tokens
+    def _form(self, model: GraphModel, ops: Ops, cb: NameTensor) -> DecoderForm:
+        g, n_tokens = ops.g, self.key.shape.n_tokens
+        if self.key.shape.form == "one":
+            return OneForm(ops, model.weights, cb)
+        if self.key.shape.form == "packed":
+            return PackedForm(ops, model.weights, cb, n_tokens)
         self._positions = g.input(ggml.GGML_TYPE_I32, (n_tokens,), "inp_pos")
-        if key.outputs == "last" and n_tokens > 1:
+        if self.key.outputs == "last" and n_tokens > 1:
             self._output_rows = g.input(ggml.GGML_TYPE_I32, (1,), "inp_out_ids")
-        graph = Qwen2Graph(g, model.config, model.weights, model.rope, self.attention, cb)
-        output = key.outputs != "none"
-        return graph.build(self._tokens, self._positions, output_rows=self._output_rows, output=output)
+        return GgmlForm(
+            g, model.config, model.weights, model.rope, self._positions, cb,
+            last_row=self._output_rows, by_halves="one" in model.forms,
+        )  # fmt: skip
 
     def _rope_input(self, rope_dim: int) -> Tensor | None:
         """The table that fused nodes rotate by; ggml's make it themselves."""
@@ -137,12 +141,6 @@ class Plan:
             return None
         sizes = (2, rope_dim // 2) if shape.form == "one" else (n_panels(shape.n_tokens), rope_dim, PANEL)
         return self.context.input(ggml.GGML_TYPE_F32, sizes, "inp_rope")
-
-    def _build_fused(self, model: GraphModel, key: PlanKey, cb: NameTensor, ops: Ops) -> Tensor | None:
-        graph = FusedQwen2Graph(ops, model.weights, self.attention, cb)
-        if key.shape.form == "one":
-            return graph.build_one(self._tokens)
-        return graph.build_chunk(self._tokens, last_only=key.outputs == "last", output=key.outputs != "none")
 
     def fill(self, tokens: Sequence[int] | np.ndarray, n_past: int) -> None:
         """All inputs, every time: the allocator reuses their memory during compute."""
@@ -180,8 +178,9 @@ class GraphModel:
         self.config, self.weights = config, weights
         self.exact = exact
         self.rope = rope_params(config)
-        self.rope_table = RopeTable(self.rope)
-        self.precise_rope_table = RopeTable(self.rope, np.float64)
+        factors = None if weights.rope_freqs is None else tensor_array(weights.rope_freqs)
+        self.rope_table = RopeTable(self.rope, factors=factors)
+        self.precise_rope_table = RopeTable(self.rope, np.float64, factors)
         self.kernels = Kernels(config, backend)
         self._packs = bool(native.repkv_has_fast_prefill()) and config.n_embd <= MAX_PACKED_WIDTH
 
@@ -208,9 +207,9 @@ class GraphModel:
             raise InputError(f"--exact-graph is llama.cpp's graph, which has no --kv {policy.name}: leave one out")
         raise InputError(f"--kv {policy.name} needs the weights as in the file: load the model with --no-repack")
 
-    def form(self, n_tokens: int, outputs: Outputs) -> Form:
+    def form(self, n_tokens: int) -> Form:
         """What a step is best built of."""
-        if n_tokens == 1 and outputs != "none" and "one" in self.forms:
+        if n_tokens == 1 and "one" in self.forms:
             return "one"
         if self._packs and n_tokens >= MIN_PACKED_TOKENS and "packed" in self.forms:
             return "packed"
@@ -236,7 +235,7 @@ class PlanCache:
 
     def of_step(self, n_past: int, n_tokens: int, outputs: Outputs) -> Plan:
         """The plan of a step that reads n_tokens after n_past."""
-        preferred = self._model.form(n_tokens, outputs)
+        preferred = self._model.form(n_tokens)
         return self.get(PlanKey(self._policy.step_shape(n_past, n_tokens, preferred), outputs))
 
     def get(self, key: PlanKey) -> Plan:

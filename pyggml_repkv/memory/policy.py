@@ -133,13 +133,13 @@ class StepAttention(Protocol):
     def hook(self) -> EvalHook | None:
         """What must run between the graph's nodes; None: they are computed at once."""
 
-    def attend(self, qkv: Tensor, layer: int) -> Tensor:
+    def attend(self, qkv: Any, layer: int) -> Tensor:
         """Stores keys and values, then attends -> in form `ggml` [T, H * d], in form `one` partial sums for the
         `attn_out` op, in form `packed` heads [n_panels, H * d, PANEL].
         """
 
-    def store(self, qkv: Tensor, layer: int) -> None:
-        """Stores without attending, for a layer whose output nobody reads. Not asked of form `one`."""
+    def store(self, qkv: Any, layer: int) -> None:
+        """Stores keys and values, for a layer whose output nobody reads."""
 
     def fill(self, n_past: int) -> None:
         """Writes this part's inputs for a step whose first token has position n_past. Call before every compute."""

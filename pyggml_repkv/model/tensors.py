@@ -1,11 +1,14 @@
-"""Which tensors a Qwen2 model must hold, their shapes, and the types that ggml's CPU backend can multiply."""
+"""Which tensors a model must hold, their shapes, and the types that ggml's CPU backend can multiply."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
+from pyggml_repkv.model.rows import Rows
 
 QT = GGMLQuantizationType
 
@@ -33,23 +36,35 @@ class TensorSpec:
     types: frozenset[QT]
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
-    """The tensors of the model, by name, in the order of the computation."""
+def expected_tensors(config: ModelConfig, present: Container[str]) -> dict[str, TensorSpec]:
+    """The tensors of the model, by name, in the order of the computation: all that its family must have, and of those
+    that may be missing the ones in `present`, the names that the file has.
+    """
+    optional = config.family.optional
     specs = {"token_embd.weight": _matrix(config.n_vocab, config.n_embd)}
+    if "rope_freqs.weight" in optional and "rope_freqs.weight" in present:
+        specs["rope_freqs.weight"] = _vector(config.rope_dim // 2)
     for layer in range(config.n_layer):
-        specs.update({f"blk.{layer}.{name}": spec for name, spec in _block_tensors(config).items()})
+        joined = f"blk.{layer}.attn_qkv.weight" in present
+        for suffix, spec in _block_tensors(config, joined=joined).items():
+            name = f"blk.{layer}.{suffix}"
+            if name in present if suffix in optional else suffix.endswith(".weight"):
+                specs[name] = spec
     specs["output_norm.weight"] = _vector(config.n_embd)
     if not config.tied_output:
         specs["output.weight"] = _matrix(config.n_vocab, config.n_embd)
+    if "output.bias" in optional and "output.bias" in present:
+        specs["output.bias"] = _vector(config.n_vocab)
     return specs
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
-    """Check presence, shape and type of every tensor; return the names of tensors the model has no use for.
+    """Check presence, shape and type of every tensor, and the divisors of RoPE's frequencies; return the names of
+    tensors the model has no use for.
 
     Raises ModelFileError. That rows are whole blocks and lie in the file is checked when the file is opened.
     """
-    specs = expected_tensors(config)
+    specs = expected_tensors(config, file.tensors)
     for name, spec in specs.items():
         info = file.tensors.get(name)
         if info is None:
@@ -61,6 +76,10 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
         if info.type not in spec.types:
             types = ", ".join(t.name for t in sorted(spec.types))
             raise file_error(file.path, f"tensor {name} is {info.type.name}", f"convert it to one of {types}")
+    if "rope_freqs.weight" in specs:
+        factors = Rows.of(file, "rope_freqs.weight").floats_in(file)
+        if not (np.isfinite(factors) & (factors > 0)).all():
+            raise file_error(file.path, "tensor rope_freqs.weight has values that no frequency can be divided by")
     extra = tuple(name for name in file.tensors if name not in specs)
     for name in extra:
         if name.startswith(_MEANINGFUL):
@@ -72,21 +91,29 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
     return extra
 
 
-def _block_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
-    return {
-        "attn_norm.weight": _vector(config.n_embd),
-        "attn_q.weight": _matrix(config.n_embd_q, config.n_embd),
-        "attn_q.bias": _vector(config.n_embd_q),
-        "attn_k.weight": _matrix(config.n_embd_kv, config.n_embd),
-        "attn_k.bias": _vector(config.n_embd_kv),
-        "attn_v.weight": _matrix(config.n_embd_kv, config.n_embd),
-        "attn_v.bias": _vector(config.n_embd_kv),
-        "attn_output.weight": _matrix(config.n_embd, config.n_embd_q),
-        "ffn_norm.weight": _vector(config.n_embd),
-        "ffn_gate.weight": _matrix(config.n_ff, config.n_embd),
-        "ffn_up.weight": _matrix(config.n_ff, config.n_embd),
-        "ffn_down.weight": _matrix(config.n_embd, config.n_ff),
+def _block_tensors(config: ModelConfig, *, joined: bool) -> dict[str, TensorSpec]:
+    """Of one layer, with every bias that any family may have; joined: q, k and v are one matrix."""
+    c = config
+    qkv = {"attn_qkv": c.n_embd_q + 2 * c.n_embd_kv} if joined else {
+        "attn_q": c.n_embd_q, "attn_k": c.n_embd_kv, "attn_v": c.n_embd_kv,
+    }  # fmt: skip
+    specs = {"attn_norm.weight": _vector(c.n_embd)}
+    for name, n_rows in qkv.items():
+        specs |= {f"{name}.weight": _matrix(n_rows, c.n_embd), f"{name}.bias": _vector(n_rows)}
+    if c.family.qk_norm:
+        specs |= {"attn_q_norm.weight": _vector(c.head_dim), "attn_k_norm.weight": _vector(c.head_dim)}
+    specs |= {
+        "attn_output.weight": _matrix(c.n_embd, c.n_embd_q),
+        "attn_output.bias": _vector(c.n_embd),
+        "ffn_norm.weight": _vector(c.n_embd),
     }
+    for name, n_rows, n_columns in (
+        ("ffn_gate", c.n_ff, c.n_embd),
+        ("ffn_up", c.n_ff, c.n_embd),
+        ("ffn_down", c.n_embd, c.n_ff),
+    ):
+        specs |= {f"{name}.weight": _matrix(n_rows, n_columns), f"{name}.bias": _vector(n_rows)}
+    return specs
 
 
 def _matrix(n_rows: int, n_columns: int) -> TensorSpec:

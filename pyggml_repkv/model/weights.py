@@ -3,76 +3,69 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 
 from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.rows import QKV, Rows, layer_rows
 
 _ALIGNMENT = 32
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Matrices are [n_out, n_in]. `attn_qkv` and `ffn_gate_up` are the row-wise joins, None where kept apart."""
+    """Matrices are [n_out, n_in]. What the file lacks is None, as are the row-wise joins `attn_qkv` and `ffn_gate_up`
+    where the parts are kept apart.
+
+    qkv_biases: no tensors, or one for each of q, k and v, zeros where only others have one.
+    """
 
     attn_norm: Tensor
     attn_q: Tensor
     attn_k: Tensor
     attn_v: Tensor
-    attn_q_bias: Tensor
-    attn_k_bias: Tensor
-    attn_v_bias: Tensor
     attn_output: Tensor
     ffn_norm: Tensor
     ffn_gate: Tensor
     ffn_up: Tensor
     ffn_down: Tensor
+    attn_q_bias: Tensor | None = None
+    attn_k_bias: Tensor | None = None
+    attn_v_bias: Tensor | None = None
+    qkv_biases: tuple[Tensor, ...] = ()
+    attn_q_norm: Tensor | None = None
+    attn_k_norm: Tensor | None = None
+    attn_output_bias: Tensor | None = None
+    ffn_gate_bias: Tensor | None = None
+    ffn_up_bias: Tensor | None = None
+    ffn_down_bias: Tensor | None = None
     attn_qkv: Tensor | None = None
     attn_qkv_bias: Tensor | None = None
     ffn_gate_up: Tensor | None = None
+    ffn_gate_up_bias: Tensor | None = None
 
 
-_PARTS = {
-    "attn_norm": "attn_norm.weight",
-    "attn_q": "attn_q.weight",
-    "attn_k": "attn_k.weight",
-    "attn_v": "attn_v.weight",
-    "attn_q_bias": "attn_q.bias",
-    "attn_k_bias": "attn_k.bias",
-    "attn_v_bias": "attn_v.bias",
-    "attn_output": "attn_output.weight",
-    "ffn_norm": "ffn_norm.weight",
-    "ffn_gate": "ffn_gate.weight",
-    "ffn_up": "ffn_up.weight",
-    "ffn_down": "ffn_down.weight",
-}
-
-_JOINS = {
-    "attn_qkv": ("attn_q", "attn_k", "attn_v"),
-    "attn_qkv_bias": ("attn_q_bias", "attn_k_bias", "attn_v_bias"),
-    "ffn_gate_up": ("ffn_gate", "ffn_up"),
-}
+_JOINS = {"attn_qkv": QKV, "ffn_gate_up": ("ffn_gate", "ffn_up")}
 
 
 class Weights:
     """All tensors of a checked file (see `check_tensors`), kept alive together with the memory map.
 
     `repacked` says whether any matrix was copied into a layout of ggml's; such a matrix can only be multiplied by
-    ggml's own node, so the fused decode ops are not used then. `joins` says whether matrices may be joined.
+    ggml's own node, so the fused decode ops are not used then. `joins` says whether matrices are joined that the file
+    has apart.
     """
 
     def __init__(self, file: GGUFFile, config: ModelConfig, *, repack: bool, join: bool) -> None:
         self._file, self._config = file, config
-        self._context = TensorContext((len(_PARTS) + len(_JOINS)) * config.n_layer + 16)
+        self._context = TensorContext(len(fields(LayerWeights)) * config.n_layer + 16)
         self._map = Buffer.over(file.data)
         self._buffers: list[Buffer] = []
         self._repacker = Repacker() if repack else None
@@ -82,59 +75,58 @@ class Weights:
         # Of the file, what is never read again since it was repacked.
         self.replaced_bytes = 0
 
-        self.token_embd = self._mapped("token_embd.weight")
-        self.output_norm = self._mapped("output_norm.weight")
+        self.token_embd = self._mapped(Rows.of(file, "token_embd.weight"))
+        self.output_norm = self._mapped(Rows.of(file, "output_norm.weight"))
         output_name = "token_embd.weight" if config.tied_output else "output.weight"
-        self.output = self._matrix([output_name], "output.weight")
-        self.layers = [self._layer(i, join) for i in range(config.n_layer)]
+        self.output = self._matrix([Rows.of(file, output_name)], "output.weight")
+        self.output_bias, self.rope_freqs = (
+            self._mapped(Rows.of(file, name)) if name in file.tensors else None
+            for name in ("output.bias", "rope_freqs.weight")
+        )
+        self.layers = [self._layer(i) for i in range(config.n_layer)]
         if self.repacked:
             file.release_pages()
 
-    def floats(self, name: str, row: int | None = None) -> np.ndarray:
-        """A tensor of the file, or one row of it, as float32."""
-        info = self._file.tensors[name]
-        data = self._file.tensor_bytes(name).reshape(*info.shape[:-1], -1)
-        return dequantize(data if row is None else data[row], GGMLQuantizationType(info.type))
+    def _layer(self, layer: int) -> LayerWeights:
+        rows = layer_rows(self._file, self._config, layer)
+        made: dict[str, Any] = {}
+        for whole, parts in _JOINS.items():
+            of_whole = [rows[whole]] if whole in rows else [rows[part] for part in parts]
+            if whole in rows or (self.joins and self._gains_by_joining(of_whole)):
+                made[whole] = self._matrix(of_whole, f"blk.{layer}.{whole}.weight")
+                made |= {part: self._mapped(rows[part]) for part in parts}
+                if _any_bias(rows, parts):
+                    bias = np.concatenate([self._bias(rows, part) for part in parts])
+                    made[f"{whole}_bias"] = self._vector(f"blk.{layer}.{whole}.bias", bias)
+        made |= {part: self._matrix([rows[part]], rows[part].name) for part in rows if part not in made}
+        if _any_bias(rows, QKV):
+            made["qkv_biases"] = tuple(
+                made[f"{part}_bias"]
+                if f"{part}_bias" in made
+                else self._vector(f"blk.{layer}.{part}.bias", self._bias(rows, part))
+                for part in QKV
+            )
+        return LayerWeights(**made)
 
-    def _layer(self, layer: int, join: bool) -> LayerWeights:
-        names = {part: f"blk.{layer}.{suffix}" for part, suffix in _PARTS.items()}
-        joined: dict[str, Tensor] = {}
-        if join:
-            for whole, parts in _JOINS.items():
-                if whole == "attn_qkv_bias" and "attn_qkv" not in joined:
-                    continue
-                tensor = self._join(f"blk.{layer}.{whole}", [names[part] for part in parts])
-                if tensor is not None:
-                    joined[whole] = tensor
-        covered = {part for whole in joined for part in _JOINS[whole]}
-        single: dict[str, Tensor] = {}
-        for part, name in names.items():
-            single[part] = self._mapped(name) if part in covered else self._matrix([name], name)
-        return LayerWeights(**single, **joined)
+    def _gains_by_joining(self, parts: Sequence[Rows]) -> bool:
+        """Whether the parts are matrices of one type that are repacked anyway."""
+        if self._repacker is None or len({part.info.type for part in parts}) != 1:
+            return False
+        return self._repacker.buffer_type(parts[0].info.type, _joined_shape(parts)) is not None
 
-    def _join(self, name: str, parts: list[str]) -> Tensor | None:
-        """One tensor of the parts' rows, where that pays: matrices that are repacked anyway, and their biases."""
-        infos = [self._file.tensors[part] for part in parts]
-        if len({info.type for info in infos}) != 1:
-            return None
-        if len(infos[0].shape) == 2:
-            if self._repacker is None or self._repacker.buffer_type(infos[0].type, self._shape(parts)) is None:
-                return None
-            return self._matrix(parts, name)
-        bias = np.concatenate([self._file.tensor_bytes(part) for part in parts])
-        return self._copied(name, infos[0].type, self._shape(parts), bias)
+    def _bias(self, rows: dict[str, Rows], part: str) -> np.ndarray:
+        """float32 [n_out] of a matrix: zeros where the file has none."""
+        bias = rows.get(f"{part}_bias")
+        return np.zeros(rows[part].n, np.float32) if bias is None else bias.floats_in(self._file)
 
-    def _shape(self, parts: Iterable[str]) -> tuple[int, ...]:
-        shapes = [self._file.tensors[part].shape for part in parts]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-    def _matrix(self, parts: list[str], name: str) -> Tensor:
-        """A matrix that is only multiplied, from the rows of `parts`: repacked if this CPU has a layout for it."""
-        type_, shape = self._file.tensors[parts[0]].type, self._shape(parts)
+    def _matrix(self, parts: Sequence[Rows], name: str) -> Tensor:
+        """What is only multiplied, or a vector: repacked if this CPU has a layout for it, else the only part."""
+        type_, shape = parts[0].info.type, _joined_shape(parts)
         buffer_type = self._repacker.buffer_type(type_, shape) if self._repacker and len(shape) == 2 else None
         if buffer_type is None:
-            return self._mapped(parts[0])
-        data = [self._file.tensor_bytes(part) for part in parts]
+            (part,) = parts
+            return self._mapped(part)
+        data = [part.bytes_in(self._file) for part in parts]
         rows = data[0] if len(data) == 1 else np.concatenate(data)
         tensor = self._context.new(type_, shape, name)
         buffer = Buffer.allocate(buffer_type, g.ggml_backend_buft_get_alloc_size(buffer_type, tensor))
@@ -143,17 +135,19 @@ class Weights:
         g.ggml_backend_tensor_set(tensor, rows.ctypes.data_as(ctypes.c_void_p), 0, rows.nbytes)
         self.repacked = True
         self.repacked_bytes += buffer.size
-        if parts[0] != "token_embd.weight":  # whose rows are still taken from the file
+        if parts[0].name != "token_embd.weight":  # whose rows are still taken from the file
             self.replaced_bytes += rows.nbytes
         return tensor
 
-    def _mapped(self, name: str) -> Tensor:
-        info = self._file.tensors[name]
-        if info.offset % _ALIGNMENT:
-            return self._copied(name, info.type, info.shape, self._file.tensor_bytes(name))
-        tensor = self._context.new(info.type, info.shape, name)
-        self._map.place(tensor, info.offset)
+    def _mapped(self, rows: Rows) -> Tensor:
+        if rows.offset % _ALIGNMENT:
+            return self._copied(rows.name, rows.info.type, rows.shape, rows.bytes_in(self._file))
+        tensor = self._context.new(rows.info.type, rows.shape, rows.name)
+        self._map.place(tensor, rows.offset)
         return tensor
+
+    def _vector(self, name: str, values: np.ndarray) -> Tensor:
+        return self._copied(name, g.GGML_TYPE_F32, values.shape, values.view(np.uint8))
 
     def _copied(self, name: str, type_: int, shape: tuple[int, ...], data: np.ndarray) -> Tensor:
         memory = aligned_zeros(-(-data.nbytes // 64) * 64)
@@ -168,6 +162,14 @@ class Weights:
         self._context.close()
         for buffer in (*self._buffers, self._map):
             buffer.close()
+
+
+def _any_bias(rows: dict[str, Rows], parts: Sequence[str]) -> bool:
+    return any(f"{part}_bias" in rows for part in parts)
+
+
+def _joined_shape(parts: Sequence[Rows]) -> tuple[int, ...]:
+    return (sum(part.n for part in parts), *parts[0].shape[1:])
 
 
 class Repacker:

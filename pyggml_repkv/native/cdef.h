@@ -24,6 +24,7 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    int32_t pairs;
     float sticky;
     int32_t late;
     int32_t n_score;

@@ -7,7 +7,7 @@
 
 enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
 
-/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout that Qwen2 uses. */
+/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout: families with another come through qk_norm. */
 static inline void rope(float *y, const float *x, const float *cosine, const float *sine, int rope_dim, int head_dim) {
     const int half = rope_dim / 2;
     for (int i = 0; i < half; i++) {

@@ -14,6 +14,7 @@
 #define ROWS(name) {#name, REPKV_ROWS},
 #define OUT(name) {#name, REPKV_WRITES},
 #define INOUT(name) {#name, REPKV_ROWS | REPKV_WRITES},
+#define MAYBE(name) {#name, REPKV_MAYBE},
 #define MAYBE_INOUT(name) {#name, REPKV_MAYBE | REPKV_ROWS | REPKV_WRITES},
 const struct repkv_op_info repkv_ops[REPKV_N_OPS] = {
 #include "ops.def"

@@ -21,6 +21,7 @@ struct repkv_op_params {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t rope_dim;
+    int32_t pairs; /* qk_norm: whether heads come with pairs side by side */
     float sticky;  /* block_topk: advantage of a block that the last token selected, in nats */
     int32_t late;  /* block_topk: what is attended is what the last token selected */
     int32_t n_score; /* score_acc: how many later queries score a key */
@@ -68,6 +69,7 @@ struct repkv_op_info {
 #define ROWS(name) IN(name)
 #define OUT(name) IN(name)
 #define INOUT(name) IN(name)
+#define MAYBE(name) IN(name)
 #define MAYBE_INOUT(name) IN(name)
 #include "ops.def"
 

@@ -56,6 +56,11 @@ class Ops:
         shape = (_n_rows(weights),)
         return self.node("norm_linear", shape, _counts(weights, biases), x=x, norm=norm, matrices=[*weights, *biases])
 
+    def qk_norm(self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        """qkv [T, (H + 2 K) * d] -> the same; queries and keys by halves, and normed where there are norms [d]."""
+        shape = qkv.contents.ne[1], qkv.contents.ne[0]
+        return self.node("qk_norm", shape, self._pairs(), qkv=qkv, q_norm=q_norm, k_norm=k_norm)
+
     def attend(self, qkv: Tensor, k_arena: Tensor, v_arena: Tensor, cells: Tensor) -> Tensor:
         """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value."""
         arenas = {"k_arena": k_arena, "v_arena": v_arena}
@@ -95,6 +100,11 @@ class Ops:
     def matmul_gate_up(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """Packed x -> silu(gate @ x) * (up @ x), packed."""
         return self.node("matmul_gate_up", packed_like(x, _n_rows([gate])), x=x, gate=gate, up=up)
+
+    def qk_norm_packed(self, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        """`qk_norm` of packed qkv."""
+        shape = packed_like(qkv, qkv.contents.ne[1])
+        return self.node("qk_norm_packed", shape, self._pairs(), qkv=qkv, q_norm=q_norm, k_norm=k_norm)
 
     def store_kv(self, qkv: Tensor, k_arena: Tensor, v_arena: Tensor, cells: Tensor) -> Tensor:
         """Packed qkv -> rotated, scaled queries, packed; writes rotated keys and values to the arenas."""
@@ -201,6 +211,9 @@ class Ops:
             "attend_memory_one", self._partial_shape(), qkv=qkv, k_local=k_local, v_local=v_local, k_store=k_store,
             v_store=v_store, rope=rope, runs=runs, regions=regions,
         )  # fmt: skip
+
+    def _pairs(self) -> dict[str, int]:
+        return {"pairs": int(self.config.family.rope == "pairs")}
 
     def _partial_shape(self) -> tuple[int, int, int]:
         return self.kernels.n_threads, self.config.n_head, 2 + self.config.head_dim

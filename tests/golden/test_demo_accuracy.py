@@ -11,7 +11,7 @@ from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
-from tests.oracle import qwen2_logits
+from tests.oracle import oracle_logits
 from tests.tiny_models import TinySpec
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def truth(demo_model, tokens) -> np.ndarray:
     for name, info in file.tensors.items():
         raw = np.frombuffer(file.tensor_bytes(name), np.uint8).reshape(info.shape[0] if len(info.shape) == 2 else 1, -1)
         weights[name] = dequantize(raw, info.type).reshape(info.shape)
-    return log_probs(qwen2_logits(spec, weights, tokens))
+    return log_probs(oracle_logits(spec, weights, tokens))
 
 
 def divergence(truth: np.ndarray, logits: np.ndarray) -> float:

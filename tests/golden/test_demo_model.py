@@ -1,5 +1,6 @@
 """The demo model says what llama.cpp says, bit for bit with the exact graph, closely with the fused one."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,9 @@ import pytest
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import describe
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.demo import SOURCE_SHA256
+from pyggml_repkv.model.gguf_file import GGUFFile
 
 
 def log_probs(logits: np.ndarray) -> np.ndarray:
@@ -69,3 +73,53 @@ def test_chunking_keeps_the_answer(model, golden_model):
         logits = session.prefill(prompt["tokens"])
         n_same = len(prompt["greedy"]) if SAME_KERNELS else 1
         assert greedy(session, logits, n_same) == prompt["greedy"][:n_same]
+
+
+@pytest.fixture(scope="module")
+def original(demo_model, tmp_path_factory):
+    """The file of the wheel, of llama architecture: the conversion taken back, as its hash proves."""
+    file = GGUFFile.open(demo_model)
+    config, data = ModelConfig.from_gguf(file), np.array(file.data)
+    n_header = min(info.offset for info in file.tensors.values())
+    data[:n_header] = np.frombuffer(data[:n_header].tobytes().replace(b"qwen2", b"llama"), np.uint8)
+    for name, info in file.tensors.items():
+        if name.endswith(("attn_q.weight", "attn_k.weight")):
+            rows = data[info.offset : info.offset + info.n_bytes].reshape(
+                -1, 2, config.head_dim // 2, info.n_bytes // info.shape[0]
+            )
+            pairs = rows.swapaxes(1, 2).copy()
+            rows[...] = pairs.reshape(rows.shape)
+    assert hashlib.sha256(data).hexdigest() == SOURCE_SHA256
+    path = tmp_path_factory.mktemp("original") / "SmolLM2.gguf"
+    data.tofile(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["full", "window", "repkv"])
+def test_the_original_says_the_same(demo_model, original, golden_model, kv):
+    """By pairs or by halves: the fused forms have the same numbers in another order of the rows, bit for bit."""
+    tokens = golden_model["prompts"][4]["tokens"]
+    memory = MemoryConfig(kv=kv, n_ctx=1024, n_local=128, n_dense=0)
+    said = []
+    for path in (demo_model, original):
+        with Model.load(path, threads=2) as model, model.session(memory) as session:
+            steps = [session.prefill(tokens[:-25]), session.prefill(tokens[-25:-5])]
+            said.append([*steps, *(session.decode(token) for token in tokens[-5:])])
+    assert np.array_equal(*said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flash_attn", [True, False])
+def test_the_original_in_llama_cpps_nodes(demo_model, original, golden_model, flash_attn):
+    """Products of keys and queries are summed in another order there, and activations rounded to 8 bits after them."""
+    tokens = golden_model["prompts"][4]["tokens"]
+    said = []
+    for path in (demo_model, original):
+        with (
+            Model.load(path, threads=2, exact_graph=True) as model,
+            model.session(MemoryConfig(n_ctx=1024, flash_attn=flash_attn)) as session,
+        ):
+            said.append(session.prefill_all(tokens))
+    assert abs(nll(said[0], tokens) - nll(said[1], tokens)) < 2e-2
+    assert cosine(said[0][-1], said[1][-1]) > 0.999

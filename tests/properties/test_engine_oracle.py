@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.memory.config import MemoryConfig
-from tests.oracle import qwen2_logits
+from tests.oracle import oracle_logits
 from tests.tiny_models import WEIGHT_TYPES, TinySpec, tiny_specs, write_tiny_model
 
 # ggml rounds activations to the type its dot product wants: F16 or BF16 for those weights, 8 bits for quantised ones.
@@ -48,7 +48,7 @@ def test_prefill_and_decode_equal_the_oracle(data, spec, tmp_path):
         logits += [session.decode(token).copy() for token in tokens[n_prompt:]]
         assert session.n_past == len(tokens)
 
-    want = qwen2_logits(spec, weights, tokens)
+    want = oracle_logits(spec, weights, tokens)
     tolerance = _TOLERANCE.get(spec.weight_type, _QUANTISED) + max(_CACHE_TOLERANCE[type_k], _CACHE_TOLERANCE[type_v])
     # ggml's flash attention sums in F16 in its one-row form, and rounds queries to the type of the keys.
     tolerance += 3e-3 if flash_attn and type_v == "f16" else 0
@@ -67,6 +67,6 @@ def test_every_weight_type(weight_type, repack, tmp_path):
         model.session(memory) as session,
     ):
         logits = [*session.prefill_all(tokens[:16]), *(session.decode(t).copy() for t in tokens[16:])]
-    assert relative_error(np.array(logits), qwen2_logits(spec, weights, tokens)) < _TOLERANCE.get(
+    assert relative_error(np.array(logits), oracle_logits(spec, weights, tokens)) < _TOLERANCE.get(
         weight_type, _QUANTISED
     )

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
-from tests.tiny_models import TinySpec, write_tiny_model
+from tests.tiny_models import OPTIONAL, TinySpec, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
 ADDRESS_SPACE = 4 * 2**30  # bytes
@@ -47,6 +47,7 @@ SPEC = TinySpec(
     scaling_kind="yarn",
     scaling_factor=2.0,
 )
+SPECS = {"qwen2": SPEC, "llama": replace(SPEC, arch="llama", optional=OPTIONAL["llama"], joined=True)}
 
 
 @dataclass(frozen=True)
@@ -259,10 +260,10 @@ def mutants(raw: bytes) -> list[Mutant]:
     return [*field_mutants(raw, rng), *random_mutants(raw, rng), *special_mutants(raw)]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sound") / "sound.gguf"
-    write_tiny_model(path, SPEC)
+@pytest.fixture(scope="module", params=SPECS)
+def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sound") / f"{request.param}.gguf"
+    write_tiny_model(path, SPECS[request.param])
     return path
 
 
@@ -271,7 +272,7 @@ def test_fields_are_all_found(sound: Path) -> None:
     fields, end = header_fields(raw)
     by_name = {f.what: int.from_bytes(raw[f.at : f.at + f.width], "little") for f in fields}
     file = GGUFFile.open(sound)
-    assert by_name["qwen2.embedding_length"] == 32
+    assert by_name[f"{sound.stem}.embedding_length"] == 32
     assert by_name["count of tokenizer.ggml.tokens"] == SPEC.n_vocab
     assert all(f"offset of {name}" in by_name for name in file.tensors)
     assert min(tensor.offset for tensor in file.tensors.values()) - end in range(32)

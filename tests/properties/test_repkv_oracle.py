@@ -1,4 +1,8 @@
-"""RepKV in the engine equals the method in plain numpy, and full attention where it has room for everything."""
+"""RepKV and a window in the engine equal the method in plain numpy, and RepKV full attention where it has room for
+everything; in every family.
+"""
+
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as QT
@@ -8,7 +12,7 @@ from hypothesis import strategies as st
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.memory.config import MemoryConfig
 from tests.repkv_oracle import RepKVOracle
-from tests.tiny_models import TinySpec, write_tiny_model
+from tests.tiny_models import TinySpec, families, write_tiny_model
 
 N_CTX = 512
 
@@ -49,8 +53,9 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
     return MemoryConfig(**{**values, **fixed})
 
 
-def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str) -> TinySpec:
+def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str, family: dict[str, Any]) -> TinySpec:
     return TinySpec(
+        **family,
         n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=N_TRAINED,
         weight_type=QT.F32, scaling_kind=scaling, scaling_factor=2.0 if scaling != "none" else 1.0,
         seed=draw_seed,
@@ -58,6 +63,7 @@ def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str) -> TinySpe
 
 
 models = {
+    "family": families(),
     "seed": st.integers(0, 1000),
     "n_head_kv": st.integers(1, 3),
     "group": st.integers(1, 3),
@@ -68,8 +74,10 @@ models = {
 
 @given(memory=memories(), n_prompt=st.integers(40, 150), n_decode=st.integers(0, 20), **models)
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, group, scaling, n_threads, tmp_path):
-    spec = spec_of(seed, n_head_kv, group, scaling)
+def test_repkv_equals_the_oracle(
+    memory, n_prompt, n_decode, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
+):
+    spec = spec_of(seed, n_head_kv, group, scaling, family)
     weights = write_tiny_model(tmp_path / "model.gguf", spec)
     tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
     with Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model, model.session(memory) as s:
@@ -88,10 +96,30 @@ def test_repkv_equals_the_oracle(memory, n_prompt, n_decode, seed, n_head_kv, gr
     assert representatives == oracle.layers[1].representatives
 
 
+@given(
+    memory=memories(kv="window", block="fixed:16"), n_prompt=st.integers(40, 150), n_decode=st.integers(0, 20), **models
+)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_a_window_equals_the_oracle(
+    memory, n_prompt, n_decode, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
+):
+    spec = spec_of(seed, n_head_kv, group, scaling, family)
+    weights = write_tiny_model(tmp_path / "model.gguf", spec)
+    tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
+    with Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model, model.session(memory) as s:
+        got = [s.prefill(tokens[:n_prompt]).copy(), *(s.decode(token).copy() for token in tokens[n_prompt:])]
+        sizes = s.policy.split(n_prompt, memory.n_batch)
+    oracle = RepKVOracle(spec, weights, memory)
+    want = [oracle.step(tokens[oracle.n_past : oracle.n_past + size])[-1] for size in sizes + [1] * n_decode]
+    assert relative_error(np.array(got), np.array(want[len(sizes) - 1 :])) < 1e-4
+
+
 @given(memory=memories(top_blocks=64, chunk_blocks=64, positions="exact"), n_prompt=st.integers(40, 200), **models)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-def test_room_for_every_block_is_full_attention(memory, n_prompt, seed, n_head_kv, group, scaling, n_threads, tmp_path):
-    spec = spec_of(seed, n_head_kv, group, scaling)
+def test_room_for_every_block_is_full_attention(
+    memory, n_prompt, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
+):
+    spec = spec_of(seed, n_head_kv, group, scaling, family)
     write_tiny_model(tmp_path / "model.gguf", spec)
     tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + 5).tolist()
     full = MemoryConfig(n_ctx=N_CTX, type_k="f32", type_v="f32")

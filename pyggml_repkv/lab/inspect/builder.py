@@ -11,7 +11,8 @@ from typing import Literal
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
+from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.plan import GraphModel, PlanCache
 from pyggml_repkv.lab.inspect.cost import Step
 from pyggml_repkv.lab.inspect.graph_reader import read_graph
 from pyggml_repkv.lab.inspect.snapshot import Snapshot, take_snapshot

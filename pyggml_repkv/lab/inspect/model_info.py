@@ -14,7 +14,8 @@ from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import TensorContext
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.graph.plan import GraphModel, Outputs, PlanCache
+from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.plan import GraphModel, PlanCache
 from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT, MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import DiskNeed, Policy
@@ -23,6 +24,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
+from pyggml_repkv.model.tokenizer import adds_bos
 from pyggml_repkv.model.weights import Repacker, Weights
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -63,7 +65,7 @@ class TokenizerInfo:
             supported=kind == "gpt2" and pre in PATTERNS,
             n_tokens=len(tokens),
             n_merges=len(merges),
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token")),
+            add_bos=adds_bos(metadata),
             bos=_special(file, "bos", tokens),
             eos=_special(file, "eos", tokens),
             eot=_special(file, "eot", tokens),
@@ -226,7 +228,7 @@ def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     repacker = Repacker()
     sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     found: dict[str, int] = {}
-    for name in expected_tensors(config):
+    for name in expected_tensors(config, file.tensors):
         info = file.tensors[name]
         key = int(info.type), info.shape
         # Embeddings are looked up, not multiplied, unless they are the output too.

@@ -195,10 +195,12 @@ def _memory(g: _Graph) -> Iterator[Finding]:
 
 
 def _names(g: _Graph) -> Iterator[Finding]:
-    """A name is one tensor's, or that of the stages of one (as llama.cpp's Qcur)."""
+    """A name is one tensor's, or that of the stages of one (as llama.cpp's Qcur). Norms before their weights, all of
+    which llama.cpp calls `norm`, have none of their own.
+    """
     named: dict[str, list[int]] = {}
     for i, node in enumerate(g.nodes):
-        if node.op not in _VIEWS:
+        if node.op not in _VIEWS and node.base_name != "norm":
             named.setdefault(node.name, []).append(i)
     for name, positions in named.items():
         for i, j in pairwise(positions):

@@ -54,8 +54,8 @@ class BoundedStep(ABC):
     @abstractmethod
     def attend(self, qkv: Tensor, layer: int) -> Tensor: ...
 
-    def store(self, qkv: Tensor, layer: int) -> None:
-        raise AssertionError("one token is always attended")
+    @abstractmethod
+    def store(self, qkv: Tensor, layer: int) -> None: ...
 
     def fill(self, n_past: int) -> None:
         regions = self._parts.regions
@@ -166,6 +166,10 @@ class BoundedOne(BoundedStep):
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
             self._regions,
         )  # fmt: skip
+
+    def store(self, qkv: Tensor, layer: int) -> None:
+        # One op does both.
+        self._ops.g.expand(self.attend(qkv, layer))
 
     def _hook_at(self, hook: StepHook, blocks: Tensor, layer: int) -> None:
         n_layer = self._parts.config.n_layer

@@ -39,15 +39,15 @@ class _MaskedAttention(ABC):
         self._rows = context.input(g.GGML_TYPE_I64, (n_tokens,), "kv_rows")
         self._mask: Tensor = None
 
-    def attend(self, qkv: Tensor, layer: int) -> Tensor:
-        q, k, v = qkv
+    def attend(self, qkv: tuple[Tensor, Tensor, Tensor], layer: int) -> Tensor:
+        q, k, v = qkv  # [T, H, d], [T, K, d], [T, K, d]
         if self._mask is None:
             self._mask = self._g.input(self.mask_type, (self._n_tokens, self._n_kv), "kq_mask")
         k_arena, v_arena = self._write(k, v, layer)
         q = self._g.swap_rows_and_heads(q)  # [H, T, d]
         return self._weigh(q, self._heads(k_arena), v_arena, layer)
 
-    def store(self, qkv: Tensor, layer: int) -> None:
+    def store(self, qkv: tuple[Tensor, Tensor, Tensor], layer: int) -> None:
         _, k, v = qkv
         self._write(k, v, layer)
 
@@ -115,8 +115,7 @@ class SoftmaxAttention(_MaskedAttention):
     def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
         # Rows of one element each: what a scattered write into a transposed arena comes down to.
         n_elements = self._n_tokens * self._memory.config.n_embd_kv
-        flat = _flat_rows(self._g, v, self._n_tokens, self._memory.config.n_embd_kv)
-        flat = self._g.reshape(self._g.contiguous(flat), (n_elements, 1))
+        flat = self._g.reshape(self._g.contiguous(v), (n_elements, 1))
         column = self._g.reshape(arena, (g.ggml_nelements(arena), 1))
         return self._g.expand(self._g.set_rows(column, flat, self._elements))
 
@@ -156,7 +155,8 @@ class OneAttention(_FusedAttention):
         return self._ops.attend(qkv, *self._arenas(layer), self._cells)
 
     def store(self, qkv: Tensor, layer: int) -> None:
-        raise AssertionError("one token is always attended")
+        # One op does both.
+        self._ops.g.expand(self.attend(qkv, layer))
 
     def fill(self, n_past: int) -> None:
         # The cell to write, and how many are before it.

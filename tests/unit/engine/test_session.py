@@ -11,7 +11,7 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, ContextFullError, InputError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.memory.config import MemoryConfig
-from tests.oracle import qwen2_logits
+from tests.oracle import oracle_logits
 from tests.stopping import endless_requests
 from tests.tiny_models import TinySpec, write_tiny_model
 
@@ -273,7 +273,7 @@ def test_a_mixture_of_types_in_every_form(tmp_path):
     types = (("*attn_q.weight", QT.Q4_0), ("*attn_k.weight", QT.Q8_0), ("*attn_v.weight", QT.Q6_K),
              ("*ffn_up.weight", QT.BF16), ("*ffn_down.weight", QT.Q4_1))  # fmt: skip
     spec = TinySpec(n_layer=2, n_embd=256, head_dim=64, n_ff=96, weight_type=QT.F16, weight_types=types)
-    want = qwen2_logits(spec, write_tiny_model(tmp_path / "m.gguf", spec), TOKENS[:80])
+    want = oracle_logits(spec, write_tiny_model(tmp_path / "m.gguf", spec), TOKENS[:80])
     for options in ({"repack": False}, {"repack": True}, {"exact_graph": True}):
         with Model.load(tmp_path / "m.gguf", threads=2, **options) as model, model.session(EXACT_CACHE) as session:
             got = [*session.prefill_all(TOKENS[:60]), *(session.decode(token) for token in TOKENS[60:80])]

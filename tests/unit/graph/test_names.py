@@ -7,15 +7,30 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph.plan import Plan, PlanCache, PlanKey
 from pyggml_repkv.memory.config import MemoryConfig
+from tests.tiny_models import OPTIONAL
 
 N_LAYER = 3
-# In the order of src/models/qwen2.cpp; the three names of q, k and v are the product, the bias and the rotation.
-LAYER = [
-    "norm", "attn_norm", *["Qcur"] * 2, *["Kcur"] * 2, *["Vcur"] * 2, "Qcur", "Kcur", "Vcur", "kqv_out", "attn_out",
-    "ffn_inp", "norm", "ffn_norm", "ffn_up", "ffn_gate", "ffn_swiglu", "ffn_out", "l_out",
-]  # fmt: skip
-EXACT = [("embd", -1), *((n, il) for il in range(N_LAYER) for n in LAYER),
-         ("norm", -1), ("result_norm", -1), ("result_output", -1)]  # fmt: skip
+# In the order of src/models/qwen2.cpp, qwen3.cpp and llama.cpp. Qwen2's three names of q and k are the product, the
+# bias and the rotation.
+NORM = ["norm", "attn_norm"]
+HEADS = ["Qcur", "Kcur", "Vcur"]
+ATTENDED = ["kqv_out", "attn_out", "ffn_inp", "norm", "ffn_norm"]
+FFN = ["ffn_up", "ffn_gate", "ffn_swiglu", "ffn_out", "l_out"]
+LAYERS = {
+    "qwen2": [*NORM, *["Qcur"] * 2, *["Kcur"] * 2, *["Vcur"] * 2, *HEADS, *ATTENDED, *FFN],
+    "qwen3": [*NORM, *HEADS, "norm", "Qcur_normed", "norm", "Kcur_normed", *HEADS, *ATTENDED, *FFN],
+    "llama": [*NORM, *HEADS, *HEADS, *ATTENDED, *FFN],
+    "llama with all": [
+        *(*NORM, "wqkv", "wqkv_b", *HEADS, *ATTENDED),
+        *("ffn_up", "ffn_up_b", "ffn_gate", "ffn_gate_b", "ffn_swiglu", "ffn_down", "ffn_out", "l_out"),
+    ],
+}
+SPECS = {
+    "qwen2": {},
+    "qwen3": {"arch": "qwen3", "optional": ()},
+    "llama": {"arch": "llama", "optional": ()},
+    "llama with all": {"arch": "llama", "optional": OPTIONAL["llama"], "joined": True},
+}
 
 
 @pytest.fixture(params=[True, False], ids=["exact", "fused"])
@@ -26,7 +41,7 @@ def model(request, tiny_model):
 
 def make_plan(model, n_tokens, cb, outputs="all"):
     policy = model.graph.make_policy(model.graph.policy_inputs(MemoryConfig(), model._boundaries))
-    shape = policy.step_shape(0, n_tokens, model.graph.form(n_tokens, outputs))
+    shape = policy.step_shape(0, n_tokens, model.graph.form(n_tokens))
     return Plan(model.graph, policy, PlanKey(shape, outputs), cb)
 
 
@@ -42,9 +57,12 @@ def calls_of(model, n_tokens, **options):
 
 
 @pytest.mark.parametrize("n_tokens", [1, 7, 40])
-@pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])
-def test_the_exact_graph_names_what_llama_cpp_names(model, n_tokens):
-    assert calls_of(model, n_tokens) == EXACT
+@pytest.mark.parametrize("family", LAYERS)
+def test_the_exact_graph_names_what_llama_cpp_names(tiny_model, family, n_tokens):
+    layers = [(name, il) for il in range(N_LAYER) for name in LAYERS[family]]
+    with Model.load(tiny_model(n_layer=N_LAYER, **SPECS[family]), threads=1, exact_graph=True) as model:
+        found = calls_of(model, n_tokens)
+    assert found == [("embd", -1), *layers, ("norm", -1), ("result_norm", -1), ("result_output", -1)]
 
 
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])

@@ -34,7 +34,7 @@ class Bench:
         return PlanCache(self.model.graph, self.policy, self.model.backend, **options)
 
     def key(self, n_past, n_tokens, outputs="all"):
-        form = self.model.graph.form(n_tokens, outputs)
+        form = self.model.graph.form(n_tokens)
         return PlanKey(self.policy.step_shape(n_past, n_tokens, form), outputs)
 
     def run(self, cache, n_past, n_tokens, outputs="all"):

@@ -37,11 +37,12 @@ def test_describes_the_model(tmp_path_factory: pytest.TempPathFactory, spec: Tin
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     weights = write_tiny_model(path, spec)
     config = ModelConfig.from_gguf(GGUFFile.open(path))
-    assert (config.arch, config.name) == ("qwen2", "tiny")
+    assert (config.arch, config.family.name, config.name) == (spec.arch, spec.arch, "tiny")
     assert (config.n_layer, config.n_ff, config.n_ctx_train) == (spec.n_layer, spec.n_ff, spec.n_ctx)
     assert (config.n_vocab, config.n_embd) == weights["token_embd.weight"].shape
-    assert (config.n_embd_q, config.n_embd) == weights["blk.0.attn_q.weight"].shape
-    assert (config.n_embd_kv, config.n_embd) == weights["blk.0.attn_k.weight"].shape
+    parts = {"attn_q": config.n_embd_q, "attn_k": config.n_embd_kv, "attn_v": config.n_embd_kv}
+    for name, n_rows in {"attn_qkv": sum(parts.values())}.items() if spec.joined else parts.items():
+        assert weights[f"blk.0.{name}.weight"].shape == (n_rows, config.n_embd)
     assert config.n_gqa * config.n_head_kv == config.n_head == spec.n_head
     assert config.head_dim == config.rope_dim == spec.head_dim
     assert config.tied_output == spec.tied == ("output.weight" not in weights)
@@ -161,6 +162,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.tokens": (["a", "b"], ARRAY)}, "token_embd.weight has 288 rows for 2 tokens"),
     ({"general.type": ("adapter", TEXT)}, "general.type is 'adapter', not a model"),
     ({"qwen2.attention.causal": (False, ValueType.BOOL)}, "attention is not causal"),
+    ({"qwen2.expert_count": (8, U32)}, "it is a mixture of 8 experts; give a dense model"),
 ]
 
 
@@ -175,9 +177,15 @@ def test_bad_value_is_refused_in_one_line(
     assert "; " in str(caught.value)
 
 
-@pytest.mark.parametrize(("arch", "shown"), [("llama", "'llama'"), ("qwen2\n", r"'qwen2\\n'")])
+def test_pairs_are_turned_in_the_whole_head(config_of: Callable[..., ModelConfig]) -> None:
+    with pytest.raises(ModelFileError, match=r"llama\.rope\.dimension_count is 8, it must be the 16 of a head"):
+        config_of(TinySpec(arch="llama", rope_dim=8))
+
+
+@pytest.mark.parametrize(("arch", "shown"), [("gemma", "'gemma'"), ("qwen2\n", r"'qwen2\\n'")])
 def test_other_architecture_is_named(config_of: Callable[..., ModelConfig], arch: str, shown: str) -> None:
-    with pytest.raises(ModelFileError, match=f"architecture is {shown}; give a text-generating 'qwen2' model"):
+    match = f"architecture is {shown}; give a text-generating model of one of the families qwen2, qwen3, llama$"
+    with pytest.raises(ModelFileError, match=match):
         config_of(None, {"general.architecture": (arch, TEXT)})
 
 

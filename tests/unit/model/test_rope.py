@@ -32,27 +32,32 @@ def rope_of(spec, folder):
     return rope_params(ModelConfig.from_gguf(GGUFFile.open(path)))
 
 
-def by_formula(spec, positions):
+def by_formula(spec, positions, factors=None):
     """-> (cosines and sines [n, T], angles [n / 2, T]), float64."""
     n = spec.rope_dim or spec.head_dim
     x = np.zeros((len(positions), n))
     x[:, : n // 2] = 1  # (1, 0) turns into (cos, sin)
-    return rotate(spec, x, positions).T, positions * spec.rope_base ** (-2 * np.arange(n // 2) / n)[:, None]
+    return rotate(spec, x, positions, factors).T, positions * spec.rope_base ** (-2 * np.arange(n // 2) / n)[:, None]
 
 
-def by_ggml(rope, positions):
-    """The node itself, on (1, 0) pairs: [n, T]."""
+def by_ggml(rope, positions, factors=None, *, pairs=False):
+    """The node itself, on (1, 0) pairs: [n, T], cosines first."""
     graph = GraphContext(128)
     x = graph.input(g.GGML_TYPE_F32, (len(positions), 1, rope.n_dims), "x")
     inputs = graph.input(g.GGML_TYPE_I32, (len(positions),), "positions")
-    node = graph.output(graph.rope_neox(x, inputs, rope))
+    divisors = None if factors is None else graph.input(g.GGML_TYPE_F32, factors.shape, "factors")
+    node = graph.output(graph.rope(x, inputs, rope, divisors, pairs=pairs))
     allocator = GraphAllocator()
     allocator.allocate(graph.graph)
     tensor_array(x)[...] = 0
-    tensor_array(x)[..., : rope.n_dims // 2] = 1
+    first = slice(None, None, 2) if pairs else slice(rope.n_dims // 2)
+    tensor_array(x)[..., first] = 1
     tensor_array(inputs)[...] = positions
+    if divisors is not None:
+        tensor_array(divisors)[...] = factors
     Backend(1).compute(graph.native_graph)
-    return tensor_array(node).reshape(len(positions), rope.n_dims).T.copy()
+    turned = tensor_array(node).reshape(len(positions), rope.n_dims).T.copy()
+    return np.concatenate((turned[::2], turned[1::2])) if pairs else turned
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
@@ -105,6 +110,21 @@ def test_table_is_what_ggml_computes_for_any_model(half, base, scaling, original
         scaling_orig_ctx=original if kind == "yarn" else 0,
     )  # fmt: skip
     assert_like_ggml(spec, np.array(positions), tmp_path)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["none", "linear", "yarn"])
+def test_factors_divide_the_frequencies(name, dtype, pairs, tmp_path):
+    """As ggml's node divides them, by halves and by pairs, and as the formula."""
+    spec, rope = SPECS[name], rope_of(SPECS[name], tmp_path)
+    factors = np.random.default_rng(0).uniform(1, 8, spec.head_dim // 2).astype(np.float32)
+    positions = np.array([0, 1, 31, 1000, 4095])
+    got = RopeTable(rope, dtype, factors)(positions)
+    want = by_formula(spec, positions, factors.astype(np.float64))[0]
+    # The table is an exact one or drifts as ggml's, whose node is compared bit by bit elsewhere.
+    assert np.abs(got - want).max() < (2e-7 if dtype is np.float64 else 2e-3)
+    assert np.abs(got - by_ggml(rope, positions, factors, pairs=pairs)).max() < (2e-3 if dtype is np.float64 else 2e-6)
 
 
 def test_yarn_raises_the_temperature(tmp_path):

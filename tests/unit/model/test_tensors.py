@@ -38,7 +38,7 @@ def test_sound_models_pass_and_are_wholly_expected(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     assert checked(path, spec) == ()
     file = GGUFFile.open(path)
-    specs = expected_tensors(ModelConfig.from_gguf(file))
+    specs = expected_tensors(ModelConfig.from_gguf(file), file.tensors)
     assert {name: s.shape for name, s in specs.items()} == {t.name: t.shape for t in file.tensors.values()}
 
 
@@ -95,7 +95,7 @@ def without(name: str) -> Edit:
 BAD_TENSORS: list[tuple[Edit, str]] = [
     (without("output_norm.weight"), r"lacks the tensor output_norm\.weight; the file is incomplete"),
     (without("token_embd.weight"), "lacks the tensor token_embd.weight"),
-    (without("blk.1.attn_q.bias"), r"lacks the tensor blk\.1\.attn_q\.bias"),
+    (without("blk.1.attn_q.weight"), r"lacks the tensor blk\.1\.attn_q\.weight"),
     (without("blk.0.ffn_down.weight"), r"lacks the tensor blk\.0\.ffn_down\.weight"),
     (lambda tensors: tensors.clear(), "a vocabulary-only file cannot be run"),
     (f32("blk.0.attn_q.weight", 64, 32), r"attn_q\.weight has the shape \[64, 32\].* for \[64, 64\]"),
@@ -110,7 +110,10 @@ BAD_TENSORS: list[tuple[Edit, str]] = [
     (f32("rope_factors_long.weight", 8), "rope_factors_long"),
     (f32("blk.2.attn_norm.weight", 64), r"blk\.2\.attn_norm\.weight is no part"),
     (f32("blk.0.attn_output.bias", 64), r"attn_output\.bias is no part"),
-    (f32("output.bias", 288), r"output\.bias is no part"),
+    (f32("blk.1.attn_qkv.bias", 128), r"attn_qkv\.bias is no part"),
+    (f32("blk.1.attn_qkv.weight", 128, 64), r"attn_q\.weight is no part"),
+    (f32("blk.1.attn_qkv.weight", 64, 64), r"attn_qkv\.weight has the shape \[64, 64\].* for \[128, 64\]"),
+    (f32("output.bias", 287), r"output\.bias has the shape \[287\]"),
     (f32("blk.\n", 8), r"blk\.\\n is no part"),
 ]
 
@@ -120,3 +123,14 @@ def test_bad_tensor_is_refused_in_one_line(tmp_path: Path, edit: Edit, expected:
     with pytest.raises(ModelFileError, match=expected) as caught:
         checked(tmp_path / "tiny.gguf", TinySpec(), edit)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.nan, np.inf])
+def test_divisors_of_frequencies_are_positive_numbers(tmp_path: Path, value: float) -> None:
+    def edit(tensors: Tensors) -> None:
+        tensors["rope_freqs.weight"].data[3] = value
+
+    spec = TinySpec(arch="llama", optional=("rope_freqs.weight",))
+    assert checked(tmp_path / "tiny.gguf", spec) == ()
+    with pytest.raises(ModelFileError, match=r"rope_freqs\.weight has values that no frequency can be divided by"):
+        checked(tmp_path / "tiny.gguf", spec, edit)

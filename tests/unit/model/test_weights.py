@@ -1,5 +1,7 @@
 """Weights as tensors: over the file where they lie, copied where they must, repacked where that is faster."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
@@ -11,7 +13,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.weights import Repacker, Weights
-from tests.oracle import qwen2_logits
+from tests.oracle import oracle_logits
 from tests.tiny_models import MIN_VOCAB, TinySpec, write_tiny_model
 from tests.unit.native.op_bench import tensor_bytes
 
@@ -74,7 +76,7 @@ def test_a_tied_output_is_the_embedding(tmp_path, tied):
     written = write_tiny_model(tmp_path / "m.gguf", spec)
     _, weights = load(tmp_path / "m.gguf")
     assert (address(weights.output) == address(weights.token_embd)) == tied
-    assert relative_error(logits_of(tmp_path / "m.gguf"), qwen2_logits(spec, written, TOKENS)) < 2e-5
+    assert relative_error(logits_of(tmp_path / "m.gguf"), oracle_logits(spec, written, TOKENS)) < 2e-5
 
 
 @pytest.mark.parametrize("alignment", [8, 16, 64])
@@ -96,7 +98,7 @@ def test_any_alignment_of_the_file(tmp_path, alignment, options):
             tensor, name = getattr(layer, part), f"blk.{i}.{part}.weight"
             assert address(tensor) % 32 == 0
             assert np.array_equal(tensor_bytes(tensor).ravel(), file.tensor_bytes(name).ravel())
-    want = qwen2_logits(spec, written, TOKENS)
+    want = oracle_logits(spec, written, TOKENS)
     assert relative_error(logits_of(tmp_path / "m.gguf", **options), want) < 2e-2
 
 
@@ -127,7 +129,7 @@ def test_repacking_and_joining_do_not_change_the_answer(q4_0):
         # The same products in other places: only the order of a few sums differs.
         assert relative_error(logits_of(path, **options), plain) < 1e-6
     # ggml rounds activations to 8 bits, as the fused ops do for single tokens; packed chunks are not rounded at all.
-    want = qwen2_logits(spec, written, TOKENS)
+    want = oracle_logits(spec, written, TOKENS)
     fused = logits_of(path, repack=False)
     assert relative_error(plain, want) < 3e-2
     assert relative_error(fused[40:], want[40:]) < 3e-2
@@ -143,7 +145,37 @@ def test_the_joined_graph_is_the_one_that_runs(q4_0):
             (plan,) = session._stepper.plans._plans.values()
             graph = plan.context.graph
             names = [g.ggml_graph_node(graph, i).contents.name for i in range(g.ggml_graph_n_nodes(graph))]
-            assert (b"bqkv-0" in names) == (b"ffn_gate_up-0" in names) == expected
+            assert (b"wqkv_b-0" in names) == (b"ffn_gate_up-0" in names) == expected
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_what_the_file_has_joined_is_whole_and_in_parts(tmp_path, join):
+    """Whole for ggml's nodes, in parts for the fused ones; both lie in the file."""
+    spec = replace(SPEC, joined=True)
+    write_tiny_model(tmp_path / "m.gguf", spec)
+    file, weights = load(tmp_path / "m.gguf", join=join)
+    for i, layer in enumerate(weights.layers):
+        whole = file.tensors[f"blk.{i}.attn_qkv.weight"]
+        assert address(layer.attn_qkv) == address(layer.attn_q) == file.data.ctypes.data + whole.offset
+        parts = [tensor_bytes(getattr(layer, name)) for name in ("attn_q", "attn_k", "attn_v")]
+        assert np.array_equal(np.concatenate(parts), tensor_bytes(layer.attn_qkv))
+        biases = [tensor_bytes(bias).ravel() for bias in layer.qkv_biases]
+        assert np.array_equal(np.concatenate(biases), tensor_bytes(layer.attn_qkv_bias).ravel())
+        assert np.array_equal(biases[1], tensor_bytes(layer.attn_k_bias).ravel())
+
+
+@pytest.mark.parametrize("bias", ["attn_q.bias", "attn_k.bias", "attn_v.bias"])
+def test_zeros_stand_in_for_biases_that_only_others_have(tmp_path, bias):
+    written = write_tiny_model(tmp_path / "m.gguf", replace(SPEC, optional=(bias,)))
+    _, weights = load(tmp_path / "m.gguf")
+    layer, field = weights.layers[1], bias.replace(".bias", "_bias")
+    for name, tensor in zip(("attn_q_bias", "attn_k_bias", "attn_v_bias"), layer.qkv_biases, strict=True):
+        given = getattr(layer, name)
+        assert (given is not None) == (name == field)
+        values = tensor_bytes(tensor).view(np.float32).ravel()
+        assert np.array_equal(values, written[f"blk.1.{bias}"]) if name == field else not values.any()
+    write_tiny_model(tmp_path / "m.gguf", replace(SPEC, optional=()))
+    assert load(tmp_path / "m.gguf")[1].layers[1].qkv_biases == ()
 
 
 def test_matrices_of_other_types_are_not_joined(tmp_path):
@@ -155,7 +187,7 @@ def test_matrices_of_other_types_are_not_joined(tmp_path):
     assert layer.attn_qkv is None
     assert layer.attn_qkv_bias is None
     assert layer.ffn_gate_up is None
-    assert relative_error(logits_of(tmp_path / "m.gguf"), qwen2_logits(spec, written, TOKENS)) < 2e-2
+    assert relative_error(logits_of(tmp_path / "m.gguf"), oracle_logits(spec, written, TOKENS)) < 2e-2
 
 
 def test_closing_gives_everything_back(q4_0):

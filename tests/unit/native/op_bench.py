@@ -17,9 +17,9 @@ from tests.tiny_models import random_matrix
 
 
 def config(n_embd: int = 64, n_head: int = 4, n_head_kv: int = 2, head_dim: int = 32, n_ff: int = 96,
-           rope_dim: int = 0) -> ModelConfig:  # fmt: skip
+           rope_dim: int = 0, arch: str = "qwen2") -> ModelConfig:  # fmt: skip
     return ModelConfig(
-        arch="qwen2",
+        arch=arch,
         name="test",
         n_layer=1,
         n_embd=n_embd,

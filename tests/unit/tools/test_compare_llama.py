@@ -12,6 +12,7 @@ from compare_llama import compare
 from pyggml_repkv.lab.bench import engines
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.tokenizer import Tokenizer
+from tests.tiny_models import OPTIONAL
 
 
 def call(*argv):
@@ -116,5 +117,10 @@ def test_our_own_engine(tiny_model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (make bench does)")
-def test_llama_cpp_itself(tiny_model, capsys):
-    assert call("-m", str(tiny_model()), "--lengths", "1,40", "-t", "1", "-n", "4") == 0, capsys.readouterr().err
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("arch", OPTIONAL)
+def test_llama_cpp_itself(tiny_model, arch, joined, capsys):
+    """Of every family, with nothing but what its files must have, and with all that they may have."""
+    for optional in ((), OPTIONAL[arch]):
+        path = tiny_model(arch=arch, optional=optional, joined=joined)
+        assert call("-m", str(path), "--lengths", "1,40", "-t", "1", "-n", "4") == 0, capsys.readouterr().err

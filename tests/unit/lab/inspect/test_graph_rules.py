@@ -14,7 +14,13 @@ from pyggml_repkv.lab.inspect.verify import verify
 from pyggml_repkv.memory.bounded.attention import BoundedOne
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.ops.makers import Ops
+from tests.tiny_models import OPTIONAL, TinySpec, write_tiny_model
 
+FAMILIES = {
+    "qwen3": {"arch": "qwen3", "optional": ()},
+    "llama": {"arch": "llama", "optional": ()},
+    "llama with all": {"arch": "llama", "optional": OPTIONAL["llama"], "joined": True},
+}
 REPKV = MemoryConfig(kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", n_dense=0)
 WINDOW = MemoryConfig(kv="window", n_batch=48)
 DISK = replace(REPKV, kv_ram=2**24)
@@ -22,8 +28,6 @@ DISK = replace(REPKV, kv_ram=2**24)
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
-    from tests.tiny_models import TinySpec, write_tiny_model
-
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
     write_tiny_model(path, TinySpec(n_layer=4, n_ctx=512, head_dim=32))
     return path
@@ -59,6 +63,16 @@ def test_what_is_run_is_proved(path, phase, memory, exact):
         assert unfilled_inputs(graph) == []
     waited_for = [h.layer + i for h in found.hooks for i in range(h.n_layers)]
     assert waited_for == ([0, 1, 2, 3] if "kv_ram" in memory else [])
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(("kv", "exact"), [("full", False), ("full", True), ("window", False), ("repkv", False)])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_is_proved(tiny_model, family, kv, exact, phase):
+    path = tiny_model(n_layer=3, n_ctx=512, head_dim=32, **family)
+    with built(path, phase, MemoryConfig(kv=kv, n_batch=48), exact=exact) as graph:
+        assert verify(graph.snapshot()) == []
+        assert unfilled_inputs(graph) == []
 
 
 LATE = MemoryConfig(kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", late=True, kv_ram=2**26)

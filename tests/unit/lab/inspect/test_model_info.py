@@ -69,7 +69,7 @@ def test_templates_are_named_and_an_unknown_tokenizer_is_no_error(tmp_path):
     def edit(metadata, _):
         del metadata["tokenizer.chat_template"]
         metadata["tokenizer.chat_template.tool_use"] = (CHAT_TEMPLATE, VT.STRING)
-        metadata["tokenizer.ggml.pre"] = ("llama-bpe", VT.STRING)
+        metadata["tokenizer.ggml.pre"] = ("tekken", VT.STRING)
 
     tokenizer = info_of(edited(tmp_path, edit)).tokenizer
     assert (tokenizer.chat_templates, tokenizer.supported) == (("tool_use",), False)

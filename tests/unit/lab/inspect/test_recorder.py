@@ -12,6 +12,7 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.inspect.recorder import n_traced_tokens, record_tensors, trace_steps
 from pyggml_repkv.lab.inspect.trace import chrome_trace, rows
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.rows import Rows
 
 TOKENS = np.random.default_rng(1).integers(0, 280, 600).tolist()
 REPKV = MemoryConfig(kv="repkv", n_ctx=1024, n_batch=48, n_local=64, block="fixed:16", n_dense=0, top_blocks=3)
@@ -76,11 +77,11 @@ def test_values_are_those_that_were_computed(path):
             session.read(TOKENS[:19])
             logits = session.decode(TOKENS[19])
         assert np.array_equal(found["result_output"].values, logits)
-        embedding = model.weights.floats("token_embd.weight", TOKENS[19])
+        embedding = Rows.of(model.file, "token_embd.weight").floats_in(model.file)[TOKENS[19]]
         assert np.allclose(found["embd"].values, embedding, atol=1e-6)
         # llama.cpp's stages of one name are told apart: matrix, bias, rotation.
         assert {"Qcur-1", "Qcur-1#1", "Qcur-1#2"} <= set(found)
-        bias = model.weights.floats("blk.1.attn_q.bias")
+        bias = Rows.of(model.file, "blk.1.attn_q.bias").floats_in(model.file)
         assert np.allclose(found["Qcur-1#1"].values - found["Qcur-1"].values, bias, atol=1e-5)
 
 
