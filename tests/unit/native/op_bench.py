@@ -1,7 +1,7 @@
 """Runs single ops of the extension: tensors with given values, one graph over them, and the numpy they must equal."""
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from gguf import GGMLQuantizationType as QT
@@ -10,6 +10,7 @@ from gguf.quants import dequantize
 from pyggml_repkv.ffi.context import GraphContext, Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_zeros, tensor_array
 from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.regions import Regions
 from pyggml_repkv.model.config import ModelConfig, RopeScaling
 from pyggml_repkv.ops.kernels import PANEL, Kernels, n_panels
 from pyggml_repkv.ops.makers import Ops
@@ -62,6 +63,13 @@ class Bench:
         buffer.place(tensor, 0)
         self.buffers.append(buffer)
         return tensor
+
+    def integers(self, *values: int) -> Tensor:
+        return self.tensor(np.array(values, np.int32), g.GGML_TYPE_I32)
+
+    def regions(self, **values: int) -> Tensor:
+        """The input of bounded memories: fields of memory/regions.py."""
+        return self.integers(*astuple(Regions(**values)))
 
     def rotate_by(self, table: np.ndarray) -> None:
         """Ops made from now on rotate by this table."""

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.ffi.handles import tensor_array
-from pyggml_repkv.ffi.library import g
 from tests.unit.native.op_bench import Bench, assert_close, config, matrix, normed, silu
 
 TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0]
@@ -100,7 +99,7 @@ def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_thread
     qkv = rng.standard_normal((n_head + 2 * n_head_kv) * head_dim).astype(np.float32)
     angle = rng.uniform(0, 6, head_dim // 2)
     bench.rotate_by(np.stack((np.cos(angle), np.sin(angle))))
-    cells = bench.tensor(np.array([n_past, n_past], np.int32), g.GGML_TYPE_I32)
+    cells = bench.integers(n_past, n_past)
     partials = bench.ops.attend(bench.tensor(qkv), k_arena, v_arena, cells)
     data, w = matrix(rng, (48, n_head * head_dim), QT.F32)
     residual = rng.standard_normal(48).astype(np.float32)
@@ -144,7 +143,7 @@ def test_attend_survives_poison(poison):
     bench = Bench(config(), 2)
     k = np.full((8, 64), poison, np.float32)
     bench.rotate_by(np.ones((2, 16), np.float32))
-    cells = bench.tensor(np.array([3, 3], np.int32), g.GGML_TYPE_I32)
+    cells = bench.integers(3, 3)
     qkv = bench.tensor(np.ones(8 * 32, np.float32))
     node = bench.ops.attend(qkv, bench.tensor(k), bench.tensor(k), cells)
     assert bench.compute(node).shape == (2, 4, 34)

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as QT
-from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyggml_repkv.ffi.library import g
+from tests.unit.native.arenas import Arena, cache_names, fitting_cache
 from tests.unit.native.op_bench import (
     Bench,
     assert_close,
@@ -23,7 +22,6 @@ from tests.unit.native.op_bench import (
     packed,
     rotated,
     silu,
-    tensor_bytes,
 )
 
 TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0, QT.Q4_K, QT.Q6_K]
@@ -124,38 +122,6 @@ def test_silu_is_good_to_a_few_ulp():
     np.testing.assert_allclose(bench.compute_packed(node, len(x)), want, rtol=1e-6, atol=1e-30)
 
 
-CACHES = {"f32": QT.F32, "f16": QT.F16, "bf16": QT.BF16, "q8_0": QT.Q8_0}
-# Relative to the largest value: what storing costs.
-ROUNDING = {"f32": 1e-6, "f16": 1e-3, "bf16": 5e-3, "q8_0": 5e-3}
-
-
-class Arena:
-    """[n_cells, K * d] with random values in the first n_past cells and bytes that spell NaN in the others."""
-
-    def __init__(self, bench, rng, kind, n_past, n_cells):
-        width = bench.config.n_embd_kv
-        self.kind, self.shape = kind, (n_cells, bench.config.n_head_kv, bench.config.head_dim)
-        block, size = GGML_QUANT_SIZES[kind]
-        past = quantize(rng.standard_normal((n_cells, width)).astype(np.float32), kind)
-        self.before = np.ascontiguousarray(past).view(np.uint8).reshape(n_cells, width // block * size)
-        self.before[n_past:] = 0xFF
-        self.tensor = bench.tensor(self.before, kind, (n_cells, width))
-
-    def values(self):
-        """What the arena holds now, float64 [n_cells, K, d]."""
-        raw = tensor_bytes(self.tensor)
-        if self.kind in (QT.F32, QT.F16):
-            raw = raw.view(np.float32 if self.kind == QT.F32 else np.float16)
-        return dequantize(raw, self.kind).reshape(self.shape).astype(np.float64)
-
-    def assert_written(self, first, want, rounding):
-        """Cells from `first` on hold `want` [T, K, d]; every other byte is what it was."""
-        after, end = tensor_bytes(self.tensor), first + len(want)
-        assert np.array_equal(after[:first], self.before[:first])
-        assert np.array_equal(after[end:], self.before[end:])
-        assert_close(self.values()[first:end], want, rounding)
-
-
 def attention(q, k, v, n_past):
     """q [T, H, d] (scaled), k and v [n_past + T, K, d] -> [T, H, d]; token t sees the cells up to n_past + t."""
     n_tokens, n_head, _ = q.shape
@@ -170,7 +136,7 @@ def attention(q, k, v, n_past):
 
 @given(n_head_kv=st.integers(1, 3), group=st.integers(1, 5), head_dim=st.sampled_from([16, 32, 64, 80, 96, 128]),
        partly=st.booleans(), n_past=st.one_of(st.just(0), st.integers(1, 200)), sharp=st.sampled_from([1.0, 8.0]),
-       caches=st.tuples(*[st.sampled_from(sorted(CACHES))] * 2), **common)  # fmt: skip
+       caches=st.tuples(cache_names, cache_names), **common)  # fmt: skip
 @settings(max_examples=80)
 def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, sharp, caches, n_tokens, n_threads,
                                    seed):  # fmt: skip
@@ -179,14 +145,13 @@ def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, s
     n_head = n_head_kv * group
     rope_dim = head_dim // 2 if partly else head_dim
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim, rope_dim=rope_dim), n_threads)
-    if head_dim % 32:
-        caches = tuple(name if name != "q8_0" else "f16" for name in caches)
-    k_arena, v_arena = (Arena(bench, rng, CACHES[name], n_past, n_past + n_tokens + 3) for name in caches)
+    caches = [fitting_cache(name, head_dim) for name in caches]
+    k_arena, v_arena = (Arena(bench, rng, name, n_past + n_tokens + 3, slice(n_past)) for name in caches)
     qkv = tokens(rng, n_tokens, (n_head + 2 * n_head_kv) * head_dim)
     qkv[:, : n_head * head_dim] *= np.float32(sharp)
     angle = rng.uniform(0, 6, (n_tokens, rope_dim // 2))
     bench.rotate_by(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
-    cells = bench.tensor(np.array([n_past, n_tokens], np.int32), g.GGML_TYPE_I32)
+    cells = bench.integers(n_past, n_tokens)
 
     arenas = k_arena.tensor, v_arena.tensor
     q_node = bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells)
@@ -196,8 +161,8 @@ def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, s
     heads = qkv.reshape(n_tokens, -1, head_dim).astype(np.float64)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
     q, k, v = np.split(heads, list(accumulate((n_head, n_head_kv))), axis=1)
-    k_arena.assert_written(n_past, rotated(k, cos, sin), ROUNDING[caches[0]])
-    v_arena.assert_written(n_past, v, ROUNDING[caches[1]])
+    k_arena.assert_written(n_past, rotated(k, cos, sin))
+    v_arena.assert_written(n_past, v)
     # Attention reads what was stored, so the cache's rounding is no excuse for it.
     n_seen = n_past + n_tokens
     want = attention(rotated(q, cos, sin) / np.sqrt(head_dim), k_arena.values()[:n_seen], v_arena.values()[:n_seen],
@@ -205,26 +170,13 @@ def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, s
     assert_close(got, want, 2e-5 * sharp)
 
 
-def test_store_kv_returns_rotated_scaled_queries():
-    rng = np.random.default_rng(5)
-    bench = Bench(config(n_head=6, n_head_kv=2, head_dim=48), 2)
-    qkv, angle = tokens(rng, 41, 10 * 48), rng.uniform(0, 6, (41, 24))
-    bench.rotate_by(packed(np.concatenate((np.cos(angle), np.sin(angle)), -1)))
-    arenas = [Arena(bench, rng, QT.F16, 7, 64).tensor for _ in "kv"]
-    cells = bench.tensor(np.array([7, 41], np.int32), g.GGML_TYPE_I32)
-    got = bench.compute_packed(bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells), 41)
-    q = qkv.astype(np.float64).reshape(41, 10, 48)[:, :6]
-    want = rotated(q, np.cos(angle)[:, None], np.sin(angle)[:, None]) / np.sqrt(48)
-    assert_close(got, want.reshape(41, -1), PRECISION)
-
-
 def attend_chunk(qkv):
     """qkv [T, 8 * 32] of 4 query and 2 key/value heads, unrotated, from cell 0 -> [T, 4 * 32]."""
     bench = Bench(config(), 2)
     n_tokens = len(qkv)
     bench.rotate_by(packed(np.repeat(np.float32([[1, 0]]), 16, 1).repeat(n_tokens, 0)))
-    arenas = [Arena(bench, np.random.default_rng(0), QT.F32, 0, 80).tensor for _ in "kv"]
-    cells = bench.tensor(np.array([0, n_tokens], np.int32), g.GGML_TYPE_I32)
+    arenas = [Arena(bench, np.random.default_rng(0), "f32", 80, slice(0)).tensor for _ in "kv"]
+    cells = bench.integers(0, n_tokens)
     q = bench.ops.store_kv(bench.tensor(packed(qkv)), *arenas, cells)
     return bench.compute_packed(bench.ops.attend_chunk(q, *arenas, cells), n_tokens)
 

@@ -1,15 +1,11 @@
 """Choosing representatives and blocks: ties, NaN, empty and full cases, against plain numpy."""
 
-from dataclasses import astuple
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g, native, native_ffi
-from pyggml_repkv.memory.regions import Regions
 from pyggml_repkv.memory.store.arenas import as_array
 from pyggml_repkv.ops.kernels import LANES
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
@@ -55,10 +51,6 @@ LOWEST = np.float32(-3e38)
 KINDS = ("lse", "mean", "max")
 
 
-def regions_tensor(bench: Bench, **values: int) -> Tensor:
-    return bench.tensor(np.array(astuple(Regions(**values)), np.int32), g.GGML_TYPE_I32)
-
-
 class Blocks:
     """Random representatives in the index's layout."""
 
@@ -95,7 +87,7 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
         blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
         (len(blocks.index), blocks.index[0].size),
     )  # fmt: skip
-    regions = regions_tensor(bench, n_tokens=n_tokens, n_blocks=n_blocks)
+    regions = bench.regions(n_tokens=n_tokens, n_blocks=n_blocks)
     marker = bench.tensor(np.zeros(1, np.float32))
     q = rng.normal(size=(n_tokens, n_head, d)).astype(np.float32)
     if n_tokens == 1:
@@ -126,7 +118,7 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
     q = np.abs(rng.normal(size=(40, 32))).astype(np.float32)
     node = bench.ops.relevance(
         bench.tensor(packed(q * np.float32(32**-0.5))), bench.tensor(blocks.index.reshape(len(blocks.index), -1)),
-        regions_tensor(bench, n_tokens=40, n_blocks=20), bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
+        bench.regions(n_tokens=40, n_blocks=20), bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
     )  # fmt: skip
     got = bench.compute(node).ravel()[:20]
     want = relevance_by_numpy(q.astype(np.float64).mean(0)[None], clean, kind)[0]
@@ -154,8 +146,8 @@ def topk(
         if part.size:
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
-    regions = regions_tensor(
-        bench, n_blocks=n_blocks, n_select=n_top if n_wanted is None else n_wanted, kept=-1 if kept is None else 1
+    regions = bench.regions(
+        n_blocks=n_blocks, n_select=n_top if n_wanted is None else n_wanted, kept=-1 if kept is None else 1
     )
     n_rows = n_head_kv if per_head else 1
     halves = np.full((2, n_rows, 1 + n_top), -7, np.int32)
