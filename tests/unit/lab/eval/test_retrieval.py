@@ -295,7 +295,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["perplexity", "--text", "{text}", "--out", "x"], "--out and --png are for passkey"),
         (
             ["recall", "--text", "{text}", "--kv", "repkv,window"],
-            "recall looks at the blocks of one memory, as --kv repkv",
+            "recall judges the blocks of one memory, as --kv repkv",
         ),
         (["perplexity", "--text", "{text}", "--lengths", "9999"], "has only"),
         (["perplexity", "--text", "{text}", "-c", "9999"], "one chunk takes 9999"),
@@ -306,8 +306,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         (["passkey", "--lengths", "256", "--png", "x.foo"], "a picture can be "),
         (["passkey", "--lengths", "256", "--png", "{folder}"], "name it NAME.png"),
         (["passkey", "--lengths", "256", "--png", "{folder}/x.png"], "x.png: Is a directory"),
-        (["niah", "--text", "{folder}/empty"], "empty: is empty"),
-        (["perplexity", "--text", "{folder}/empty"], "empty: is empty"),
+        (["niah", "--text", "{folder}/empty"], "empty is empty"),
+        (["perplexity", "--text", "{folder}/empty"], "empty is empty"),
         (["passkey", "--lengths", "256", "--out", "{folder}/no/x"], "No such file"),
     ],
 )
