@@ -56,7 +56,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--session",
         metavar="DIR",
         type=filled_text,
-        help="save what is read and generated to DIR all the time (with --kv repkv); the next run continues after the "
+        help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
         "tokens that its prompt shares with DIR",
     )
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")

@@ -299,7 +299,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         ),
         (["perplexity", "--text", "{text}", "--lengths", "9999"], "has only"),
         (["perplexity", "--text", "{text}", "-c", "9999"], "one chunk takes 9999"),
-        (["perplexity", "--text", "{text}", "-c", "2"], "-c 2: a chunk takes 3 tokens at least"),
+        (["perplexity", "--text", "{text}", "-c", "2"], "-c 2: a chunk needs at least 3 tokens"),
         (["passkey", "--lengths", "256", "--kv", "{folder}/no.py"], "there is no such file"),
         (["passkey", "--lengths", "256", "--kv", "{folder}/no.py", "--out", "{folder}/x"], "there is no such file"),
         (["passkey", "--lengths", "256", "--png", "{folder}/no/x.png"], "No such file"),
