@@ -1,4 +1,4 @@
-"""`bench`: how fast, at which depth, with which memory, and against llama.cpp."""
+"""`bench`: measures speed by depth and memory policy, also against llama.cpp."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**20
 FORMATS = ("md", "csv", "json", "jsonl")
 LLAMA = "llama.cpp"
-# What its llama_decode takes at once, by default.
+# llama.cpp's default: the most tokens of one llama_decode.
 LLAMA_N_BATCH = 2048
 
 EXAMPLES = """
@@ -46,8 +46,8 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "bench",
         usage="%(prog)s [-m FILE] [-p N,..] [-n N,..] [-d N,..] [options]",
-        description="Measures speed as llama-bench does. Every policy, and llama.cpp, has a process of its own, and "
-        "they take turns.",
+        description="Measures speed as llama-bench does. Each policy and each llama.cpp runs in its own process, and "
+        "the processes take turns.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
@@ -55,7 +55,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     for flag, name, low, default, what in (
         ("-p", "n-prompt", 0, [512], "tokens read at once"),
         ("-n", "n-gen", 0, [128], "tokens read one by one"),
-        ("-d", "n-depth", 0, [0], "tokens in the context before those, really read"),
+        ("-d", "n-depth", 0, [0], "tokens read into the context before those"),
     ):
         group.add_argument(
             flag,
@@ -68,38 +68,42 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "-r", "--repetitions", metavar="N", type=integer(1, 1000), default=5, help="rounds (default: %(default)s)"
     )
-    group.add_argument("--no-warmup", action="store_true", help="no round before those that count")
-    group.add_argument("--text", metavar="FILE", help="what is read (default: random tokens, as llama-bench)")
+    group.add_argument("--no-warmup", action="store_true", help="skip the uncounted first round")
+    group.add_argument("--text", metavar="FILE", help="the text to read (default: random tokens, as llama-bench has)")
     group.add_argument(
-        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="of random tokens (default: %(default)s)"
+        "--seed",
+        metavar="N",
+        type=integer(0, MAX_SEED),
+        default=1,
+        help="seed of the random tokens (default: %(default)s)",
     )
     group.add_argument(
         "--synthetic-depth",
         action="store_true",
-        help="repeat the keys and values of 512 tokens instead of reading more, for llama.cpp and --kv full: a step "
-        "costs the same; window and repkv still read",
+        help="with llama.cpp and --kv full, fill the depth with copies of the keys and values of 512 tokens, at which "
+        "a step costs the same; window and repkv still read",
     )
     group = parser.add_argument_group("comparison")
-    group.add_argument("--vs", choices=(LLAMA,), help="also measure llama.cpp (llama-cpp-python), in turn")
+    group.add_argument("--vs", choices=(LLAMA,), help="also measure llama.cpp (through llama-cpp-python)")
     group.add_argument(
         "--llama-fa",
         choices=("on", "off", "both"),
-        help="llama.cpp's flash attention; ratios are to the faster (default: both)",
+        help="llama.cpp's flash attention; ratios are to the faster one (default: both)",
     )
     group.add_argument(
         "--llama-python",
         metavar="FILE",
-        help="interpreter that has llama-cpp-python and numpy (default: the one that runs this)",
+        help="interpreter that has llama-cpp-python and numpy (default: this one)",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="FORMAT", choices=FORMATS, default="md", help="md, csv, json, jsonl (default: md)"
     )
-    group.add_argument("--progress", action="store_true", help="say on stderr what is being measured")
+    group.add_argument("--progress", action="store_true", help="say on stderr what runs")
     group.add_argument(
         "--machine",
         action="store_true",
-        help="measure this machine instead of a model: memory bandwidth, GFLOP/s by weight type",
+        help="measure this machine, not a model: memory bandwidth, GFLOP/s by weight type",
     )
     add_model_options(parser)
     add_context_options(parser, several=True, sized=False)
@@ -107,14 +111,14 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints each depth's results as soon as they are there. Raises RepkvError."""
+    """Prints the results of each depth as soon as they are there. Raises RepkvError."""
     args.threads = args.threads or default_threads()
     if args.machine:
         return _machine(args)
     if args.ctx_size:
-        raise InputError("-c follows from -p, -n and -d here and cannot be given")
+        raise InputError("bench sets the context from -p, -n and -d: leave -c out")
     if not args.vs and (args.llama_fa or args.llama_python):
-        raise InputError("--llama-fa and --llama-python are for --vs llama.cpp, which is not given")
+        raise InputError("--llama-fa and --llama-python need --vs llama.cpp")
     from pyggml_repkv.lab.bench.load import load_warning
     from pyggml_repkv.lab.bench.measure import measure, spread_warnings
     from pyggml_repkv.lab.bench.table import Table, record
@@ -134,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
             printer.add([record(about, r, results) for r in results])
             done += results
     finally:
-        # Also for whoever stops it: what was measured is not lost.
+        # Ctrl-C comes here too: rounds that were measured are not lost.
         printer.end(done)
         if done and len(done[-1].seconds) < args.repetitions:
             output.say(f"stopped: {done[-1].case.name} has {len(done[-1].seconds)} of {args.repetitions} rounds")
@@ -145,7 +149,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class _Printer:
-    """Rows as they come, but for `json`, which is one array at the end."""
+    """Prints records as they come, except for `json`, which is one array at the end."""
 
     def __init__(self, kind: str, table: Table) -> None:
         self._kind, self._table = kind, table
@@ -187,7 +191,7 @@ def _plan(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> Plan:
     prompts, gens = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
     cases = all_cases(prompts, gens, args.n_depth)
     if not cases:
-        raise InputError("nothing to measure: give -p or -n a number of tokens")
+        raise InputError("there is nothing to measure: give -p or -n a number of tokens")
     return Plan(
         cases, _contenders(args, memories), args.repetitions, _stream(args), not args.no_warmup, args.synthetic_depth
     )
@@ -216,7 +220,7 @@ def _llama_attentions(args: argparse.Namespace) -> tuple[str, ...]:
     if args.cache_type_v == "q8_0" and wanted != "on":
         if wanted == "off":
             raise InputError("--llama-fa off: llama.cpp needs flash attention for -ctv q8_0")
-        output.say(f"{LLAMA} -fa off is left out: it cannot have -ctv q8_0")
+        output.say(f"{LLAMA} runs only with -fa on: -ctv q8_0 needs it")
         return ("on",)
     return ("on", "off") if wanted == "both" else (wanted,)
 
@@ -249,7 +253,7 @@ def _about(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Pl
 
     info = ModelInfo(GGUFFile.open(Path(args.model)))
     if not info.types:
-        raise InputError(f"{args.model}: has a vocabulary and no weights")
+        raise InputError(f"{args.model} has a vocabulary and no weights: give a whole model")
     main_type = max(info.types, key=lambda t: t.bytes).type
     return About(
         cpu=cpu_name(),
@@ -283,7 +287,7 @@ def _peak(args: argparse.Namespace) -> Peak:
 
 
 def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Plan) -> dict[tuple[str, int], int]:
-    """Of one token at each depth, by contender: llama.cpp's are those of our `full`."""
+    """Returns the bytes that a step of one token moves, by (contender, depth). llama.cpp counts as `full`."""
     from dataclasses import replace
 
     from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted

@@ -1,4 +1,4 @@
-"""`eval`: does the memory find what it should, and how well does it predict?"""
+"""`eval`: measures what a KV memory retrieves, and how well it predicts."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 2**20
 
-# Tokens of context for the answer.
+# Tokens of context kept for the answer.
 ROOM = 64
 
-# Steps that recall looks at: the last chunks of the text, and tokens after them.
+# Steps that recall judges: the last chunks of the text, and the tokens after them.
 N_CHUNKS, N_DECODE = 2, 48
 
 Result = dict[str, Any]
 
 TASKS = {
     **{name: task.what for name, task in RETRIEVAL.items()},
-    "recall": "how much of the attention to older tokens the selected blocks hold, on a text of yours",
-    "perplexity": "how well a text of yours is predicted: llama-perplexity's number, or by position with --lengths",
-    "fidelity": "how far the next-token distribution is from that of --kv full, by position, on a text of yours",
+    "recall": "how much of the attention to older tokens the selected blocks hold, on your text",
+    "perplexity": "how well your text is predicted: llama-perplexity's number, or by position with --lengths",
+    "fidelity": "how far the next-token distribution is from that of --kv full, by position, on your text",
 }
 NEED_TEXT = ("recall", "perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
 EXAMPLES = """
@@ -70,43 +70,43 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--lengths",
         metavar="N,...",
         type=_integers(256, MAX_LENGTH),
-        help="prompt lengths in tokens (default: 4096); perplexity and fidelity: how much of the text is read",
+        help="prompt lengths in tokens (default: 4096); perplexity, fidelity: tokens of the text to read",
     )
     group.add_argument(
         "--depths",
         metavar="N",
         type=integer(1, 1000),
         default=5,
-        help="retrieval: evenly spaced depths (default: %(default)s)",
+        help="retrieval: number of evenly spaced depths (default: %(default)s)",
     )
     group.add_argument(
         "--seed",
         metavar="N",
         type=integer(0, MAX_SEED),
         default=1,
-        help="retrieval: of the keys (default: %(default)s)",
+        help="retrieval: seed of the keys (default: %(default)s)",
     )
     group.add_argument(
         "--text",
         metavar="FILE",
-        help=f"the haystack (default: the usual filler), or the text; needed by {', '.join(NEED_TEXT)}",
+        help=f"the haystack (default: the usual filler), or the text; {', '.join(NEED_TEXT)} need it",
     )
     group.add_argument(
         "--blocks",
         metavar="N,...",
         type=_integers(1, 4096),
         default=[4, 8, 16],
-        help="recall: how many of the ranking's first blocks are judged (default: 4,8,16)",
+        help="recall: judge the first N blocks of the ranking (default: 4,8,16)",
     )
     group.add_argument(
         "--stretch",
         metavar="N",
         type=integer(64, MAX_LENGTH),
         default=2048,
-        help="perplexity, fidelity: tokens judged together, in whole chunks of -b (default: %(default)s)",
+        help="perplexity, fidelity: average over N tokens, in whole chunks of -b (default: %(default)s)",
     )
     group.add_argument(
-        "--out", metavar="FILE", type=filled_text, help="retrieval: append results as JSON lines; what is there is kept"
+        "--out", metavar="FILE", type=filled_text, help="retrieval: append results to FILE as JSON lines"
     )
     group.add_argument("--png", metavar="FILE", type=filled_text, help="retrieval: write a picture, length by depth")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -116,17 +116,17 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints results as they come, then a summary."""
+    """Prints results as they come, then a summary; returns the exit code. Raises RepkvError."""
     text = read_text_file(args.text, "--text") if args.text else None
     if args.task in NEED_TEXT and text is None:
         raise InputError(f"{args.task} needs a text: --text FILE")
     if text is not None and not text.strip():
-        raise InputError(f"--text {args.text}: is empty")
+        raise InputError(f"--text {args.text} is empty")
     if args.task not in RETRIEVAL and (args.out or args.png):
         raise InputError(f"--out and --png are for {', '.join(RETRIEVAL)}; {args.task} has no use for them")
     policies: list[str] = args.kv
     if args.task == "recall" and len(policies) != 1:
-        raise InputError(f"recall looks at the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
+        raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     args.quiet = args.json
@@ -134,8 +134,8 @@ def main(args: argparse.Namespace) -> int:
         from pyggml_repkv.lab.eval.heat_map import check_can_draw
 
         check_can_draw(args.png)
-    # Weights as in the file where one of the policies needs them so; and for all questions, so that what `full`
-    # answers does not depend on which others are asked.
+    # Weights stay as in the file if a policy needs them so. Retrieval always has them so: the answers of `full` must
+    # not depend on the other policies of --kv.
     args.no_repack = args.no_repack or args.task in RETRIEVAL
     args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
     tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
@@ -164,7 +164,7 @@ def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text
     results: list[RetrievalResult] = []
     with ResultsFile(args.out) if args.out else nullcontext() as file:
         for asked in questions(args.lengths or [4096], args.depths):
-            # With a context of its own, so that a result does not depend on what else is asked.
+            # Each question has its own context, so that its result does not depend on the other questions.
             for _, memory in _memories(args, policies, asked.length + ROOM):
                 known, result = _answer(args, model, memory, asked, text, file)
                 results.append(result)
@@ -186,7 +186,7 @@ def _answer(
     text: str | None,
     file: ResultsFile | None,
 ) -> tuple[bool, RetrievalResult]:
-    """-> whether it was in the file, the answer."""
+    """Returns whether the file had the answer already, and the answer."""
     from pyggml_repkv.lab.eval.retrieval import RetrievalResult, run_retrieval
 
     settings = {
@@ -215,13 +215,13 @@ def _answer(
 
 
 def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
-    """Without what the policy does not look at: results do not depend on it."""
+    """Returns the settings that results depend on: those that the policy does not ignore."""
     ignored = kind_of(memory.kv).ignores
     return {k: v for k, v in asdict(memory).items() if k not in ignored}
 
 
 def _policy_file(kv: str) -> str | None:
-    """What `--kv FILE.py` is, None for a policy of ours."""
+    """Returns a digest of the file in `--kv FILE.py`, or None for a built-in policy."""
     if not kv.endswith(".py"):
         return None
     try:
@@ -317,7 +317,7 @@ def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | No
                 )
             there = next(iter(by_k.values())).get("there")
             if there is not None:
-                output.write(f"{step:>12s}  {100 * there:.1f} % of the blocks were there when asked for\n")
+                output.write(f"{step:>12s}  {100 * there:.1f} % of the blocks were in RAM when needed\n")
     return done
 
 

@@ -1,4 +1,4 @@
-"""`graph`: shows the static graph of a step, proves things about it, and compares two."""
+"""`graph`: shows and verifies the static graph of a step, and compares two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ examples:
   %(prog)s --kv repkv --kv-ram 256M
   %(prog)s --phase decode --json
 
-exit code 1 and the offending nodes where a rule is broken; docs/graph.md says what the rules are
+A broken rule gives exit code 1 and the nodes at fault; docs/graph.md lists the rules.
 """,
     "diff": """
 examples:
@@ -65,34 +65,36 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "graph",
         usage="%(prog)s TASK [options]",
-        description="Shows what ggml computes in a step: from the file's shapes, without reading its weights (but for "
-        "trace and tensors, which compute).",
+        description="Shows what ggml computes in a step. Only trace and tensors compute; the other tasks read the "
+        "file's shapes and no weights.",
         epilog="`%(prog)s TASK --help` lists the options of a task.",
         formatter_class=HelpFormatter,
     )
     tasks = parser.add_subparsers(
         title="tasks", dest="task", metavar="TASK", required=True, parser_class=Parser, prog=parser.prog
     )
-    dump = _add_task(tasks, "dump", "the nodes as a table, JSON, Graphviz or SVG")
+    dump = _add_task(tasks, "dump", "prints the nodes as a table, JSON, Graphviz or SVG")
     group = dump.add_argument_group("output")
     group.add_argument("--layer", metavar="N", type=integer(0, 9999), help="only this layer's nodes")
-    group.add_argument("--name", metavar="GLOB", help="only nodes with such a name, as 'Qcur*'")
-    group.add_argument("--op", metavar="GLOB", help="only nodes with such an op, as 'repkv.*' or mul_mat")
-    group.add_argument("--leaves", action="store_true", help="inputs, weights and memories too")
+    group.add_argument("--name", metavar="GLOB", help="only nodes whose name matches, as 'Qcur*'")
+    group.add_argument("--op", metavar="GLOB", help="only nodes whose op matches, as 'repkv.*' or mul_mat")
+    group.add_argument("--leaves", action="store_true", help="list inputs, weights and memories too")
     group.add_argument("--json", action="store_true", help="print one JSON object (docs/graph.md has the schema)")
-    group.add_argument("--dot", action="store_true", help="print Graphviz's language")
+    group.add_argument("--dot", action="store_true", help="print Graphviz's DOT language")
     group.add_argument("--svg", metavar="FILE", help="write a picture")
-    verify = _add_task(tasks, "verify", "proves that effects happen in order and nothing is overwritten while needed")
+    verify = _add_task(
+        tasks, "verify", "proves that effects happen in order and nothing is overwritten while it is needed"
+    )
     verify.add_argument("--json", action="store_true", help="print one JSON object")
-    diff = _add_task(tasks, "diff", "what a graph has that another has not")
+    diff = _add_task(tasks, "diff", "shows what differs between two graphs")
     diff.add_argument("a", metavar="A", help="a dump (FILE.json), a policy, or flags as '--kv repkv -b 256'")
-    diff.add_argument("b", metavar="B", help="the other")
+    diff.add_argument("b", metavar="B", help="the same, for the other graph")
     diff.add_argument("--json", action="store_true", help="print one JSON object")
-    html = _add_task(tasks, "html", "one page that shows nodes, memory plan and hook points in a browser")
-    html.add_argument("-o", "--output", metavar="FILE", required=True, help="where to write the page")
-    trace = _add_task(tasks, "trace", "where the time of a step goes, node by node", static=False)
+    html = _add_task(tasks, "html", "writes a page that shows nodes, memory plan and hook points in a browser")
+    html.add_argument("-o", "--output", metavar="FILE", required=True, help="write the page to FILE")
+    trace = _add_task(tasks, "trace", "shows where the time of a step goes, node by node", static=False)
     graph_run.add_trace_options(trace)
-    tensors = _add_task(tasks, "tensors", "what nodes hold in the last step of a prompt", static=False)
+    tensors = _add_task(tasks, "tensors", "shows what nodes hold in the last step of a prompt", static=False)
     graph_run.add_tensor_options(tensors)
 
 
@@ -113,15 +115,15 @@ def _add_graph_options(parser: argparse.ArgumentParser, *, static: bool = True) 
         "--phase",
         choices=("prefill", "decode"),
         default="decode",
-        help="a chunk of -b tokens, or one (default: decode)",
+        help="prefill: a chunk of -b tokens; decode: one token (default: decode)",
     )
     group.add_argument(
         "-d", "--depth", metavar="N", type=integer(0, 2**30), default=0,
-        help="tokens that were read before (default: 0); with it, flops are those at that depth",
+        help="tokens read before the step (default: 0); flops count attention at that depth",
     )  # fmt: skip
     if static:
         group.add_argument(
-            "--repack", action="store_true", help="with weights repacked, as `run` has them with --kv full"
+            "--repack", action="store_true", help="show repacked weights, as `run` has them with --kv full"
         )
     add_model_options(parser)
     add_context_options(parser)
@@ -129,7 +131,7 @@ def _add_graph_options(parser: argparse.ArgumentParser, *, static: bool = True) 
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs a task -> its exit code. Raises RepkvError."""
+    """Runs a task and returns its exit code. Raises RepkvError."""
     tasks: dict[str, Callable[[argparse.Namespace], int]] = {
         "dump": _dump,
         "verify": _verify,
@@ -172,7 +174,7 @@ def _dump(args: argparse.Namespace) -> int:
         return 0
     nodes = [t for t in snapshot.nodes if _is_shown(args, t)]
     if not nodes:
-        raise InputError("no node is like that; without --layer, --name and --op all are shown")
+        raise InputError("no node matches; leave out --layer, --name or --op to see more")
     if args.dot:
         output.write(table.as_dot(snapshot, nodes))
     elif args.svg:
@@ -192,12 +194,13 @@ def _is_shown(args: argparse.Namespace, t: TensorInfo) -> bool:
     )
 
 
-def _summary(s: Snapshot, n_shown: int) -> str:
-    shown = f"{n_shown} of {len(s.nodes)} nodes" if n_shown != len(s.nodes) else f"{n_shown} nodes"
-    flops = sum(t.flops for t in s.nodes) / 1e6
+def _summary(snapshot: Snapshot, n_shown: int) -> str:
+    n_nodes = len(snapshot.nodes)
+    shown = f"{n_shown} of {n_nodes} nodes" if n_shown != n_nodes else f"{n_shown} nodes"
+    flops = sum(t.flops for t in snapshot.nodes) / 1e6
     return (
-        f"{shown}, {len(s.leaves)} leaves, {len(s.hooks)} hook points; compute buffer {s.compute_bytes / 1e6:.2f} MB, "
-        f"{flops:.0f} Mflop\n"
+        f"{shown}, {len(snapshot.leaves)} leaves, {len(snapshot.hooks)} hook points; "
+        f"compute buffer {snapshot.compute_bytes / 1e6:.2f} MB, {flops:.0f} Mflop\n"
     )
 
 
@@ -260,7 +263,7 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _side(args: argparse.Namespace, text: str) -> Snapshot:
-    """A dump, a policy's name, or flags that are put after the common ones."""
+    """Returns the graph that `text` names: a dump, a policy, or flags that are added to the common ones."""
     from pyggml_repkv.lab.inspect.snapshot import Snapshot
 
     if text.endswith(".json"):
@@ -269,7 +272,7 @@ def _side(args: argparse.Namespace, text: str) -> Snapshot:
         except OSError as error:
             raise InputError(f"{text}: {error.strerror}; give a file that `graph dump --json` wrote") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError):
-            raise InputError(f"{text}: no dump of a graph; give a file that `graph dump --json` wrote") from None
+            raise InputError(f"{text}: not a dump of a graph; give a file that `graph dump --json` wrote") from None
     parser = Parser(prog="graph diff", add_help=False)
     _add_graph_options(parser)
     flags = shlex.split(text) if text.startswith("-") else ["--kv", text]

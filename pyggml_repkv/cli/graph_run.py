@@ -1,4 +1,4 @@
-"""The tasks of `graph` that compute: `trace` says where the time goes, `tensors` what nodes hold."""
+"""The tasks of `graph` that compute: `trace` shows where time goes, `tensors` what nodes hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.lab.inspect.recorder import Recorded, Traced
 
-# What is read where no prompt is given: it matters for values, not for time.
+# The prompt where none is given. Values depend on it, times do not.
 TEXT = "The sea was calm that morning, and the captain had gone below to write his letters. "
 N_FIRST = 8
 
@@ -36,27 +36,33 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
         "--top", metavar="N", type=integer(1, 1000), default=20, help="rows shown (default: %(default)s)"
     )
     group.add_argument(
-        "-o", "--output", metavar="FILE", type=filled_text, help="write Chrome's trace format, for Perfetto"
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=filled_text,
+        help="write the steps in Chrome's trace format, for Perfetto",
     )
     group.add_argument(
         "--html", metavar="FILE", type=filled_text, help="write the page of `graph html`, with the time of each node"
     )
-    group.add_argument("--no-peak", action="store_true", help="do not measure what this machine can do at most")
+    group.add_argument("--no-peak", action="store_true", help="do not measure the machine's peak")
     group.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def add_tensor_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("tensors")
     _add_prompt(group)
-    group.add_argument("--name", metavar="GLOB", default="*", help="nodes with such a name, as 'Qcur-3' (default: all)")
+    group.add_argument(
+        "--name", metavar="GLOB", default="*", help="only nodes whose name matches, as 'Qcur-3' (default: all)"
+    )
     group.add_argument("--save", metavar="FILE", type=filled_text, help="write all values to FILE.npz")
     group.add_argument("--npy", metavar="DIR", type=filled_text, help="write each node's values to a .npy file in DIR")
     group.add_argument(
-        "--compare", metavar="FILE", type=filled_text, help="with what --save wrote: names the first that differs"
+        "--compare", metavar="FILE", type=filled_text, help="name the first node that differs from what --save wrote"
     )
     group.add_argument(
         "--tolerance", metavar="X", type=number(0, 1e30), default=0.0,
-        help="largest difference that is none, relative to the largest value (default: 0, to the bit)",
+        help="differences to ignore, relative to a node's largest value (default: 0, equal to the bit)",
     )  # fmt: skip
     group.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -69,7 +75,7 @@ def _add_prompt(group: Any) -> None:
 
 
 def trace(args: argparse.Namespace) -> int:
-    """Reads --depth tokens, then traces steps after them."""
+    """Runs `graph trace`: reads --depth tokens, then traces steps; returns the exit code."""
     from pyggml_repkv.lab.inspect.peak import measure_peak
     from pyggml_repkv.lab.inspect.recorder import n_traced_tokens, trace_steps
     from pyggml_repkv.lab.inspect.trace import chrome_trace
@@ -103,14 +109,14 @@ def _write_page(args: argparse.Namespace, done: Traced) -> None:
 
     snapshot = done.steps[-1].snapshot
     about = {"model": Path(args.model or "demo model").name, "phase": args.phase, **snapshot.about}
-    # Of this graph: the buffer itself was made for the largest.
+    # What this graph needs: the buffer was made for the largest graph.
     needed = max(t.offset + t.bytes for t in snapshot.nodes if t.buffer == "compute")
     shown = replace(snapshot, about=about, compute_bytes=needed, by_id={})
     output.write_file(args.html, as_page(shown, node_times(done.steps)))
 
 
 def _tokens(args: argparse.Namespace, model: Model, n_needed: int) -> list[int]:
-    """The prompt, repeated as often as it takes."""
+    """Returns n_needed tokens: the prompt, repeated as often as necessary."""
     prompt = read_prompt(args) if args.prompt is not None or args.file is not None else TEXT
     tokens = model.tokenizer.encode(prompt)
     if not tokens:
@@ -173,7 +179,7 @@ def _print_trace(args: argparse.Namespace, done: Traced, result: dict[str, Any])
 
 
 def tensors(args: argparse.Namespace) -> int:
-    """Values of the last step of a prompt -> 1 if they differ from those of --compare."""
+    """Runs `graph tensors`: shows the values of a prompt's last step; returns 1 if they differ from --compare's."""
     from pyggml_repkv.lab.inspect.recorder import record_tensors
 
     args.quiet = True
@@ -182,7 +188,7 @@ def tensors(args: argparse.Namespace) -> int:
         given = args.prompt is not None or args.file is not None
         tokens = model.tokenizer.encode(read_prompt(args) if given else TEXT)
         if len(tokens) < 2:
-            raise InputError("the prompt must have two tokens or more")
+            raise InputError("the prompt must have at least two tokens")
         memory = memory_config(args, args.ctx_size)
         found = record_tensors(model, memory, tokens, args.name, decode=args.phase == "decode")
     recorded = found.recorded
@@ -287,7 +293,7 @@ def _load(name: str) -> dict[str, np.ndarray]:
         raise InputError(f"--compare {name}: {error.strerror or error}; give a file that --save wrote") from None
     except (ValueError, KeyError, EOFError):
         raise InputError(f"--compare {name}: not an .npz; give a file that --save wrote") from None
-    except Exception as error:  # zipfile.BadZipFile and what else a damaged archive raises
+    except Exception as error:  # zipfile.BadZipFile and whatever else a damaged archive raises
         raise InputError(f"--compare {name}: damaged ({error}); give a file that --save wrote") from None
 
 

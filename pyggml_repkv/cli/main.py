@@ -1,4 +1,4 @@
-"""The command line's entry: picks the subcommand, and turns every failure into one line and an exit code."""
+"""Entry of the command line: runs the subcommand, and turns every failure into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pyggml_repkv.errors import InputError, RepkvError
 PROG = "python -m pyggml_repkv"
 COMMANDS = {
     "run": "continue a prompt, or answer one with --chat",
-    "bench": "measure speed, also against llama.cpp",
+    "bench": "measure speed, and compare it with llama.cpp",
     "eval": "measure what a KV memory retrieves",
-    "graph": "show, prove and compare the graphs that ggml computes",
-    "model": "what is in a model file, and the memory it will need",
+    "graph": "show, verify and compare the graphs that ggml computes",
+    "model": "show what a model file holds, and the memory it needs",
 }
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.
@@ -28,7 +28,7 @@ exit codes: 0 ok, 1 runtime failure, 2 bad usage or bad input, 130 interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line `argv` (default: the process's own) and returns its exit code."""
+    """Runs the command line `argv` (default: that of the process) and returns its exit code."""
     output.prepare()
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
@@ -52,11 +52,11 @@ def _dispatch(argv: list[str]) -> int:
         epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--version", action="store_true", help="show the versions of everything that matters")
+    parser.add_argument("--version", action="store_true", help="print the versions that a bug report needs")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=PROG)
     command = argv[0] if argv else ""
     if command in COMMANDS:
-        # only the chosen command is imported, so that --help stays instant
+        # Importing only the chosen command keeps --help instant.
         module = importlib.import_module(f"pyggml_repkv.cli.{command}")
         module.build_parser(subparsers)
         args, rest = parser.parse_known_args(argv)
@@ -66,7 +66,7 @@ def _dispatch(argv: list[str]) -> int:
         return int(module.main(args))
 
     if command and not command.startswith("-"):
-        raise InputError(f"there is no command {command!r}; there is: {', '.join(COMMANDS)}")
+        raise InputError(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}")
     for name, summary in COMMANDS.items():
         subparsers.add_parser(name, help=summary)
     args, rest = parser.parse_known_args(argv[:1])
@@ -75,7 +75,7 @@ def _dispatch(argv: list[str]) -> int:
 
         return versions.main()
     if not argv:
-        raise InputError(f"a command is needed: {', '.join(COMMANDS)} (--help explains)")
+        raise InputError(f"give a command: {', '.join(COMMANDS)} (--help explains them)")
     unexpected = (rest or argv[1:])[0]
     raise InputError(f"{unexpected!r} is not expected here: the command comes first, as in `{PROG} run -p TEXT`")
 

@@ -1,4 +1,4 @@
-"""`model`: what is in a model file, and the memory it will need."""
+"""`model`: shows what a model file holds, and the memory it needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples:
   %(prog)s -m model.gguf -c 1000000 --kv repkv --kv-ram 2G --json
 """
 
-# What only a memory that evicts blocks takes.
+# Options for memories that evict blocks; no other memory accepts them.
 _DISK_FIELDS = ("kv_dir", "kv_ram", "kv_disk_max", "type_evicted")
 
 _INDENT = 14
@@ -38,7 +38,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "model",
         usage="%(prog)s TASK [options]",
-        description="Looks into model files, without reading their weights.",
+        description="Shows what model files hold, without reading their weights.",
         epilog="`%(prog)s TASK --help` lists the options of a task.",
         formatter_class=HelpFormatter,
     )
@@ -49,11 +49,11 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "info",
         usage="%(prog)s [FILE] [options]",
         help="sizes, tokenizer, types of the weights, and the memory that a context needs",
-        description="Shows what is in a GGUF file, and what `run` with the same options would need of RAM and disk.",
+        description="Shows what a GGUF file holds, and how much RAM and disk `run` would need with the same options.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    info.add_argument("file", metavar="FILE", nargs="?", help="GGUF file, as -m (default: the demo model)")
+    info.add_argument("file", metavar="FILE", nargs="?", help="GGUF file, as -m FILE (default: the demo model)")
     info.add_argument("--json", action="store_true", help="print one JSON object (docs/model_info.md has the keys)")
     add_model_options(info)
     add_context_options(info)
@@ -65,11 +65,11 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
                 f"only this memory policy: {', '.join(KV_POLICIES)}, or NAME.py (default: all that other options allow)"
             )
         elif action.dest == "ctx_size":
-            action.help = "tokens to plan for; 0 is what the model was trained on (default: 0)"
+            action.help = "tokens to plan for; 0 means the trained context (default: 0)"
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `model info` -> its exit code. Raises RepkvError."""
+    """Runs `model info` and returns its exit code. Raises RepkvError."""
     from pyggml_repkv.engine import budget
     from pyggml_repkv.lab.inspect.model_info import ModelInfo, PlanInputs
     from pyggml_repkv.model.gguf_file import GGUFFile
@@ -104,10 +104,10 @@ def _path(args: argparse.Namespace) -> Path:
 
 
 def _memories(args: argparse.Namespace) -> list[MemoryConfig]:
-    """One for each policy to be shown."""
+    """Returns a MemoryConfig for each policy to show."""
     if args.kv is not None:
         return [memory_config(args, args.ctx_size)]
-    # Neither goes with the fused forms.
+    # Both options exclude the fused forms.
     kinds = {kv: kind_of(kv) for kv in KV_POLICIES}
     only_ggml = args.exact_graph or args.flash_attn == "off"
     shown = [kv for kv, kind in kinds.items() if "ggml" in kind.forms or not only_ggml]
@@ -126,7 +126,7 @@ def _lines(info: ModelInfo, plans: Sequence[MemoryPlan], free: int) -> Iterable[
     yield from _facts(_tokenizer_facts(info))
     yield ""
     if not info.types:
-        yield from _facts([("weights", ["none: this is a vocabulary, which can be looked at but not run"])])
+        yield from _facts([("weights", ["none: this file is a vocabulary, which cannot be run"])])
         return
     yield from _weights_table(info)
     yield ""
@@ -134,7 +134,7 @@ def _lines(info: ModelInfo, plans: Sequence[MemoryPlan], free: int) -> Iterable[
 
 
 def _facts(facts: Iterable[tuple[str, Sequence[str]]]) -> Iterable[str]:
-    """`label  text`; further lines below the text."""
+    """Yields `label  text`, with further texts below the first."""
     for label, texts in facts:
         for i, text in enumerate(texts):
             yield f"{label if i == 0 else '':<{_INDENT}}{text}"
@@ -147,32 +147,32 @@ def _file_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     file = info.file
     about = f"{size(len(file.data))}, GGUF version {file.version}, {len(file.tensors)} tensors"
     if info.unused:
-        about += f", {len(info.unused)} of them unknown and left alone"
+        about += f", {len(info.unused)} of them unknown and ignored"
     return [("file", [printable(file.path, 400), about])]
 
 
 def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
-    c, scaling = info.config, info.config.rope_scaling
+    config, scaling = info.config, info.config.rope_scaling
     stretch = "not scaled"
     if scaling.kind != "none":
         stretch = f"{scaling.kind} scaling by {scaling.factor:g} from {scaling.orig_context:,} tokens"
     elif "rope_freqs.weight" in info.file.tensors:
         stretch = "each frequency scaled by the file's rope_freqs"
-    turned = f", {c.rope_dim} of {c.head_dim} values of a head" if c.rope_dim != c.head_dim else ""
-    output_is = "the token embedding (tied)" if c.tied_output else "a matrix of its own"
+    turned = f", {config.rope_dim} of {config.head_dim} values of a head" if config.rope_dim != config.head_dim else ""
+    output_is = "the token embedding (tied)" if config.tied_output else "a matrix of its own"
     return [
-        ("model", [printable(c.name)]),
-        ("architecture", [c.arch]),
-        ("layers", [str(c.n_layer)]),
-        ("embedding", [str(c.n_embd)]),
-        ("heads", [f"{c.n_head} for queries, {c.n_head_kv} for keys and values, of {c.head_dim}"]),
-        ("feed-forward", [str(c.n_ff)]),
-        ("vocabulary", [f"{c.n_vocab:,} tokens"]),
-        ("trained on", [f"{c.n_ctx_train:,} tokens"]),
-        ("rope", [f"base {c.rope_base:.9g}{turned}, {stretch}"]),
-        ("norm", [f"RMS, epsilon {c.norm_eps:.3g}"]),
+        ("model", [printable(config.name)]),
+        ("architecture", [config.arch]),
+        ("layers", [str(config.n_layer)]),
+        ("embedding", [str(config.n_embd)]),
+        ("heads", [f"{config.n_head} for queries, {config.n_head_kv} for keys and values, of {config.head_dim}"]),
+        ("feed-forward", [str(config.n_ff)]),
+        ("vocabulary", [f"{config.n_vocab:,} tokens"]),
+        ("trained on", [f"{config.n_ctx_train:,} tokens"]),
+        ("rope", [f"base {config.rope_base:.9g}{turned}, {stretch}"]),
+        ("norm", [f"RMS, epsilon {config.norm_eps:.3g}"]),
         *([("output", [output_is])] if info.types else []),
     ]
 
@@ -181,7 +181,7 @@ def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
     t = info.tokenizer
-    unknown = "" if t.supported else " (not known here: `run` refuses it)"
+    unknown = "" if t.supported else " (unknown: `run` refuses it)"
     kind, pre = printable(t.kind or "not named"), printable(t.pre or "not named")
     specials = [_special(role, token) for role, token in (("bos", t.bos), ("eos", t.eos), ("eot", t.eot))]
     begins = "texts begin with bos" if t.add_bos and t.bos else "texts do not begin with bos"

@@ -1,4 +1,4 @@
-"""Options that subcommands share: the model, its context, and how tokens are drawn."""
+"""Options that subcommands share: the model, its context and memory, and sampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_SEED = 2**32 - 1
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """-m, -t and how the weights are held."""
+    """Adds -m, -t and the flags that say how weights are held and computed."""
     group = parser.add_argument_group("model")
     group.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
     group.add_argument(
@@ -32,21 +32,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=integer(1, MAX_THREADS),
-        help=f"compute threads (default: {default_threads()}, the physical cores at hand)",
+        help=f"compute threads (default: {default_threads()}, the available physical cores)",
     )
     group.add_argument(
         "--no-repack",
         action="store_true",
-        help="use all weights as in the file: less RAM; of types that ggml repacks (Q4_0, Q4_K, ...), long prompts are "
-        "read faster and tokens come more slowly",
+        help="use weights as the file has them: less RAM; with types that ggml repacks (Q4_0, Q4_K, ...), long prompts "
+        "are read faster and tokens generated more slowly",
     )
     group.add_argument(
-        "--exact-graph", action="store_true", help="llama.cpp's graph, node by node; decodes more slowly"
+        "--exact-graph", action="store_true", help="compute llama.cpp's graph, node by node; decodes more slowly"
     )
 
 
 def add_context_options(parser: argparse.ArgumentParser, *, several: bool = False, sized: bool = True) -> None:
-    """-c, -b and the KV memory; several: a list of policies, separated by commas; sized: --help tells of -c."""
+    """Adds -c, -b and the flags of every memory. several: --kv takes a comma-separated list; sized: --help has -c."""
     group = parser.add_argument_group("context")
     group.add_argument(
         "-c",
@@ -54,7 +54,7 @@ def add_context_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         metavar="N",
         type=integer(0, MAX_CONTEXT),
         default=0,
-        help="tokens of context; 0 is what the model was trained on, or with window and repkv a million (default: 0)"
+        help="tokens of context; 0 means the trained context, or a million with window and repkv (default: 0)"
         if sized
         else argparse.SUPPRESS,
     )
@@ -71,8 +71,8 @@ def add_context_options(parser: argparse.ArgumentParser, *, several: bool = Fals
         metavar="POLICY,..." if several else "POLICY",
         type=_policies if several else _policy,
         default="full",
-        help=f"KV memory {'policies' if several else 'policy'}: {', '.join(KV_POLICIES)}, or NAME.py, a file with your "
-        "own (default: %(default)s)",
+        help=f"KV memory {'policies' if several else 'policy'}: {', '.join(KV_POLICIES)}, or NAME.py, a file with a "
+        "policy of your own (default: %(default)s)",
     )
     group.add_argument(
         "-fa",
@@ -93,17 +93,17 @@ def add_context_options(parser: argparse.ArgumentParser, *, several: bool = Fals
 
 
 def add_memory_options(parser: argparse.ArgumentParser) -> None:
-    """What `--kv window` and `--kv repkv` keep and fetch; what is not given comes from --preset."""
+    """Adds the flags of `--kv window` and `--kv repkv`; --preset sets those that are not given."""
     defaults = MemoryConfig()
     group = parser.add_argument_group("bounded memory (--kv repkv; --kv window uses the first two and --positions)")
     counts = (
         ("--n-sink", "n_sink", 0, 2**20, "first tokens, always attended"),
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
-        ("--n-dense", "n_dense", 0, 2**20, "every block is attended up to this length (at most the trained context)"),
+        ("--n-dense", "n_dense", 0, 2**20, "attend every block up to this length (at most the trained context)"),
         ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends when it reads one token"),
-        ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when it reads a chunk of the prompt"),
+        ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when a layer reads a chunk of the prompt"),
         ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),
-        ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 is 256 of them"),
+        ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 means 256"),
     )
     for flag, name, low, high, what in counts:
         group.add_argument(
@@ -112,34 +112,34 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--block",
         metavar="SCHEME",
-        help="how older tokens are cut: fixed:N, or semantic:N-M, which ends blocks where the text has an end "
-        f"(default: {defaults.block})",
+        help="how older tokens are cut into blocks: fixed:N, or semantic:N-M, which ends blocks at boundaries of the "
+        f"text (default: {defaults.block})",
     )
     choices_of = (
-        ("--score", SCORES, "what makes a token representative: products with later queries, or attention"),
+        ("--score", SCORES, "what makes a token representative: dot products with later queries, or attention"),
         ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
         (
             "--positions",
             POSITIONS,
-            "where older tokens are seen; auto: exact within the trained context, then far (window: far)",
+            "where the model sees older tokens; auto: exact within the trained context, then far (window: far)",
         ),
     )
     for flag, choices, what in choices_of:
         default = getattr(defaults, flag[2:])
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
-    group.add_argument("--per-head", action="store_true", default=None, help="every key head selects blocks of its own")
+    group.add_argument("--per-head", action="store_true", default=None, help="each key head selects its own blocks")
     group.add_argument(
         "--sticky",
         metavar="NATS",
         type=number(0, 50),
-        help="by how much a block that the last token attended ranks higher for the next one, so that fewer are "
-        f"exchanged and read (default: {defaults.sticky:g})",
+        help="rank a block that the last token attended higher for the next one by NATS, so that fewer blocks are read "
+        f"(default: {defaults.sticky:g})",
     )
     group.add_argument(
         "--late",
         action="store_true",
         default=None,
-        help="a token attends the blocks that the one before it selected, so that reads have a whole token's time",
+        help="attend the blocks that the previous token selected, so that reads have a whole token's time",
     )
     group.add_argument(
         "--kv-dir",
@@ -151,10 +151,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         "--kv-ram",
         metavar="SIZE",
         type=byte_size,
-        help="RAM for evicted blocks, as 256M or 2G; the rest stays on disk (in --kv-dir, or in our cache directory)",
+        help="RAM for evicted blocks, as 256M or 2G; the rest stays on disk (in --kv-dir, or in the cache directory)",
     )
     group.add_argument(
-        "--kv-disk-max", metavar="SIZE", type=byte_size, help="most disk for evicted blocks (default: none)"
+        "--kv-disk-max", metavar="SIZE", type=byte_size, help="limit on disk for evicted blocks (default: no limit)"
     )
     group.add_argument(
         "--cache-type-evicted",
@@ -166,14 +166,14 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefetch",
         choices=PREFETCH,
-        help="with --late, blocks are read while the token before computes; off reads each when its layer asks "
+        help="with --late, read blocks while the previous token computes; off: read each when its layer needs it "
         f"(default: {defaults.prefetch})",
     )
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
         default="balanced",
-        help="a set of the above, which they override (default: %(default)s)",
+        help="values for the flags above, which override it (default: %(default)s)",
     )
 
 
@@ -191,7 +191,7 @@ def _policies(text: str) -> list[str]:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The sampling chain, in the order in which it runs."""
+    """Adds the flags of the sampling chain, in the order in which it runs."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--repeat-penalty",
@@ -205,7 +205,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=integer(-1, MAX_INT),
         default=64,
-        help="how many recent tokens that is; -1 is all (default: %(default)s)",
+        help="how many tokens count as recent; -1 is all (default: %(default)s)",
     )
     group.add_argument(
         "--top-k",
@@ -219,14 +219,14 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         type=number(0, 1),
         default=0.95,
-        help="keep the best tokens that hold probability P; 1 is off (default: %(default)s)",
+        help="keep the most likely tokens that together have probability P; 1 is off (default: %(default)s)",
     )
     group.add_argument(
         "--min-p",
         metavar="P",
         type=number(0, 1),
         default=0.05,
-        help="keep tokens P times as likely as the best; 0 is off (default: %(default)s)",
+        help="keep tokens at least P times as likely as the best; 0 is off (default: %(default)s)",
     )
     group.add_argument(
         "--temp",

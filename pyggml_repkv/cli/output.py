@@ -14,8 +14,8 @@ from pyggml_repkv.errors import RepkvError
 
 
 def prepare() -> None:
-    """Makes both streams usable whatever the locale, and when the caller closed them."""
-    # a process started with a closed descriptor has None here
+    """Makes stdout and stderr usable in any locale, and also where the caller closed them."""
+    # Python sets a stream to None if its descriptor is closed at the start.
     sys.stdout = cast("TextIO | None", sys.stdout) or _ClosedStream()
     sys.stderr = cast("TextIO | None", sys.stderr) or _nowhere()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -23,7 +23,7 @@ def prepare() -> None:
 
 
 class _ClosedStream(io.StringIO):
-    """Stands for a stdout that the caller closed: what was asked for must not vanish with exit code 0."""
+    """A stdout that the caller closed. Writing raises OSError, so that output never vanishes with exit code 0."""
 
     def write(self, text: str, /) -> int:
         if text:
@@ -36,7 +36,7 @@ def _nowhere() -> TextIO:
 
 
 def write(text: str) -> None:
-    """Text to stdout, at once. Raises BrokenPipeError when the reader has gone, else RepkvError."""
+    """Writes text to stdout and flushes it. Raises BrokenPipeError if the reader is gone, RepkvError otherwise."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -48,7 +48,7 @@ def write(text: str) -> None:
 
 
 def write_file(name: str, text: str) -> None:
-    """Text to a file that a flag named, "-" is stdout. Raises RepkvError."""
+    """Writes text to the file `name`; "-" is stdout. Raises RepkvError."""
     if name == "-":
         write(text)
         return
@@ -60,12 +60,12 @@ def write_file(name: str, text: str) -> None:
 
 
 def say(line: str) -> None:
-    """One line to stderr, under the program's name."""
+    """Writes one line to stderr, after the program's name."""
     log(f"pyggml_repkv: {line}\n")
 
 
 def log(text: str) -> None:
-    """Text to stderr; one that cannot be written is no reason to stop."""
+    """Writes text to stderr. Failing to write is no reason to stop."""
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -74,14 +74,14 @@ def log(text: str) -> None:
 
 
 def flush() -> None:
-    """Everything written reaches its reader, or the failure is raised as by `write`."""
+    """Flushes stdout. Raises as `write` does."""
     write("")
 
 
 def discard(*streams: TextIO) -> None:
-    """From here on the streams go nowhere, so that the interpreter's last flush cannot fail."""
+    """Redirects the streams to the null device, so that the interpreter's last flush cannot fail."""
     for stream in streams:
-        # a stream without a descriptor, as under a test, has nothing to redirect
+        # A stream without a descriptor, as in tests, has nothing to redirect.
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())

@@ -1,4 +1,4 @@
-"""argparse as this command line wants it: one-line errors, exact option names, checked numbers."""
+"""argparse with one-line errors, exact option names and checked numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyggml_repkv.errors import InputError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """`-m, --model FILE  text`, the value named once."""
+    """Prints `-m, --model FILE  text`: the value is named once."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30)
@@ -31,7 +31,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises InputError for bad usage. What follows an option is its value, even if it begins with '-'."""
+    """Raises InputError for bad usage. The argument after an option is its value, even if it begins with '-'."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **kwargs})
@@ -45,13 +45,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(self._bind(args or ()), namespace)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        # argparse drops "--" even where it is the value of an option
+        # argparse drops "--" even if it is the value of an option.
         if arg_strings == ["--"] and action.option_strings and action.nargs is None:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        # only help comes here, and argparse would hide that it could not be written
+        # Only help comes here, and argparse would hide a failure to write it.
         output.write(message)
 
     def _bind(self, args: Iterable[str]) -> list[str]:
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `low` to `high`."""
+    """Returns an argparse type: a whole number from `low` to `high`."""
 
     def parse(text: str) -> int:
         try:
@@ -80,7 +80,7 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
+    """Returns an argparse type: a number from `low` to `high`."""
 
     def parse(text: str) -> float:
         try:
@@ -95,7 +95,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def text(value: str) -> str:
-    """An argparse type: the argument's bytes read as UTF-8, whatever the locale made of them."""
+    """An argparse type: the argument's bytes as UTF-8, in any locale."""
     try:
         return os.fsencode(value).decode("utf-8")
     except UnicodeError as error:
@@ -117,7 +117,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def byte_size(text: str) -> int:
-    """An argparse type for bytes: 1048576, 512K, 256M, 1.5G (powers of 1024, as --kv-ram 256M means)."""
+    """An argparse type: a number of bytes, as 1048576, 512K, 256M or 1.5G (powers of 1024)."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([KMGT]?)(?:I?B)?", text.strip().upper())
     n_bytes = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if not 0 < n_bytes < 2**50:

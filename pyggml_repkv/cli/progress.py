@@ -1,4 +1,4 @@
-"""A bar on stderr while a long prompt is read."""
+"""Progress on stderr while a long prompt is read: a bar, or lines where no bar can be drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def wanted() -> bool:
-    """Whether stderr is a terminal that can redraw a line."""
+    """Returns whether stderr is a terminal that can redraw a line."""
     return sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
@@ -28,7 +28,7 @@ _console: Console | None = None
 
 
 class _Notices(logging.Handler):
-    """What the library has to say: above the bar, where there is one."""
+    """Shows the library's log records on stderr, above the bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if _console is None:
@@ -39,7 +39,7 @@ class _Notices(logging.Handler):
 
 @contextmanager
 def notices(*, quiet: bool) -> Iterator[None]:
-    """Shows what the package logs meanwhile."""
+    """Shows the package's log records on stderr. quiet: warnings only."""
     logger, handler = logging.getLogger("pyggml_repkv"), _Notices()
     level = logger.level
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -53,7 +53,7 @@ def notices(*, quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def prompt_lines() -> Iterator[Callable[[int, int], None]]:
-    """Yields what writes a line every LINE_EVERY seconds, for logs and pipes."""
+    """Yields a function of the tokens read and of all; it writes a line every LINE_EVERY seconds."""
     begun = said = perf_counter()
 
     def tell(n_done: int, n_total: int) -> None:
@@ -68,11 +68,11 @@ def prompt_lines() -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def prompt_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
-    """Yields what moves the bar: a function of the tokens read and of all. Afterwards the bar is gone."""
+    """Yields a function of the tokens read and of all; it moves the bar. The bar disappears at the end."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
-    # drawn only when a batch is done: a refresh thread would take a core from the compute threads
+    # The bar is redrawn only after a batch: a refresh thread would take a core from the compute threads.
     bar = Progress(
         TextColumn("reading the prompt"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""What the model is asked to read: -f, then -p, then the chat template, then token ids."""
+"""The prompt: the text of -f and -p, put into the chat template, as token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text of -f followed by that of -p, byte for byte. Raises InputError for what cannot be read."""
+    """Returns the text of -f followed by that of -p, unchanged. Raises InputError if one cannot be read."""
     if args.prompt is None and args.file is None:
         raise InputError("no prompt: give -p TEXT, -f FILE, or -p - to read stdin")
     parts = []
@@ -29,11 +29,11 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_text_file(name: str, flag: str) -> str:
-    """A UTF-8 file that `flag` named. Raises InputError for what cannot be read."""
+    """Returns the text of the UTF-8 file `name`, given with `flag`. Raises InputError if it cannot be read."""
     try:
         path = Path(name)
         if path.is_char_device() or path.is_block_device():
-            raise InputError(f"{flag} {name}: is a device, which may never end; give a text file")
+            raise InputError(f"{flag} {name} is a device, which may never end; give a text file")
         return _decoded(path.read_bytes(), f"{flag} {name}")
     except OSError as error:
         raise InputError(f"{flag} {name}: {error.strerror}; give a text file") from error
@@ -42,9 +42,9 @@ def read_text_file(name: str, flag: str) -> str:
 
 
 def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
-    """Raises InputError for flags that --chat needs or rules out."""
+    """Raises InputError if a flag needs --chat, or --chat excludes a flag."""
     if args.system is not None and not args.chat:
-        raise InputError("--system needs --chat: only a chat template has a place for it")
+        raise InputError("--system needs --chat: only a chat template has a system message")
     if args.chat and args.no_parse_special:
         raise InputError("--no-parse-special cannot go with --chat: the template is written in special tokens")
     if args.chat and not prompt:
@@ -52,7 +52,7 @@ def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
 
 
 def apply_template(args: argparse.Namespace, prompt: str, template: ChatTemplate | None) -> str:
-    """The prompt as the user's message in the model's template. Raises InputError when it has none."""
+    """Returns the prompt as the user's message in the model's template. Raises InputError if the model has none."""
     if template is None:
         raise InputError("--chat: this model has no chat template; leave --chat out, or use an instruct model")
     messages = [{"role": "user", "content": prompt}]
@@ -62,17 +62,17 @@ def apply_template(args: argparse.Namespace, prompt: str, template: ChatTemplate
 
 
 def tokenize(args: argparse.Namespace, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of the prompt. Raises InputError when there are none."""
+    """Returns the token ids of the prompt. Raises InputError if there are none."""
     tokens = tokenizer.encode(text, add_special=True, parse_special=not args.no_parse_special)
     if args.chat and tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
-        tokens = tokens[1:]  # the template writes the start token itself
+        tokens = tokens[1:]  # The template writes a start token too.
     if not tokens:
-        raise InputError("the prompt is empty and this model has no start token: give -p or -f some text")
+        raise InputError("the prompt is empty, and this model has no start token: give -p or -f some text")
     return tokens
 
 
 def _read_stdin() -> bytes:
-    # a process started with stdin closed has None here
+    # Python sets stdin to None if its descriptor is closed at the start.
     return sys.stdin.buffer.read() if sys.stdin is not None else b""
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: llama.cpp's timing block, and the JSON object."""
+"""What `run` reports: timings in llama.cpp's layout, a line about the memory, and the JSON object."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pyggml_repkv.engine.generate import GenerationResult
 
 
 def timings(result: GenerationResult, load_ms: float) -> str:
-    """The block in llama.cpp's layout; a run is one single-token step, the total leaves the loading out."""
+    """Returns the timings in llama.cpp's layout: a "run" is a step of one token; the total excludes loading."""
     n_tokens = result.n_prompt + result.n_decoded
     return (
         f"perf:        load time = {load_ms:10.2f} ms\n"
@@ -22,7 +22,7 @@ def timings(result: GenerationResult, load_ms: float) -> str:
 
 
 def memory(kv: dict[str, Any]) -> str:
-    """What the memory held at the end and what it cost, one line."""
+    """Returns one line: what the memory held at the end, and what it cost."""
     from pyggml_repkv.engine.budget import size
 
     parts = [f"{size(kv.get('ram_bytes') or kv.get('resident_bytes', 0))} of keys and values"]
@@ -36,8 +36,8 @@ def memory(kv: dict[str, Any]) -> str:
         there = 100 * prefetch["hits"] / prefetch["required"]
         parts += [
             f"{size(kv['disk_bytes'])} on disk",
-            f"{there:.1f} % of the blocks were there when asked for",
-            f"{prefetch.get('wait_ms', 0) / 1e3:.1f} s of waiting for the others",
+            f"{there:.1f} % of the blocks were in RAM when needed",
+            f"{prefetch.get('wait_ms', 0) / 1e3:.1f} s spent waiting for the others",
         ]
     return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"
 
@@ -49,7 +49,7 @@ def _per_token(ms: float, n: int, noun: str) -> str:
 
 
 def as_json(result: GenerationResult, load_ms: float, kv: dict[str, Any], seed: int) -> str:
-    """One JSON object on one line."""
+    """Returns one JSON object on one line."""
     return json.dumps(
         {
             "text": result.text,
@@ -72,6 +72,6 @@ def as_json(result: GenerationResult, load_ms: float, kv: dict[str, Any], seed: 
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held at once."""
+    """Returns the largest resident set that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""`run`: continues one prompt."""
+"""`run`: continues a prompt."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--session",
         metavar="DIR",
         type=filled_text,
-        help="keep what is read and generated in DIR as it goes (with --kv repkv); run again, it goes on from what the "
-        "prompt has in common with it",
+        help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
+        "tokens that its prompt shares with DIR",
     )
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
     group.add_argument(
         "--no-parse-special",
         action="store_true",
-        help="special tokens spelled out in the prompt are plain text",
+        help="read special tokens that the prompt spells out as plain text",
     )
     add_model_options(parser)
     add_context_options(parser)
@@ -76,7 +76,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="N",
         type=integer(-1, MAX_INT),
         default=-1,
-        help="most tokens to generate; -1 has no limit but the context (default: -1)",
+        help="generate at most N tokens; -1: until the context is full (default: -1)",
     )
     group.add_argument(
         "-r",
@@ -87,21 +87,23 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="append",
         type=filled_text,
         default=[],
-        help="end before this text; may be given again for another",
+        help="stop before this text; may be given several times",
     )
     group.add_argument("--ignore-eos", action="store_true", help="never draw the end-of-generation token")
     add_sampling_options(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     group.add_argument("--display-prompt", action="store_true", help="print the prompt before the text")
-    group.add_argument("--no-display-prompt", dest="display_prompt", action="store_false", help="do not (the default)")
+    group.add_argument(
+        "--no-display-prompt", dest="display_prompt", action="store_false", help="print only the text (default)"
+    )
     group.add_argument("--special", action="store_true", help="print special tokens too")
     group.add_argument("--verbose-prompt", action="store_true", help="list the prompt's tokens on stderr")
-    group.add_argument("-q", "--quiet", action="store_true", help="no timings or notes on stderr, only warnings")
+    group.add_argument("-q", "--quiet", action="store_true", help="print only warnings on stderr, no timings or notes")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs the generation. Raises RepkvError, and KeyboardInterrupt after saying how far it came."""
+    """Runs the generation and returns the exit code. Raises RepkvError, and KeyboardInterrupt after the timings."""
     prompt = read_prompt(args)
     check_chat_flags(args, prompt)
     if args.json and args.display_prompt:
@@ -121,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def load_model(args: argparse.Namespace) -> Model:
-    """The model of `add_model_options` and `add_context_options`."""
+    """Returns the model that the flags of `add_model_options` and `add_context_options` describe."""
     from pyggml_repkv.engine.model import Model
 
     return Model.load(
@@ -133,19 +135,19 @@ def load_model(args: argparse.Namespace) -> Model:
 
 
 def repacks(args: argparse.Namespace, policy: str) -> bool:
-    """Whether weights are repacked: only ggml's own nodes read matrices that are not as in the file."""
+    """Returns whether ggml repacks weights. Only ggml's own nodes can read repacked ones."""
     return not args.no_repack and "ggml" in kind_of(policy).forms
 
 
 def kind_of(policy: str) -> PolicyKind:
-    """What a policy declares; only now is ggml loaded. Raises InputError for an unknown one."""
+    """Returns what a policy declares. Raises InputError if it is unknown. The import here loads ggml."""
     from pyggml_repkv.memory.registry import policy_kind
 
     return policy_kind(policy)
 
 
 def model_path(args: argparse.Namespace) -> str | Path:
-    """-m, or the demo model, which is made where it is not there yet."""
+    """Returns the path of -m, or of the demo model, which is made if it is missing."""
     if args.model is not None:
         return str(args.model)
     from pyggml_repkv.model.demo import demo_model_path
@@ -165,17 +167,17 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
             f"or a shorter prompt (the model was trained on {n_ctx_train})"
         )
     if unbounded and args.positions == "exact" and n_prompt > n_ctx_train:
-        output.say(f"warning: --positions exact and {n_prompt} tokens: the model was trained on {n_ctx_train}")
+        output.say(f"warning: --positions exact with {n_prompt} tokens, but the model was trained on {n_ctx_train}")
     if n_ctx > n_ctx_train and not unbounded:
-        output.say(f"warning: -c {n_ctx} is past the {n_ctx_train} tokens the model was trained on")
+        output.say(f"warning: -c {n_ctx} exceeds the {n_ctx_train} tokens that the model was trained on")
     if unbounded and not n_ctx and n_prompt > n_ctx_train:
-        # Then the memory knows from the start that it will be a long one.
+        # This tells the memory from the start that the context will be long.
         n_ctx = max(UNBOUNDED_CONTEXT, n_prompt)
     return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
 def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> None:
-    """Before anything is computed: what this run will need. Raises ComputeError where that is more than there is."""
+    """Says what this run will need, before anything is computed. Raises ComputeError if there is less."""
     from pyggml_repkv.engine import budget
 
     n_more = max(args.n_predict, 0)
@@ -189,7 +191,7 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
 
 
 def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
-    """What `add_context_options` and `add_memory_options` say."""
+    """Returns the memory that the flags of `add_context_options` and `add_memory_options` describe."""
     given = {field: getattr(args, field) for field in MEMORY_FIELDS if getattr(args, field) is not None}
     return MemoryConfig(
         kv=args.kv,
@@ -203,16 +205,16 @@ def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
 
 
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
-    """With --session, from where it and this run have all in common."""
+    """Returns the generation; with --session, it continues after the tokens that the session and the prompt share."""
     from pyggml_repkv.engine.generate import Generation
 
     if args.session is None:
         return Generation(session, model.tokenizer, tokens, _config(args))
     generation = session.continue_text(tokens, _config(args))
     if generation.begun.tokens:
-        _note(args, f"session: its text was cut off after {len(generation.begun.tokens)} tokens; going on")
+        _note(args, f"session: continuing its text after {len(generation.begun.tokens)} tokens")
     elif generation.begun.n_read:
-        _note(args, f"session: {generation.begun.n_read} of the prompt's {len(tokens)} tokens were read before")
+        _note(args, f"session: holds {generation.begun.n_read} of the prompt's {len(tokens)} tokens")
     return generation
 
 
@@ -233,7 +235,7 @@ def _generate(
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
         if args.session is not None:
-            # Where it was stopped halfway, the save before is the last good one.
+            # If a step was cut short, saving raises and the previous save stays the last good one.
             with suppress(RepkvError):
                 session.save()
         _say_timings(args, generation, model, session)
@@ -245,12 +247,12 @@ def _generate(
         output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
         n = len(result.tokens)
-        output.say(f"warning: cut off after {n} tokens, the context of {session.n_ctx} is full: raise it with -c")
+        output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
     _say_timings(args, generation, model, session)
 
 
 def _stream(pieces: Iterable[str]) -> None:
-    """Writes each piece at once; the last line ends whatever ends the text."""
+    """Writes each piece at once, and ends the last line even if the text is interrupted."""
     last = "\n"
     try:
         for piece in pieces:
@@ -268,8 +270,8 @@ def _end_line(last: str) -> None:
 
 
 def prompt_progress(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
-    """Yields what shows how much of a prompt is read; None where nothing is shown."""
-    # a prompt of one batch is read in one step: a bar would only flicker
+    """Yields a function that shows how much of a prompt is read, or None if nothing is shown."""
+    # One step reads a prompt of one batch: a bar would only flicker.
     if n_tokens <= args.batch_size:
         return nullcontext()
     if progress.wanted():

@@ -1,4 +1,4 @@
-"""`--version`: what to name in a report."""
+"""`--version`: prints the versions that a bug report needs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyggml_repkv.cli import output
 
 
 def main() -> int:
-    """Prints one line per component. Raises RepkvError, after the others, when ggml-python is not right."""
+    """Prints one line per component. Raises RepkvError after the other lines if ggml-python is not usable."""
     rows = {"pyggml_repkv": __version__, "python": platform.python_version(), "platform": platform.platform()}
     rows |= {name: _installed(name) for name in ("ggml-python", "numpy", "gguf", "tokenizers")}
     _print(rows)

@@ -1,4 +1,4 @@
-"""The parent's side of a comparison: worker processes, one for each engine."""
+"""The parent's side of a comparison: a worker process for each engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ N_CTX_STEP = 256
 
 
 class EngineProcess:
-    """A worker (see workers/_worker.py). It answers one request at a time and rests in between."""
+    """A worker (workers/_worker.py). It answers one request at a time and is idle in between."""
 
     def __init__(self, name: str, worker: Sequence[str], python: str = sys.executable) -> None:
-        """worker: what the interpreter is given: a script, or -m and a module."""
+        """worker: arguments of the interpreter: a script, or -m and a module."""
         self.name = name
         self.version = ""
         self.n_vocab = 0
@@ -44,10 +44,10 @@ class EngineProcess:
         self.version, self.n_vocab = reply["version"], reply["n_vocab"]
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
-        """One request -> its reply. Raises RepkvError with what the worker says, or how it ended."""
+        """Returns the reply to one request. Raises RepkvError with the worker's message, or with how it ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        # Of one that ended, the last words are still there to be read.
+        # If the worker has ended, its last messages can still be read.
         with suppress(BrokenPipeError):
             print(json.dumps({"op": op, **fields}), file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
@@ -55,7 +55,7 @@ class EngineProcess:
             raise RepkvError(f"{self.name}: {self._ending()} during {op!r}: {self._last_error_line()}")
         reply = _as_reply(line)
         if reply is None or (op == "load" and not _is_loaded(reply)):
-            raise RepkvError(f"{self.name}: what was started is no worker: it answered {line.strip()[:60]!r}")
+            raise RepkvError(f"{self.name}: the process is not a worker: it answered {line.strip()[:60]!r}")
         if "error" in reply:
             kind = InputError if reply.get("exit_code") == InputError.exit_code else RepkvError
             raise kind(f"{self.name}: {reply['error']}")
@@ -97,21 +97,21 @@ def _as_reply(line: str) -> dict[str, Any] | None:
 
 
 def start_llama(stack: ExitStack, name: str, python: str, **options: Any) -> EngineProcess:
-    """llama.cpp with the model loaded, until the stack is left."""
+    """Returns a worker that has loaded the model into llama.cpp; it lives until the stack closes."""
     engine = stack.enter_context(EngineProcess(name, LLAMA_WORKER, python))
     engine.load(**options)
     return engine
 
 
 def start_repkv(stack: ExitStack, name: str, **options: Any) -> EngineProcess:
-    """Our engine with the model loaded, until the stack is left."""
+    """Returns a worker that has loaded the model into this engine; it lives until the stack closes."""
     engine = stack.enter_context(EngineProcess(name, REPKV_WORKER))
     engine.load(**options)
     return engine
 
 
 def check_same_vocabulary(engines: Iterable[EngineProcess]) -> int:
-    """Number of tokens. Raises RepkvError if the engines disagree."""
+    """Returns the size of the vocabulary. Raises RepkvError if the engines disagree."""
     sizes = {engine.name: engine.n_vocab for engine in engines}
     if len(set(sizes.values())) > 1:
         raise RepkvError(f"the engines disagree on the number of tokens: {sizes}")
@@ -119,7 +119,7 @@ def check_same_vocabulary(engines: Iterable[EngineProcess]) -> int:
 
 
 def context_size(n_tokens: int) -> int:
-    """The context for n_tokens, rounded as llama.cpp rounds it, so that every engine has the same."""
+    """Returns the context for n_tokens, rounded up as llama.cpp does, so that every engine has the same."""
     return -(-n_tokens // N_CTX_STEP) * N_CTX_STEP
 
 

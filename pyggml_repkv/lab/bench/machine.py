@@ -1,4 +1,4 @@
-"""What this machine can do at most: its peaks, and what ggml's own matrix products reach of them, by weight type."""
+"""The speed of ggml's own matrix products on this machine, by weight type."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from pyggml_repkv.lab.inspect.peak import READ_BYTES, best_seconds
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
-# Rows and columns of the matrix that 512 tokens are multiplied with: 4.3 GFLOP.
+# Rows and columns of the matrix that multiplies 512 tokens: 4.3 GFLOP.
 SIDE = 2048
 N_TOKENS = 512
 
-# Of the matrix that one token is multiplied with, which has as many rows as READ_BYTES hold.
+# Columns of the matrix that multiplies one token; it has as many rows as READ_BYTES hold.
 N_COLUMNS = 4096
 
-# No number made of this byte is denormal or infinite, in any type.
+# In every type, numbers made of this byte are neither denormal nor infinite.
 FILL = 0x3C
 
 
 @dataclass(frozen=True, slots=True)
 class TypeSpeed:
-    """ggml's product of a matrix of this type with 512 tokens, and with one: GFLOP/s, GB/s of the matrix."""
+    """ggml's products with a matrix of this type. gflops: with 512 tokens; gbytes_per_second: of the matrix, with one
+    token.
+    """
 
     type: str
     gflops: float
@@ -34,7 +36,7 @@ class TypeSpeed:
 
 
 def measure_types(backend: Backend) -> Iterator[TypeSpeed]:
-    """The best of a few runs each. Raises ComputeError where there is too little memory."""
+    """Yields the speed of each type, the best of a few runs. Raises ComputeError if there is too little memory."""
     data = aligned_zeros(READ_BYTES)
     data[:] = FILL
     for name in TYPES:

@@ -1,4 +1,4 @@
-"""Takes turns: in each round every case is taken of one engine after the other, while the others rest."""
+"""Measures engines in turn: in each round, every case runs in one engine after the other, while the others are idle."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from pyggml_repkv.lab.bench.engines import EngineProcess, check_same_vocabulary, context_size, start_llama, start_repkv
 from pyggml_repkv.lab.bench.load import REST_S, busy_cores
 
-# Of the longest sample to the shortest: more than this is a noisy machine.
+# Ratio of the longest sample to the shortest; above it the machine is noisy.
 MAX_SPREAD = 1.3
-# Of the depth.
+# Share of the depth by which a context may be deeper.
 MAX_DRIFT = 0.1
 
 Say = Callable[[str], None]
@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Reading n_prompt tokens at once, or n_gen one by one (the other is 0), after `depth` others."""
+    """A test: read n_prompt tokens at once, or n_gen one by one (the other is 0), after `depth` others."""
 
     n_prompt: int
     n_gen: int
@@ -35,14 +35,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As llama-bench calls it."""
+        """llama-bench's name of the test."""
         name = f"pp{self.n_prompt}" if self.n_prompt else f"tg{self.n_gen}"
         return f"{name} @ d{self.depth}" if self.depth else name
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An engine and what it is started with. name: the policy of ours, or llama.cpp's flash attention."""
+    """An engine and its options. name: the policy, or llama.cpp with its flash attention."""
 
     name: str
     is_ours: bool
@@ -59,9 +59,10 @@ class Contender:
 
 @dataclass(slots=True)
 class Result:
-    """A case of one engine. Of each round, seconds; depths: of the context before it, up to a tenth more where an
-    engine cannot rewind; memories: what a worker says of it afterwards; hits, required: blocks that were there when
-    they were asked for, and that were asked for. synthetic: whether the context is of repeated keys and values.
+    """A case of one engine. synthetic: whether the context consists of repeated keys and values.
+
+    By round: seconds; depths: tokens in the context before, up to a tenth more if the engine cannot rewind; memories:
+    the worker's report afterwards; hits, required: blocks in RAM when needed, and blocks needed.
     """
 
     case: Case
@@ -76,18 +77,18 @@ class Result:
     busy: float = 0.0
 
     def keep_rounds(self, n: int) -> None:
-        """Drops what came after the first n."""
+        """Drops all rounds after the first n."""
         for each in (self.seconds, self.depths, self.memories, self.hits, self.required):
             del each[n:]
 
     @property
     def memory(self) -> dict[str, Any]:
-        """After the last round."""
+        """The worker's report after the last round."""
         return self.memories[-1] if self.memories else {}
 
     @property
     def prefetch_hit(self) -> float | None:
-        """Share of the blocks asked for; None where none were."""
+        """Share of the needed blocks that were in RAM; None if none was needed."""
         return sum(self.hits) / sum(self.required) if any(self.required) else None
 
     @property
@@ -112,14 +113,14 @@ class Result:
         return max(self.seconds) / min(self.seconds)
 
     def speedups(self, other: Result) -> list[float]:
-        """Round by round: how many times as fast this is."""
+        """Returns, by round, how many times as fast as `other` this is."""
         return [theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. stream(n_tokens, n_vocab): the tokens that are read. synthetic: depths are made of repeated keys
-    and values by those that can (llama.cpp and `--kv full`).
+    """What to measure. stream(n_tokens, n_vocab): the tokens to read; synthetic: engines that can (llama.cpp and
+    `--kv full`) fill a depth with repeated keys and values.
     """
 
     cases: Sequence[Case]
@@ -130,25 +131,25 @@ class Plan:
     synthetic: bool = False
 
     def n_ctx(self, depth: int, contender: Contender) -> int:
-        """The context that this depth needs: some reserve all of it at once, some memories go by its length."""
+        """Returns the context for this depth, no more: some engines reserve all of it, some memories depend on it."""
         return context_size(self.n_tokens(depth, can_rewind=contender.can_rewind))
 
     def n_tokens(self, depth: int, *, can_rewind: bool) -> int:
-        """What a context of this depth holds at most."""
+        """Returns the most tokens that a context of this depth holds."""
         # One token is read before those that are timed one by one.
         after = max(case.n_tokens + 1 for case in self.cases if case.depth == depth)
         return depth + after + (0 if can_rewind else drift(depth))
 
 
 def drift(depth: int) -> int:
-    """Tokens by which the context of an engine that cannot rewind may be deeper, before it is read anew."""
+    """Returns by how many tokens the context of an engine that cannot rewind may be deeper before it starts again."""
     return int(MAX_DRIFT * depth)
 
 
 def measure(plan: Plan, say: Say) -> Iterator[list[Result]]:
-    """The results of each depth in turn, from the least on. Raises RepkvError where an engine fails.
+    """Yields the results of each depth, the least depth first. Raises RepkvError if an engine fails.
 
-    Ours are started first, because what they say about a bad file is more than llama.cpp does.
+    This project's engines start first, because they say more about a bad file than llama.cpp does.
     """
     cases = sorted(plan.cases, key=lambda case: case.depth)
     with ExitStack() as stack:
@@ -181,7 +182,7 @@ def _measure_depth(
                     _take(results[case, contender.name], engine, tokens, counts=n_round > 0)
         busy.append(busy_cores())
     finally:
-        # Also for whoever stops it: whole rounds are kept.
+        # Ctrl-C comes here too: whole rounds are kept.
         whole = min(len(result.seconds) for result in results.values())
         for result in results.values():
             result.keep_rounds(whole)
@@ -216,7 +217,7 @@ def _prefetch(memory: dict[str, Any]) -> tuple[int, int]:
 
 
 def best_of(results: Sequence[Result], case: Case) -> Result | None:
-    """llama.cpp's fastest for a case, by its median."""
+    """Returns llama.cpp's fastest result of a case by its median, or None."""
     theirs = [r for r in results if r.case == case and not r.contender.is_ours]
     return max(theirs, key=lambda r: r.median_rate, default=None)
 

@@ -1,4 +1,4 @@
-"""llama-bench's table and records, with what is ours to the right."""
+"""llama-bench's table and records, with further columns to the right."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What all records have in common. model_type: as llama-bench's; step_bytes: of one token at a depth, by policy."""
+    """What all records share. model_type: llama-bench's; step_bytes: bytes that a token moves, by (policy, depth)."""
 
     cpu: str
     model_filename: str
@@ -36,7 +36,7 @@ class About:
 
 
 def record(about: About, result: Result, others: Sequence[Result]) -> Record:
-    """llama-bench's fields, then ours. vs: of ours, the speed over each llama.cpp's, round by round.
+    """Returns llama-bench's fields and this project's. vs: a policy's speed over that of each llama.cpp, by round.
 
     others: all results of the same depth.
     """
@@ -86,7 +86,7 @@ def record(about: About, result: Result, others: Sequence[Result]) -> Record:
 
 
 def _of_bandwidth(about: About, result: Result) -> float | None:
-    """Of one token: the bytes that it must read at least over those that memory delivers in that time."""
+    """Returns the bytes that one token must read over those that memory delivers in its time; None if unknown."""
     n_bytes = about.step_bytes.get((result.contender.name, result.case.depth))
     if not result.case.n_gen or n_bytes is None:
         return None
@@ -104,7 +104,7 @@ def _versus(result: Result, others: Sequence[Result]) -> dict[str, dict[str, flo
 
 @dataclass(frozen=True, slots=True)
 class _Column:
-    """width: at least, because a row is printed before the next is measured."""
+    """A column. width: the least width, because a row is printed before the next is measured."""
 
     name: str
     width: int
@@ -120,7 +120,7 @@ class _Column:
 
 
 class Table:
-    """llama-bench's Markdown, row by row; columns that can have nothing in any row are left out."""
+    """llama-bench's Markdown, row by row, without columns that would be empty in every row."""
 
     def __init__(self, plan: Plan, *, evicts: bool, on_disk: bool) -> None:
         names = [c.name for c in plan.contenders]
@@ -149,7 +149,7 @@ class Table:
         self._columns.append(_Column("peak RSS", 8, lambda r: _size(r["peak_rss_bytes"])))
 
     def header(self) -> str:
-        """Two lines."""
+        """Returns the two lines of the header."""
         return _line(c.cell(c.name) for c in self._columns) + _line(c.rule for c in self._columns)
 
     def row(self, record: Record) -> str:
@@ -169,7 +169,7 @@ def _size(n_bytes: int | None) -> str:
 
 
 def ratio_table(results: Sequence[Result]) -> str:
-    """Of ours against llama.cpp's better, Markdown; "" where there is no llama.cpp."""
+    """Returns Markdown that compares each policy with the faster llama.cpp; "" without llama.cpp."""
     rows = []
     for result in results:
         best = best_of(results, result.case)
@@ -187,7 +187,7 @@ def ratio_table(results: Sequence[Result]) -> str:
 
 
 def csv_lines(records: Sequence[Record], *, with_header: bool) -> str:
-    """Lists and objects stand in it as JSON."""
+    """Returns CSV; lists and objects are JSON in it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     if with_header:
@@ -201,7 +201,7 @@ def json_lines(records: Iterable[Record]) -> str:
 
 
 def all_cases(prompts: Sequence[int], gens: Sequence[int], depths: Sequence[int]) -> list[Case]:
-    """As llama-bench combines them."""
+    """Returns all combinations, in llama-bench's order."""
     return [
         case for depth in depths for case in (
             *(Case(n, 0, depth) for n in prompts), *(Case(0, n, depth) for n in gens),

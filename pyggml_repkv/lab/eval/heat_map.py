@@ -1,4 +1,4 @@
-"""Retrieval over length and depth as a picture: one panel for each policy."""
+"""A picture of retrieval by length and depth, with a panel for each policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyggml_repkv.lab.eval.retrieval import RetrievalResult
 
 
 def check_can_draw(path: str) -> None:
-    """Raises InputError without matplotlib, for a format that it does not know, a place that it cannot write to."""
+    """Raises InputError if matplotlib is missing or does not know the format, or if the path cannot be written."""
     figure = plotting.pyplot().figure()
     known = figure.canvas.get_supported_filetypes()
     plotting.pyplot().close(figure)
@@ -34,7 +34,7 @@ def check_can_draw(path: str) -> None:
 
 
 def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
-    """Raises InputError for what `check_can_draw` refuses, RepkvError where it cannot be written."""
+    """Writes the picture. Raises InputError for what `check_can_draw` refuses, RepkvError if writing fails."""
     pyplot = plotting.pyplot()
 
     policies = list(dict.fromkeys(r.kv for r in results))
@@ -46,7 +46,7 @@ def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
     image = None
     for axis, policy in zip(axes[0], policies, strict=True):
         share = {(r.length, r.depth): r.share for r in results if r.kv == policy}
-        # What was not asked stays empty.
+        # Cells without a question stay empty.
         grid = [[share.get((n, d), float("nan")) for n in lengths] for d in depths]
         image = axis.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         n_found = sum(r.found for r in results if r.kv == policy)

@@ -1,4 +1,4 @@
-"""How well a memory predicts a text: llama.cpp's perplexity, likelihood by position, distance from `full`."""
+"""Measures how well a memory predicts a text: llama.cpp's perplexity, likelihood by position, distance from `full`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.tokenizer import Tokenizer
 
-# Of fewer nothing is judged.
+# A shorter chunk has no token to judge.
 MIN_CHUNK = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """After each of the tokens [begin, end): nll, the mean negative log likelihood of the one that follows, nats; kl,
-    the mean divergence KL(full || this memory) of the next-token distribution, nats; top1, how often both find the same
-    token most likely (both None where no `full` was asked).
+    """Predictions after each of the tokens [begin, end). nll: mean negative log likelihood of the next token, nats; kl:
+    mean divergence KL(full || this memory) of the next-token distribution, nats; top1: how often both find the same
+    token most likely. kl and top1 are None without `full`.
     """
 
     begin: int
@@ -33,7 +33,7 @@ class Stretch:
 
 
 def log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Logits [n, V] -> natural logarithms of probabilities."""
+    """Returns the natural logarithms of probabilities [n, V] for logits [n, V]."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
@@ -43,8 +43,8 @@ def log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def chunk_perplexity(
     model: Model, memory: MemoryConfig, tokens: Sequence[int], n_chunk: int
 ) -> Iterator[tuple[int, float]]:
-    """llama-perplexity's number: the text is cut into chunks of n_chunk tokens, each read by itself, and the second
-    half of each is judged. Yields (tokens judged so far, perplexity of them) after each chunk. Raises as `chunks_of`.
+    """Yields (tokens judged so far, their perplexity) after each chunk. As llama-perplexity does, it reads each chunk
+    of n_chunk tokens by itself and judges the second half. Raises as `chunks_of` does.
     """
     first, total, n_judged = n_chunk // 2, 0.0, 0
     for chunk in chunks_of(model.tokenizer, tokens, n_chunk):
@@ -59,12 +59,12 @@ def chunk_perplexity(
 
 
 def chunks_of(tokenizer: Tokenizer, tokens: Sequence[int], n_chunk: int) -> Iterator[list[int]]:
-    """Whole chunks, each beginning with the token that texts begin with, in place of its first.
+    """Yields the whole chunks of a text; the start token, if the model has one, replaces the first token of each.
 
-    Raises InputError for a text that fills no chunk, and for chunks without a second half.
+    Raises InputError if the text fills no chunk, or a chunk has no second half.
     """
     if n_chunk < MIN_CHUNK:
-        raise InputError(f"-c {n_chunk}: a chunk takes {MIN_CHUNK} tokens at least, of which the last is judged")
+        raise InputError(f"-c {n_chunk}: a chunk needs at least {MIN_CHUNK} tokens, of which the last is judged")
     if len(tokens) < n_chunk:
         raise InputError(f"the text has {len(tokens)} tokens, one chunk takes {n_chunk}: give -c, or a longer text")
     bos = tokenizer.encode("")
@@ -75,7 +75,7 @@ def chunks_of(tokenizer: Tokenizer, tokens: Sequence[int], n_chunk: int) -> Iter
 def stretches(
     model: Model, memory: MemoryConfig, tokens: Sequence[int], n_each: int, full: MemoryConfig | None = None
 ) -> Iterator[Stretch]:
-    """Reads a text in one session and judges every n_each tokens of it; full: what to compare with, step by step."""
+    """Reads a text in one session and yields a Stretch for every n_each tokens. full: the memory to compare with."""
     with ExitStack() as stack:
         session = stack.enter_context(model.session(memory))
         other = stack.enter_context(model.session(full)) if full is not None else None
@@ -93,7 +93,7 @@ def stretches(
                 same.append(theirs.argmax(-1) == mine.argmax(-1))
             end = start + len(chunk)
             if end - begin >= n_each or end == len(tokens):
-                # The last token of all has none after it.
+                # No token follows the last one, so the last stretch may have nothing to judge.
                 judged = np.concatenate(nll)
                 if len(judged):
                     yield Stretch(
@@ -105,14 +105,14 @@ def stretches(
 
 
 def divergence(p_logits: NDArray[np.float32], q_logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Kullback-Leibler divergence KL(p || q) of each row, nats."""
+    """Returns the Kullback-Leibler divergence KL(p || q) of each row, nats."""
     p, q = log_probs(p_logits), log_probs(q_logits)
     found: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
     return found
 
 
 def _nll(logits: NDArray[np.float32], following: Sequence[int]) -> NDArray[np.float64]:
-    """Of the tokens that follow; the last row may have none."""
+    """Returns -log p of the tokens that follow; the last row may have none."""
     n = len(following)
     found: NDArray[np.float64] = -log_probs(logits[:n])[np.arange(n), np.asarray(following, np.int64)]
     return found

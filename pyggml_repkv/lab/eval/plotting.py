@@ -1,4 +1,4 @@
-"""matplotlib, for whoever draws."""
+"""matplotlib, which is optional."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyggml_repkv.errors import InputError
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, without a display. Raises InputError where it is not installed."""
+    """Returns matplotlib.pyplot, set up without a display. Raises InputError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:

@@ -1,7 +1,7 @@
-"""Attention-mass recall: how much of what attention would give to older blocks do the selected blocks hold?
+"""Attention-mass recall: how much of the attention to older blocks the selected blocks hold.
 
-The engine reads a text as it always does; the queries it had and the relevance it gave to blocks are taken from its
-graph, and the softmax over all tokens is computed beside it, in numpy, with keys and queries where the engine saw them.
+The engine reads a text as always. Its graph gives the queries and the relevance of blocks; numpy computes the softmax
+over all tokens from them, with keys and queries at the positions where the engine had them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
-# Layers 0 and 1 attend almost evenly, and there is little to choose; published figures leave them out.
+# Layers 0 and 1 attend almost evenly, so selection matters little there; published figures leave them out.
 FIRST_LAYER = 2
 
-# Of a chunk's queries, as many are enough for its mass.
+# So many queries of a chunk are enough to estimate its mass.
 N_QUERIES = 64
 
 Array = NDArray[np.float32]
@@ -30,12 +30,12 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class RecallResult:
-    """One step, for each k of the ranking's first k blocks; layers from FIRST_LAYER on.
+    """Recall of one step, for each k: of the first k blocks in the ranking. Layers begin at FIRST_LAYER.
 
     mass: [len(ks), n_layer, 3], the mass of the first k blocks, of the best k, and of all blocks.
-    ranked: int32 [n_layer, n_rows, n], the blocks of each layer (and key head, where each selects its own), best first,
-    at least twice as many as the largest k, if there are.
-    hits, required: with blocks on disk, how many of the blocks that the step asked for were there, and of how many.
+    ranked: int32 [n_layer, n_rows, n], block numbers, best first, up to twice the largest k; a row for each key head if
+    each selects its own, else one.
+    hits, required: with blocks on disk, how many of the step's blocks were in RAM when needed, and how many it needed.
     """
 
     step: str
@@ -53,19 +53,19 @@ def run_recall(
 ) -> Iterator[RecallResult]:
     """Reads tokens; yields recall in the last n_chunks whole chunks and in n_decode single tokens after them.
 
-    ks: for how many blocks the ranking is judged; what is attended is the memory's matter.
-    Raises InputError for another memory, and where there are too few tokens for any block to be chosen from.
+    ks: the numbers of blocks for which the ranking is judged; the memory alone decides how many are attended.
+    Raises InputError for a memory without blocks, and if the text is too short for a choice of blocks.
     """
     n_read = (len(tokens) - n_decode) // memory.n_batch * memory.n_batch
     first_measured = n_read - n_chunks * memory.n_batch
     n_needed = memory.n_sink + memory.n_local + 2 * parse_block(memory.block).max_size
     if first_measured < n_needed:
         n_needed += (n_chunks + 1) * memory.n_batch + n_decode
-        raise InputError(f"{len(tokens)} tokens are too few for recall with these blocks: it takes {n_needed}")
+        raise InputError(f"{len(tokens)} tokens are too few for recall with these blocks: it needs {n_needed}")
     with model.session(memory) as session:
         policy = session.policy
         if not isinstance(policy, RepKVMemory):
-            raise InputError(f"recall looks at the blocks of --kv repkv; --kv is {memory.kv}")
+            raise InputError(f"recall judges the blocks of --kv repkv; --kv is {memory.kv}")
         policy.observed = True
         for first in range(0, n_read, memory.n_batch):
             before = _prefetch(policy)
@@ -86,8 +86,8 @@ def _prefetch(policy: RepKVMemory) -> tuple[int, int]:
 
 
 def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """step -> k -> shares, over all steps and layers: `of_best`, what the first k hold / what the best k hold;
-    `of_all`, / what all blocks hold; `of_best_by_layer`, the first as a mean of each layer's and step's share.
+    """Returns step -> k -> shares over all steps and layers. `of_best`: mass of the first k / mass of the best k;
+    `of_all`: mass of the first k / mass of all blocks; `of_best_by_layer`: mean of `of_best` over layers and steps.
     """
     done: dict[str, dict[str, dict[str, float]]] = {}
     for step in dict.fromkeys(r.step for r in results):
@@ -106,7 +106,7 @@ def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, fl
 
 
 def layer_shares(results: Sequence[RecallResult]) -> dict[str, dict[str, list[float]]]:
-    """step -> k -> `of_best` of each layer from FIRST_LAYER on, over all steps."""
+    """Returns step -> k -> `of_best` of each layer from FIRST_LAYER on, over all steps."""
     done: dict[str, dict[str, list[float]]] = {}
     for step in dict.fromkeys(r.step for r in results):
         mass = np.stack([r.mass for r in results if r.step == step]).sum(0)  # [len(ks), n_layer, 3]
@@ -116,9 +116,9 @@ def layer_shares(results: Sequence[RecallResult]) -> dict[str, dict[str, list[fl
 
 
 def stability(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """step -> k -> how much of the first k blocks was also among the first k of the step before (`step`), among the
-    first 2k of it (`step_2k`: what a predictor by reuse can have fetched), and among the first k of the layer before
-    (`layer`); means over layers and steps. `there`: with blocks on disk, the share that was there when asked for.
+    """Returns step -> k -> how much of the first k blocks was also among the first k of the previous step (`step`),
+    among its first 2k (`step_2k`), and among the first k of the previous layer (`layer`): means over layers and steps.
+    `there`: with blocks on disk, the share of blocks that were in RAM when needed.
     """
     done: dict[str, dict[str, dict[str, float]]] = {}
     for name in dict.fromkeys(r.step for r in results):
@@ -174,7 +174,7 @@ def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...], before: tuple[
 
 
 def _weight(x: Array, relevance: str) -> Array:
-    """Relevance [H, n_blocks] -> what block_topk adds up over heads."""
+    """Returns the weights that block_topk adds up over heads, for relevance [H, n_blocks]."""
     if relevance != "lse":
         return x
     p = np.exp(x - x.max(1, keepdims=True))
@@ -189,10 +189,10 @@ def block_mass(
     local: Array,
     bounds: NDArray[np.integer],
 ) -> Array:
-    """Probability that each block gets, summed over queries -> [H, n_blocks].
+    """Returns the probability that each block gets, summed over queries: [H, n_blocks].
 
-    near, far: scaled queries [n, H, d]; stored: keys [start, K, d] before the window; local: keys [., K, d] in it, up
-    to the last of `positions`.
+    near, far: scaled queries [n, H, d]; stored: keys [start, K, d] before the window; local: keys [., K, d] in the
+    window, up to the last of `positions`.
     """
     start = len(stored)
     n_head, group = near.shape[1], near.shape[1] // local.shape[1]

@@ -1,4 +1,4 @@
-"""Results as JSON lines, one by one as they are found, so that an evaluation that was stopped goes on where it was."""
+"""Results as JSON lines, written one by one, so that an interrupted evaluation continues where it stopped."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _BEGINNING = '{"settings": '
 
 
 class ResultsFile:
-    """What is there is kept, less a line that a crash cut off. Nobody else writes to it until it is closed.
+    """A file of results, locked until it is closed. Opening it keeps all results and drops a line that a crash cut off.
 
-    Raises InputError for another kind of file, and where another process has it open.
+    Raises InputError for another kind of file, and if another process has it open.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,11 +38,11 @@ class ResultsFile:
             raise
 
     def get(self, settings: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of these settings, if it is known."""
+        """Returns the result of these settings, or None."""
         return self._found.get(_key(settings))
 
     def add(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Raises RepkvError where it cannot be written."""
+        """Appends a result. Raises RepkvError if writing fails."""
         line = json.dumps({"settings": settings, "result": result}) + "\n"
         try:
             self._file.write(line.encode())
@@ -61,7 +61,7 @@ class ResultsFile:
         try:
             self._file.close()
         except OSError:
-            # Of a line that could not be written, which `add` has told.
+            # `add` has reported the line that could not be written.
             return
 
     def _lock(self) -> None:
@@ -70,7 +70,7 @@ class ResultsFile:
         except OSError as error:
             if error.errno == errno.EWOULDBLOCK:
                 raise InputError(f"--out {self._path}: another process writes to it") from None
-            # A file system without locks: then nobody is kept out.
+            # A file system without locks keeps no process out.
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -93,7 +93,7 @@ class ResultsFile:
                 ) from None
         if not rest:
             return
-        # Whatever else it is, is not ours to drop.
+        # Only a line that --out began may be dropped.
         if rest[: len(_BEGINNING)] != _BEGINNING[: len(rest)]:
             raise InputError(f"--out {self._path}: its last line is no result; give a file that --out wrote")
         try:
@@ -103,5 +103,5 @@ class ResultsFile:
 
 
 def _key(settings: dict[str, Any]) -> str:
-    """The same for the same settings, whatever their order."""
+    """Returns the same key for the same settings, whatever their order."""
     return json.dumps(settings, sort_keys=True)

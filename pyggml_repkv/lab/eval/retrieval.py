@@ -1,4 +1,4 @@
-"""Asks the questions of retrieval_tasks.py, at every length and depth, and keeps what was answered."""
+"""Asks the questions of retrieval_tasks.py at every length and depth, and judges the answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 @dataclass(frozen=True, slots=True)
 class RetrievalResult:
-    """One question. length: what was asked for, n_tokens: of the prompt; found: whether all that was expected stands in
-    the answer, lines broken as they may be; share: how much of it stands at its beginning, 1 where it is found
-    anywhere; times of the prompt and of one decoded token.
+    """One answer. length: the wanted prompt length; n_tokens: the prompt's real one; found: whether the answer contains
+    all of `expected`, whatever the line breaks; share: how much of `expected` the answer begins with, 1 if found;
+    prompt_ms: of the prompt; decode_ms: of one token.
     """
 
     task: str
@@ -40,7 +40,7 @@ class RetrievalResult:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> RetrievalResult:
-        """What `asdict` made. Raises TypeError and ValueError for anything else."""
+        """Returns the result that `asdict` turned into `fields`. Raises TypeError or ValueError for anything else."""
         result = cls(**fields)
         for name, kinds in _KINDS.items():
             if type(fields[name]) not in kinds:
@@ -58,7 +58,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Which question: depth_index of n_depths evenly spaced ones."""
+    """Identifies a question: depth number depth_index of n_depths evenly spaced ones."""
 
     length: int
     depth_index: int
@@ -80,8 +80,8 @@ _CLOSING = " \n\r\t\"')]*_\u00bb\u2019\u201d\u300d"
 def prompt_of(
     model: Model, task: str, asked: Asked, seed: int, text: str | None
 ) -> tuple[list[int], str, int]:  # fmt: skip
-    """-> token ids, what is expected, and in how many tokens. The same for every policy: only the seed, length and
-    depth decide. text: the haystack, repeated where it is too short; None is the classic filler.
+    """Returns token ids, the expected answer, and how many tokens it may take. Only seed, length and depth decide, so
+    every policy gets the same prompt. text: the haystack, repeated if it is too short; None: the usual filler.
     """
     encode, n_bos = partial(model.tokenizer.encode, add_special=False), len(bos := model.tokenizer.encode(""))
     rng = np.random.default_rng([seed, asked.length, asked.depth_index])
@@ -96,7 +96,7 @@ def prompt_of(
 
 
 def _sentence_ends(model: Model, tokens: Sequence[int]) -> set[int]:
-    # Also those with a closing quotation mark or a line's end.
+    # A quotation mark or a line break may follow the full stop.
     return {t for t in set(tokens) if model.tokenizer.decode([t]).rstrip(_CLOSING).endswith(_FULL_STOPS)}
 
 
@@ -109,8 +109,9 @@ def run_retrieval(
     text: str | None = None,
     progress: Callable[[int], AbstractContextManager[OnProgress | None]] = lambda _: nullcontext(),
 ) -> Iterator[RetrievalResult]:
-    """progress(n_tokens): what is told how much of a prompt is read. Raises InputError for a length without room for
-    the question.
+    """Yields the answer to each question. progress(n_tokens): yields a callback for the reading of a prompt.
+
+    Raises InputError for a length without room for the question.
     """
     for each in asked:
         prompt, expected, n_answer = prompt_of(model, task, each, seed, text)
@@ -143,7 +144,7 @@ def run_retrieval(
 
 
 def judged(answer: str, expected: str) -> tuple[bool, float]:
-    """`found` and `share` of RetrievalResult."""
+    """Returns `found` and `share` of RetrievalResult."""
     answer, expected = (" ".join(text.split()) for text in (answer, expected))
     found = expected in answer
     same = list(takewhile(lambda pair: pair[0] == pair[1], zip(answer, expected, strict=False)))
@@ -151,7 +152,7 @@ def judged(answer: str, expected: str) -> tuple[bool, float]:
 
 
 def summary(results: Sequence[RetrievalResult]) -> dict[str, Any]:
-    """What `--json` prints: found [n, of] by policy and length, and every result."""
+    """Returns the object of `--json`: found [n, of] by policy and length, and every result."""
     found: dict[str, dict[str, list[int]]] = {}
     for r in results:
         counts = found.setdefault(r.kv, {}).setdefault(str(r.length), [0, 0])

@@ -1,8 +1,9 @@
-"""Questions whose answer stands somewhere in a long text: what is hidden, what is asked, and how long the prompt is.
+"""Questions whose answer is hidden in a long text: the needles, the question, and a prompt of a given length.
 
 `passkey`, `number` and `kv` are InfiniteBench's Retrieve.PassKey, Retrieve.Number and Retrieve.KV (arXiv 2402.13718),
-the first of them Landmark Attention's (arXiv 2305.16300); `niah` is the needle in a haystack of prose; `multikey` and
-`chain` are RULER's multi-key retrieval and variable tracking (arXiv 2404.06654), small. The wording is ours.
+the first originally Landmark Attention's (arXiv 2305.16300); `niah` is the needle in a haystack of prose; `multikey`
+and `chain` are small forms of RULER's multi-key retrieval and variable tracking (arXiv 2404.06654). The wording is this
+project's.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. T
 INFO = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
 TASK = INFO + "I will quiz you about the important information there.\n\n"
 
-# Of the wording, and of where needles are put: results of another one are of other questions.
+# Version of the wording and of the places of needles: results of another version answer other questions.
 VERSION = 1
 
-# Tokens in which the end of a sentence is looked for.
+# A needle moves back by less than so many tokens to the end of a sentence.
 NEAR = 100
 
-# Repetitions of the haystack from which a needle is put between two of them.
+# With so many repetitions of the haystack, a needle goes between two of them.
 MANY = 20
 
 N_KEYS = 4
@@ -50,8 +51,8 @@ DEEDS = (
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """needles: (depth, text), depth 0 the beginning and 1 the end; expected: what the answer must hold, in n_answer
-    tokens.
+    """A question. needles: (depth, text), where depth 0 is the beginning and 1 the end; expected: what the answer, of
+    n_answer tokens, must contain.
     """
 
     head: str
@@ -63,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """needs_text: whether the haystack is the user's and not the usual filler."""
+    """A kind of question. needs_text: whether the haystack must be the user's text, not the usual filler."""
 
     what: str
     make: Callable[[np.random.Generator, float], Question]
@@ -77,7 +78,7 @@ def passkey(rng: np.random.Generator, depth: float) -> Question:
 
 
 def number(rng: np.random.Generator, depth: float) -> Question:
-    """Ten digits, in runs of the same digit, which are harder to copy."""
+    """Hides ten digits, in runs of the same digit, which are harder to copy."""
     digits = ""
     while len(digits) < 10:
         digit = str(rng.integers(0 if digits else 1, 10))
@@ -97,7 +98,7 @@ def niah(rng: np.random.Generator, depth: float) -> Question:
 
 
 def multikey(rng: np.random.Generator, depth: float) -> Question:
-    """One of several keys is asked for; the others lie anywhere."""
+    """Asks for one of several keys; the others lie anywhere."""
     cities = [str(c) for c in rng.choice(CITIES, N_KEYS, replace=False)]
     keys = [str(k) for k in rng.choice(np.arange(10000, 100000), N_KEYS, replace=False)]
     depths = [depth, *rng.random(N_KEYS - 1).tolist()]
@@ -110,8 +111,8 @@ def multikey(rng: np.random.Generator, depth: float) -> Question:
 
 
 def chain(rng: np.random.Generator, depth: float) -> Question:
-    """The value of a variable that was given the value of another, and so on: the first lies at `depth`, the others
-    evenly between it and the end.
+    """Asks for a variable that is a copy of a copy of a value. The value lies at `depth`, the copies evenly between it
+    and the end.
     """
     names = [str(n) for n in rng.choice([*"ABCDEFGHJKLMNPQRSTUVWXYZ"], N_HOPS + 1, replace=False)]
     value = str(rng.integers(10000, 100000))
@@ -123,7 +124,7 @@ def chain(rng: np.random.Generator, depth: float) -> Question:
 
 
 def kv(rng: np.random.Generator, depth: float) -> Question:
-    """A pair of a large JSON object, of which the haystack is the rest (`pairs`)."""
+    """Asks for a value of a large JSON object, whose other pairs are the haystack (`pairs`)."""
     key, value = _uuid(rng), _uuid(rng)
     head = "Extract the value of the asked key from the JSON object below.\n\nJSON object:\n{"
     question = f'"end": ""}}\n\nKey: "{key}"\nThe value of this key is: "'
@@ -131,7 +132,7 @@ def kv(rng: np.random.Generator, depth: float) -> Question:
 
 
 def pairs(rng: np.random.Generator) -> Iterator[str]:
-    """The other pairs, without end."""
+    """Yields other pairs, without end."""
     while True:
         yield f'"{_uuid(rng)}": "{_uuid(rng)}", '
 
@@ -144,7 +145,7 @@ TASKS = {
     "passkey": Task("a five-digit key hidden in a long text", passkey),
     "number": Task("ten digits hidden in a long text", number),
     "kv": Task("the value of a key in a large JSON object", kv),
-    "niah": Task("a sentence hidden in prose of yours", niah, needs_text=True),
+    "niah": Task("a sentence hidden in your prose", niah, needs_text=True),
     "multikey": Task(f"one of {N_KEYS} keys hidden in a long text", multikey),
     "chain": Task(f"a variable that was copied {N_HOPS} times in a long text", chain),
 }
@@ -153,17 +154,16 @@ TASKS = {
 def build_prompt(
     encode: Encode, question: Question, n_tokens: int, haystack: Sequence[int], ends: Container[int] = ()
 ) -> list[int]:
-    """Token ids of exactly n_tokens; the haystack is repeated as often as it takes.
+    """Returns exactly n_tokens token ids; the haystack is repeated as often as necessary.
 
-    ends: tokens that end a sentence: a needle is put after one of them that is less than NEAR tokens before its depth,
-    where there is any.
-    Raises InputError where they have no room for the question.
+    ends: tokens that end a sentence. A needle goes after the nearest of them before its depth, if one is less than NEAR
+    tokens away. Raises InputError if the question does not fit.
     """
     head, tail = encode(question.head) if question.head else [], encode(question.question)
     needles = sorted((depth, encode(text)) for depth, text in question.needles)
     n_filler = n_tokens - len(head) - len(tail) - sum(len(needle) for _, needle in needles)
     if n_filler < 0:
-        raise InputError(f"--lengths {n_tokens} is too short: the question alone takes {n_tokens - n_filler} tokens")
+        raise InputError(f"--lengths {n_tokens} is too short: the question alone has {n_tokens - n_filler} tokens")
     filler = (list(haystack) * (n_filler // len(haystack) + 1))[:n_filler]
     prompt, begin = head, 0
     for depth, needle in needles:
@@ -177,13 +177,16 @@ def build_prompt(
 
 
 def build_json_prompt(encode: Encode, question: Question, n_tokens: int, others: Iterator[str]) -> list[int]:
-    """Token ids of a JSON object, as many whole pairs as n_tokens has room for."""
+    """Returns token ids of a JSON object with as many whole pairs as fit into n_tokens.
+
+    Raises InputError if the question does not fit.
+    """
     head, tail = encode(question.head), encode(question.question)
     ((depth, text),) = question.needles
     needle = encode(text)
     room = n_tokens - len(head) - len(tail) - len(needle)
     if room < 0:
-        raise InputError(f"--lengths {n_tokens} is too short: the question alone takes {n_tokens - room} tokens")
+        raise InputError(f"--lengths {n_tokens} is too short: the question alone has {n_tokens - room} tokens")
     parts: list[list[int]] = []
     while room >= len(part := encode(next(others))):
         parts.append(part)

@@ -1,4 +1,4 @@
-"""The graph that `run` would compute, built and placed but not computed: from a file's shapes, without its weights."""
+"""Builds and places the graph that `run` would compute, from a file's shapes, without reading its weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which graph. n_past: tokens that were read before the step."""
+    """Which graph to build. n_past: tokens read before the step."""
 
     phase: Phase
     memory: MemoryConfig
@@ -44,7 +44,9 @@ class Wanted:
 
 
 class BuiltGraph:
-    """Closed with `with`. Raises ModelFileError for a bad file, InputError for settings that no session takes."""
+    """A graph that is built and not computed; use it with `with`. Raises ModelFileError for a bad file, InputError for
+    settings that no session accepts.
+    """
 
     def __init__(self, path: str | os.PathLike[str], wanted: Wanted) -> None:
         self.wanted = wanted
@@ -69,11 +71,9 @@ class BuiltGraph:
 
     def _check_length(self) -> None:
         assert self.policy is not None
-        w = self.wanted
-        if w.n_past + w.n_tokens > self.policy.n_ctx:
-            raise InputError(
-                f"{w.n_tokens} tokens after {w.n_past} are more than the context of {self.policy.n_ctx}: give -c"
-            )
+        n_past, n_tokens = self.wanted.n_past, self.wanted.n_tokens
+        if n_past + n_tokens > self.policy.n_ctx:
+            raise InputError(f"{n_tokens} tokens after {n_past} exceed the context of {self.policy.n_ctx}: raise -c")
 
     def snapshot(self) -> Snapshot:
         w, raw = self.wanted, read_graph(self.plan.context)
@@ -114,5 +114,5 @@ def _name(tensor: Tensor, name: str, layer: int) -> None:
 
 
 def _no_boundaries() -> BoundaryScores:
-    """A graph that is not computed cuts no text."""
+    """Returns scores that nobody uses: a graph that is not computed cuts no text."""
     return BoundaryScores(lambda _: b"", None)

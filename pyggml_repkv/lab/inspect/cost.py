@@ -1,4 +1,4 @@
-"""What a node costs, from shapes alone: operations, where a multiply-add counts as two, and bytes read and written."""
+"""The cost of a node from its shapes: operations (a multiply-add counts as two), and bytes read and written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyggml_repkv.ops.kernels import LANES
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What shapes do not say."""
+    """What a cost depends on besides shapes."""
 
     config: ModelConfig
     n_tokens: int
@@ -22,23 +22,23 @@ class Step:
 
 
 def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
-    """0 for what only moves or names data, and for what is small beside the multiplications."""
-    c, cost = step.config, info_of(t.op).cost
+    """Returns the operations of a node; 0 if it only moves data, or if they are few beside the multiplications."""
+    config, cost = step.config, info_of(t.op).cost
     if cost in ("matrices_one", "matrices"):
-        # Two-dimensional weights; norms, biases and activations of one token have one dimension.
+        # Only matrices have two dimensions; norms, biases and activations of one token have one.
         n_tokens = 1 if cost == "matrices_one" else step.n_tokens
         return 2 * n_tokens * sum(prod(s.shape) for s in sources if _is_weight(s) and len(s.shape) == 2)
     if cost == "attention":
-        return 4 * step.n_tokens * step.memory.n_attended * c.n_embd_q
+        return 4 * step.n_tokens * step.memory.n_attended * config.n_embd_q
     if t.op == "flash_attn_ext":
-        # Of the padded keys, as ggml does; masked ones are skipped in part.
+        # With the padded keys, as ggml computes; it skips some of the masked ones.
         return 4 * prod(sources[0].shape) * sources[1].shape[-2]
     if t.op == "mul_mat":
         return 2 * prod(t.shape) * sources[0].shape[-1]
     if cost == "relevance":
-        return 2 * step.memory.n_indexed * c.n_embd_q
+        return 2 * step.memory.n_indexed * config.n_embd_q
     if cost == "score":
-        return 2 * step.n_tokens * step.memory.n_scored * c.n_embd_q
+        return 2 * step.n_tokens * step.memory.n_scored * config.n_embd_q
     return 0
 
 
@@ -47,13 +47,15 @@ def _is_weight(t: RawTensor) -> bool:
 
 
 def bytes_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
-    """Of weights and activations all, of keys, values and index what a step attends; caches are taken to be empty."""
+    """Returns the bytes that a node moves with empty caches: weights and activations whole; of keys, values and index
+    the part that the step attends.
+    """
     if t.op in ("view", "reshape", "permute", "transpose", ""):
         return 0
     info = info_of(t.op)
     moved = step.n_tokens * _row_bytes(t) if t.op == "set_rows" else t.n_bytes
     if info.cost == "attention":
-        # One softmax over rows of one width, in whatever arenas they lie.
+        # All arenas have rows of the same width.
         moved += step.memory.n_attended * sum(_row_bytes(sources[i]) for i in info.reads[:2])
     for i, source in enumerate(sources):
         if i in info.writes:

@@ -1,4 +1,4 @@
-"""What one graph has that another has not."""
+"""The differences between two graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pyggml_repkv.lab.inspect.snapshot import Snapshot, TensorInfo
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """kind: added, removed or changed; name: without the layer; layers: where; what: op, or how it changed."""
+    """A node that differs. kind: added, removed or changed; name: without the layer; layers: those where it differs;
+    what: its op, or how it changed.
+    """
 
     kind: str
     name: str
@@ -24,7 +26,9 @@ class Change:
 
 
 def diff(a: Snapshot, b: Snapshot) -> list[Change]:
-    """From a to b, nodes by name and layer; the same change in several layers is one. Views are left out."""
+    """Returns the changes from a to b. It pairs nodes by name and layer, ignores views, and merges equal changes of
+    several layers into one.
+    """
     before, after = _by_name(a), _by_name(b)
     found: dict[tuple[str, str, str], list[int]] = {}
     for key in dict.fromkeys((*before, *after)):
@@ -48,7 +52,7 @@ def diff(a: Snapshot, b: Snapshot) -> list[Change]:
 
 
 def summary(a: Snapshot, b: Snapshot) -> dict[str, tuple[int, int]]:
-    """Numbers of both: nodes, by op, bytes and flops."""
+    """Returns numbers of both graphs: nodes, compute bytes, flops, and nodes by op."""
     ops = Counter(t.op for t in a.nodes), Counter(t.op for t in b.nodes)
     numbers = {
         "nodes": (len(a.nodes), len(b.nodes)),
@@ -58,10 +62,10 @@ def summary(a: Snapshot, b: Snapshot) -> dict[str, tuple[int, int]]:
     return numbers | {f"op {op}": (ops[0][op], ops[1][op]) for op in sorted(set(ops[0]) | set(ops[1]))}
 
 
-def _by_name(s: Snapshot) -> dict[tuple[str, int, int], TensorInfo]:
-    """By name without the layer, layer, and which of those with that name."""
+def _by_name(snapshot: Snapshot) -> dict[tuple[str, int, int], TensorInfo]:
+    """Returns nodes by (name without the layer, layer, number among those of the same name)."""
     found: dict[tuple[str, int, int], TensorInfo] = {}
-    for t in s.nodes:
+    for t in snapshot.nodes:
         if t.op in ("view", "reshape", "permute", "transpose"):
             continue
         n = 0
@@ -71,8 +75,8 @@ def _by_name(s: Snapshot) -> dict[tuple[str, int, int], TensorInfo]:
     return found
 
 
-def _describe(s: Snapshot, t: TensorInfo) -> str:
-    effect = f" writes {', '.join(s.by_id[w].base_name for w in t.writes)}" if t.writes else ""
+def _describe(snapshot: Snapshot, t: TensorInfo) -> str:
+    effect = f" writes {', '.join(snapshot.by_id[w].base_name for w in t.writes)}" if t.writes else ""
     return f"{t.op} {'x'.join(map(str, t.shape))}{effect}"
 
 
@@ -87,12 +91,12 @@ def _differences(a: Snapshot, x: TensorInfo, b: Snapshot, y: TensorInfo) -> list
     return [f"{what} {before or 'nothing'} -> {after or 'nothing'}" for what, before, after in pairs if before != after]
 
 
-def _names(s: Snapshot, ids: Sequence[str]) -> str:
-    return ", ".join(s.by_id[i].base_name for i in ids)
+def _names(snapshot: Snapshot, ids: Sequence[str]) -> str:
+    return ", ".join(snapshot.by_id[i].base_name for i in ids)
 
 
 def _ranges(layers: Sequence[int]) -> str:
-    """`layers 0-29`."""
+    """Returns layers as text: `layers 0-29`."""
     numbers = sorted(layer for layer in set(layers) if layer >= 0)
     if not numbers:
         return ""

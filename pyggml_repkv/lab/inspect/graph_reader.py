@@ -1,4 +1,4 @@
-"""What a ggml graph is made of, as plain values: nodes in order, and the tensors that they read and no node makes."""
+"""A ggml graph as plain values: its nodes in order, and its leaves, which nodes read and no node makes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pyggml_repkv.ops.table import OPS, TRACED_OP, OpInfo
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """shape in numpy order, without leading ones; sources, view_of: addresses, view_of that of what it lies in, 0 for
-    none; buffer: a number for the memory that it lies in, offset: where in it, -1 where it has none yet.
+    """A tensor of a graph. shape: in numpy order, without leading ones; sources: addresses; view_of: address of the
+    tensor whose memory it shares, or 0; buffer: a number for its memory; offset: its place there, or -1 before
+    allocation.
     """
 
     address: int
@@ -34,14 +35,14 @@ class RawTensor:
 
 @dataclass(frozen=True, slots=True)
 class RawGraph:
-    """leaves: by address, in the order in which nodes first read them."""
+    """A graph. leaves: by address, in the order in which nodes first read them."""
 
     nodes: tuple[RawTensor, ...]
     leaves: dict[int, RawTensor]
 
 
 def read_graph(context: GraphContext) -> RawGraph:
-    """The graph as it is now: call it after allocation to see where tensors lie."""
+    """Returns the graph as it is now. Only after allocation does it say where tensors lie."""
     graph = context.graph
     pointers = [g.ggml_graph_node(graph, i) for i in range(g.ggml_graph_n_nodes(graph))]
     nodes = tuple(_read(pointer) for pointer in pointers)
@@ -56,7 +57,7 @@ def read_graph(context: GraphContext) -> RawGraph:
 
 
 def graph_inputs(context: GraphContext) -> list[Tensor]:
-    """What must be filled before each compute, as far as a node reads it."""
+    """Returns the inputs that nodes read: they must be filled before each compute."""
     graph, found = context.graph, {}
     for i in range(g.ggml_graph_n_nodes(graph)):
         for source in _reached(g.ggml_graph_node(graph, i)):
@@ -66,7 +67,7 @@ def graph_inputs(context: GraphContext) -> list[Tensor]:
 
 
 def _reached(pointer: Tensor) -> Iterator[Tensor]:
-    """What a node reads, and what these are views of."""
+    """Yields the sources of a node, and the tensors that they and the node are views of."""
     for source in _sources(pointer):
         yield source
         if source.contents.view_src:
@@ -80,7 +81,7 @@ def _sources(pointer: Tensor) -> list[Tensor]:
 
 
 def address_of(pointer: Tensor) -> int:
-    """What identifies a tensor in a RawGraph."""
+    """Returns the address that identifies a tensor in a RawGraph."""
     return ctypes.cast(pointer, ctypes.c_void_p).value or 0
 
 
@@ -112,15 +113,15 @@ def _offset(t: Any) -> int:
 
 
 def noting_nodes(context: GraphContext) -> list[Any]:
-    """Of each node the struct repkv_op_params in which it notes when it was last computed (begin_ns, end_ns); None for
-    ggml's own, and for those that note nothing.
+    """Returns for each node its struct repkv_op_params, which holds the times of its last compute (begin_ns, end_ns);
+    None for ggml's nodes, and for those that note nothing.
     """
     nodes = (g.ggml_graph_node(context.graph, i).contents for i in range(g.ggml_graph_n_nodes(context.graph)))
     return [_op_params(t) if t.op == g.GGML_OP_CUSTOM and _pointer(t, 0) == TRACED_OP else None for t in nodes]
 
 
 def _pointer(t: Any, at: int) -> int:
-    """Of struct ggml_custom_op_params: the function at 0, userdata at 4 (in ints)."""
+    """Returns a pointer of struct ggml_custom_op_params: at 0 the function, at 4 userdata (in ints)."""
     low, high = (n & 0xFFFFFFFF for n in t.op_params[at : at + 2])
     return low | high << 32
 
@@ -130,7 +131,7 @@ def _op_params(t: Any) -> Any:
 
 
 def _op(t: Any) -> str:
-    """ggml's name of the op in small letters, `repkv.` and the name for one of the extension, "" for a leaf."""
+    """Returns ggml's name of the op in lower case, `repkv.` and the name of a native op, or "" for a leaf."""
     if t.op == g.GGML_OP_NONE:
         return ""
     if t.op == g.GGML_OP_CUSTOM:
@@ -147,5 +148,5 @@ _OF_GGML = OpInfo("")
 
 
 def info_of(op: str) -> OpInfo:
-    """What is known of a RawTensor's op; nothing of ggml's own."""
+    """Returns the OpInfo of a RawTensor's op; an empty one for ggml's ops."""
     return OPS[op.removeprefix(_PREFIX)] if op.startswith(_PREFIX) else _OF_GGML

@@ -1,4 +1,4 @@
-"""Are all inputs filled before a compute? Found out by filling them over two different poisons."""
+"""Checks that all inputs are filled before a compute, by filling them over two different poisons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POISONS = (0xA5, 0x5A)
 
 
 def unfilled_inputs(built: BuiltGraph) -> list[Finding]:
-    """Inputs some of whose bytes are as they were before `fill`: a compute would read what another node left there."""
+    """Returns the inputs of which `fill` leaves bytes unchanged: a compute would read another node's values there."""
     inputs = graph_inputs(built.plan.context)
     untouched: dict[int, np.ndarray] = {}
     assert built.policy is not None

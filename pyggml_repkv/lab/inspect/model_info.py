@@ -1,4 +1,4 @@
-"""What is in a model file, and the memory it will need: from its header and shapes, without its weights."""
+"""What a model file holds and the memory it needs, from its header and shapes, without reading its weights."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """What the tokenizer keys say. supported: whether this program has such a tokenizer; bos, eos, eot: None where the
-    file names none; chat_templates: their names.
+    """The file's tokenizer keys. supported: whether this program has such a tokenizer; bos, eos, eot: None if the file
+    names none; chat_templates: their names.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class TokenizerInfo:
 
     @classmethod
     def of(cls, file: GGUFFile) -> TokenizerInfo:
-        """Does not build the encoder, which takes longer than all else here. Raises ModelFileError."""
+        """Reads the keys only: building the encoder takes longer than everything else here. Raises ModelFileError."""
         metadata = file.metadata
         kind, pre = (str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre"))
         tokens, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
@@ -80,7 +80,7 @@ class TokenizerInfo:
 def _strings(file: GGUFFile, key: str) -> list[str]:
     values = file.metadata.get(key, [])
     if not isinstance(values, list):
-        raise file_error(file.path, f"{key} is no array of strings")
+        raise file_error(file.path, f"{key} is not an array of strings")
     return values
 
 
@@ -96,7 +96,7 @@ def _special(file: GGUFFile, role: str, tokens: Sequence[str]) -> SpecialToken |
 
 @dataclass(frozen=True, slots=True)
 class TypeCount:
-    """All tensors of one type. n_repacked: those that ggml has a faster layout for on this CPU."""
+    """All tensors of one type. n_repacked: those for which ggml has a faster layout on this CPU."""
 
     type: str
     n_tensors: int
@@ -111,11 +111,11 @@ class TypeCount:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What a policy needs once n_tokens tokens were read.
+    """What a policy needs after n_tokens tokens.
 
-    ram: bytes part by part, as `run` names them; `compute`, the buffer of the largest step, is not there where the
-    graph could not be built. fits: in RAM, weights included, and on disk; most_tokens: how many would fit in RAM, at
-    most n_tokens; note: what does not fit, "" where all does.
+    ram: bytes by part, as `run` names them; `compute`, the buffer of the largest step, is missing if the graph cannot
+    be built. fits: whether RAM (weights included) and disk suffice; most_tokens: how many tokens would fit in RAM, at
+    most n_tokens; note: what does not fit, or "".
     """
 
     policy: str
@@ -133,7 +133,7 @@ class MemoryPlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """What plans are asked for. memories: one for each policy; repack and exact as `Model.load` has them."""
+    """What to plan for. memories: one for each policy; repack, exact: as `Model.load` has them."""
 
     memories: Sequence[MemoryConfig]
     n_tokens: int
@@ -143,7 +143,9 @@ class PlanInputs:
 
 
 class ModelInfo:
-    """Raises ModelFileError for a file that is not sound. `types` is empty for a vocabulary without a model."""
+    """The facts of a model file; `types` is empty for a vocabulary without weights. Raises ModelFileError for a file
+    that is not sound.
+    """
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -160,10 +162,10 @@ class ModelInfo:
         return 8 * self.weight_bytes / self.n_parameters if self.types else 0.0
 
     def as_json(self, plans: Sequence[MemoryPlan], free_bytes: int) -> dict[str, Any]:
-        """docs/model_info.md has the keys."""
+        """Returns the JSON object; docs/model_info.md has its keys."""
         config = asdict(self.config)
         if not self.types:
-            # The config takes it from a tensor that is missing.
+            # Only the tensors say whether the output is tied, and there are none.
             config["tied_output"] = None
         return {
             "file": {
@@ -191,9 +193,9 @@ class ModelInfo:
         }
 
     def plans(self, inputs: PlanInputs, free_bytes: int) -> list[MemoryPlan]:
-        """One for each of inputs.memories; none for a vocabulary. Raises InputError for settings that no session takes.
+        """Returns a plan for each of inputs.memories; none for a vocabulary. free_bytes: the RAM that each may use.
 
-        free_bytes: how much RAM there is for each.
+        Raises InputError for settings that no session accepts.
         """
         if not self.types:
             return []
@@ -209,7 +211,7 @@ def _plain(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _count_types(tensors: Mapping[str, TensorInfo], repacked: Mapping[str, int]) -> tuple[TypeCount, ...]:
-    """Those with most bytes first."""
+    """Returns a count for each type, the type with most bytes first."""
     by_type: dict[str, list[TensorInfo]] = {}
     for info in tensors.values():
         by_type.setdefault(info.type.name, []).append(info)
@@ -224,14 +226,14 @@ def _count_types(tensors: Mapping[str, TensorInfo], repacked: Mapping[str, int])
 
 
 def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
-    """Bytes in ggml's layout of every matrix that `Weights` would copy into one, by the name of its tensor."""
+    """Returns bytes by tensor name, in ggml's layout, of every matrix that `Weights` would repack."""
     repacker = Repacker()
     sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     found: dict[str, int] = {}
     for name in expected_tensors(config, file.tensors):
         info = file.tensors[name]
         key = int(info.type), info.shape
-        # Embeddings are looked up, not multiplied, unless they are the output too.
+        # Token embeddings are multiplied only if they are the output matrix too.
         if len(info.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
             continue
         buffer_type = repacker.buffer_type(*key)
@@ -246,7 +248,7 @@ def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
 
 
 class _Planner(ExitStack):
-    """Builds the policies, and the graphs of their steps, over the mapped file: pages of weights are not read."""
+    """Builds policies and the graphs of their steps over the mapped file, without reading weights."""
 
     def __init__(self, info: ModelInfo, inputs: PlanInputs, free_bytes: int) -> None:
         super().__init__()
@@ -258,14 +260,14 @@ class _Planner(ExitStack):
         self.callback(self._backend.close)
 
     def plan(self, memory: MemoryConfig) -> MemoryPlan:
-        """Raises InputError for settings that no session takes."""
+        """Returns the plan of one policy. Raises InputError for settings that no session accepts."""
         info, n_tokens = self._info, self._inputs.n_tokens
-        # Only ggml's own nodes read matrices that are not as in the file.
+        # Only ggml's own nodes read repacked matrices.
         repacked = info.repacked if self._inputs.repack and "ggml" in policy_kind(memory.kv).forms else {}
-        # Repacked matrices are multiplied by ggml's own nodes, which is what the exact graph is made of.
+        # The exact graph consists of ggml's own nodes.
         exact = self._inputs.exact or bool(repacked)
         graph = GraphModel(info.config, self._weights, self._backend, exact=exact)
-        # What was copied from the file is not read there again, but for embeddings.
+        # Copied matrices are not read from the file again, except for embeddings.
         copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
         weights = {"weights": len(info.file.data) - copied + sum(repacked.values())}
         with ExitStack() as stack:
@@ -286,7 +288,7 @@ class _Planner(ExitStack):
                 problem = (
                     f"{n_tokens} tokens need {budget.size(sum(ram.values()))} and {budget.size(self._free)} are free"
                 )
-                problem += f": about {most} would fit" if most else ", too little for any"
+                problem += f": about {most} would fit" if most else ": none would fit"
             elif not problem and need is not None:
                 try:
                     budget.check_disk(need, n_tokens)
@@ -295,8 +297,8 @@ class _Planner(ExitStack):
         return MemoryPlan(memory.kv, n_tokens, ram, need, not problem, most, problem)
 
     def _policy(self, graph: GraphModel, memory: MemoryConfig) -> tuple[Policy, str]:
-        """A policy for n_tokens, and why it is not one that a session could have, if so: it is made for fewer tokens
-        then and only good for counting.
+        """Returns a policy for n_tokens and "", or a smaller policy, only good for counting, and why no session could
+        have it for n_tokens.
         """
         n_tokens, config = self._inputs.n_tokens, graph.config
         n_ctx = n_tokens if n_tokens > UNBOUNDED_CONTEXT else memory.n_ctx
@@ -316,7 +318,7 @@ class _Planner(ExitStack):
         raise ComputeError(problem)
 
     def _compute_bytes(self, graph: GraphModel, memory: MemoryConfig, policy: Policy) -> int:
-        """Of the last chunk of n_tokens tokens, or the last of them alone."""
+        """Returns the bytes of the larger of two steps: the last chunk of n_tokens tokens, and the last token alone."""
         n_tokens = self._inputs.n_tokens
         plans = PlanCache(graph, policy, self._backend)
         try:
@@ -333,5 +335,5 @@ def _most_tokens(policy: Policy, n_tokens: int, n_bytes: int) -> int:
 
 
 def _no_boundaries() -> BoundaryScores:
-    """A memory that reads nothing cuts no text."""
+    """Returns scores that nobody uses: a memory that reads no tokens cuts no text."""
     return BoundaryScores(lambda _: b"", None)

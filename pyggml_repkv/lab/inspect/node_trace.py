@@ -1,7 +1,7 @@
-"""Notes when every node of a step was computed.
+"""Records when every node of a step is computed.
 
-In graphs of our nodes each notes it itself, for two looks at the clock. In graphs of ggml's nodes ggml's first thread
-notes it where it asks whether to abort (native/node_trace.h). Either way the graph is computed as it is without.
+A native op notes its own time, at the cost of reading the clock twice. In graphs of ggml's nodes, ggml's first thread
+notes the time where it asks whether to abort (native/node_trace.h). Neither changes what is computed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from pyggml_repkv.memory.policy import EvalHook, HookPoint
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
-    """times: int64 [n, 2], begins and ends in nanoseconds of the monotonic clock as they were noted: by our nodes for
-    each node of the plan, 0 for those that note nothing; by ggml for each of its computes (see NodeTracer.times).
+    """The noted times of a step. times: int64 [n, 2], begin and end in nanoseconds of the monotonic clock. In a fused
+    form a row for each node of the plan, 0 if it notes nothing; in ggml's form a row for each compute of ggml (see
+    NodeTracer.times).
     """
 
     plan: Plan
@@ -33,7 +34,7 @@ class StepTrace:
 
 
 class NodeTracer:
-    """Give it to `Session.traced`; `steps` grows by one a compute. graphs: what each plan consists of."""
+    """A tracer for `Session.traced`. steps: one a compute; graphs: the nodes of each plan."""
 
     traces_ops = True
 
@@ -59,7 +60,7 @@ class NodeTracer:
         if plan in self._notes:
             times = self._notes[plan].taken()
         else:
-            # Found once: what is done here is part of a step.
+            # Cached, because this runs inside the traced step.
             if plan not in self._noting:
                 self._noting[plan] = noting_nodes(plan.context)
             spans = [(0, 0) if p is None else (p.begin_ns, p.end_ns) for p in self._noting[plan]]
@@ -69,12 +70,13 @@ class NodeTracer:
         self.steps.append(StepTrace(plan, times))
 
     def times(self, step: StepTrace) -> NDArray[np.int64]:
-        """Of a step, int64 [n_nodes, 2], one node after another. Raises ComputeError where ggml computed other nodes
-        than those that it is known to.
+        """Returns the begin and end of each node of a step, int64 [n_nodes, 2].
 
-        A node of ours lasts until the next begins, but for those after which a hook runs; ggml's own among them last no
-        time. ggml's: each lasts until its first thread is done, and what that then waits for the others counts to the
-        next. Views last no time, and of a normalisation fused with the product that follows, the product does not.
+        In a fused form a native op lasts until the next begins, or to its own end if a hook follows; ggml's nodes among
+        them last no time. In ggml's form a node lasts until the first thread is done, and that thread's wait for the
+        others counts to the next node; views last no time, nor does a product fused with the norm before it.
+
+        Raises ComputeError if ggml noted a number of computes that does not fit the graph.
         """
         nodes = self.graphs[step.plan].nodes
         hooked = {address_of(point.node) for point in step.plan.hook_points}
@@ -96,17 +98,17 @@ def _of_ggml(plan: Plan) -> bool:
     return plan.key.shape.form == "ggml"
 
 
-# ggml passes these by without asking whether to abort.
+# ggml skips these without asking whether to abort.
 _EMPTY_OPS = ("", "reshape", "view", "permute", "transpose")
 
 
 def _of_each_node(noted: NDArray[np.int64], nodes: Sequence[RawTensor], hooked: set[int]) -> NDArray[np.int64]:
-    """noted: int64 [n_computed, 2] -> [n_nodes, 2]."""
+    """Returns times int64 [n_nodes, 2]. noted: int64 [n_computed, 2]."""
     computes = np.array([node.op not in _EMPTY_OPS for node in nodes])
     if len(noted) != computes.sum():
         computes[_fused(nodes, hooked)] = False
     if len(noted) != computes.sum():
-        raise ComputeError(f"{len(noted)} computes of ggml were noted in a graph of {computes.sum()}")
+        raise ComputeError(f"ggml noted {len(noted)} computes in a graph of {computes.sum()}")
     times = np.zeros((len(nodes), 2), np.int64)
     times[computes] = noted
     at = int(noted[0, 0])
@@ -118,7 +120,7 @@ def _of_each_node(noted: NDArray[np.int64], nodes: Sequence[RawTensor], hooked: 
 
 
 def _fused(nodes: Sequence[RawTensor], hooked: set[int]) -> list[int]:
-    """Which nodes ggml computes together with the one before: products with a norm that nobody else reads."""
+    """Returns the nodes that ggml computes with the node before: products with a norm that no other node reads."""
     n_users = Counter(source for node in nodes for source in node.sources)
     return [
         i
@@ -132,7 +134,7 @@ def _fused(nodes: Sequence[RawTensor], hooked: set[int]) -> list[int]:
 
 
 class _Notes:
-    """What ggml's first thread writes. trace: a struct repkv_node_trace; it lives as long as this."""
+    """The times that ggml's first thread writes. trace: a struct repkv_node_trace, which lives as long as this."""
 
     def __init__(self, n_nodes: int) -> None:
         self._times = np.zeros((n_nodes, 2), np.int64)
@@ -141,14 +143,14 @@ class _Notes:
         self.trace.n_max = n_nodes
 
     def taken(self) -> NDArray[np.int64]:
-        """A copy. Raises ComputeError where more were noted than there are nodes."""
+        """Returns a copy. Raises ComputeError if ggml noted more computes than there are nodes."""
         if self.trace.n > len(self._times):
-            raise ComputeError(f"{self.trace.n} computes of ggml were noted in a graph of {len(self._times)} nodes")
+            raise ComputeError(f"ggml noted {self.trace.n} computes in a graph of {len(self._times)} nodes")
         return self._times[: self.trace.n].copy()
 
 
 class OuterHook:
-    """Runs where a plan's own hook would, and lets that run too."""
+    """A hook around a plan's own hook, which runs too."""
 
     callback: int
     userdata: int
@@ -174,7 +176,7 @@ class OuterHook:
 
 
 class _TracedHook(OuterHook):
-    """A plan's hook in C, whose time is no node's."""
+    """A plan's hook in C; its time counts to no node."""
 
     def __init__(self, plan: Plan, trace: Any) -> None:
         super().__init__(plan)

@@ -1,4 +1,4 @@
-"""A snapshot as one HTML page that needs nothing else: page.html shows what is embedded in it as JSON."""
+"""A snapshot as one self-contained HTML page: page.html, with the snapshot embedded as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PLACE = "@DATA@"
 
 
 def as_page(snapshot: Snapshot, times: Mapping[str, float] | None = None) -> str:
-    """The text of an .html file. times: microseconds by node id; nodes without one show none.
+    """Returns the text of an .html file. times: microseconds by node id; a node without one shows no time.
 
     Raises ValueError for a time that is not finite.
     """
@@ -27,6 +27,6 @@ def as_page(snapshot: Snapshot, times: Mapping[str, float] | None = None) -> str
 
 
 def _embedded(data: object) -> str:
-    """JSON that ends no <script> and opens no comment in it, whatever the names are."""
+    """Returns JSON that cannot end the <script> or open a comment in it, whatever the names are."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured with the threads and the vectors that compute uses."""
+"""The machine's peak, measured with the threads and the vector width that compute uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyggml_repkv.ffi.handles import Backend, Buffer, GraphAllocator, aligned_ze
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.ops.table import OPS
 
-# Larger than the caches of the machines that this runs on.
+# Larger than the caches of common machines.
 READ_BYTES = 2**28
 REPETITIONS = 10_000_000
 N_RUNS = 3
@@ -21,16 +21,16 @@ N_RUNS = 3
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """The best of N_RUNS: multiply-adds of F32 vectors in registers, and reading memory."""
+    """The best of N_RUNS runs: gflops of F32 multiply-adds in registers, GB/s of reading memory."""
 
     gflops: float
     gbytes_per_second: float
 
 
 def measure_peak(backend: Backend) -> Peak:
-    """Takes about a second. Raises ComputeError where there is too little memory."""
+    """Measures for about a second. Raises ComputeError if there is too little memory."""
     data = aligned_zeros(READ_BYTES)
-    # A page that was never written is the same page of zeros everywhere.
+    # Pages never written all map to one page of zeros, which lies in the cache.
     data[::4096] = 1
     numbers = aligned_zeros(64)
     numbers[:4].view(np.int32)[0] = REPETITIONS
@@ -54,7 +54,9 @@ def best_seconds(
     leaves: Sequence[tuple[np.ndarray, int, tuple[int, ...]]],
     build: Callable[[GraphContext, list[Tensor]], Tensor],
 ) -> float:
-    """Of N_RUNS computes of the node that `build` makes of the leaves: (aligned bytes, ggml's type, shape)."""
+    """Returns the least seconds of N_RUNS computes of a node. build: makes it from the leaves, which are (aligned
+    bytes, ggml's type, shape).
+    """
     tensors, context = TensorContext(len(leaves) + 8), GraphContext(16)
     allocator, buffers = GraphAllocator(backend), [Buffer.over(data) for data, _, _ in leaves]
     try:

@@ -1,4 +1,4 @@
-"""Runs a prompt while someone looks on: when nodes run (`trace_steps`), or what they hold (`record_tensors`)."""
+"""Runs a prompt and records when nodes run (`trace_steps`), or what they hold (`record_tensors`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import EvalHook, OnDisk
 from pyggml_repkv.memory.store.block_store import Event
 
-# Steps that fill caches and build plans before anything is noted.
+# Steps that fill caches and build plans before recording begins.
 N_WARM = 3
 
 _NO_EVENTS: list[Event] = []
@@ -42,7 +42,9 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Traced:
-    """plain_us, traced_us: what each step took, in turn without and with a tracer: recording costs their difference."""
+    """Traced steps. plain_us, traced_us: microseconds of each step without and with a tracer; their difference is the
+    cost of recording.
+    """
 
     steps: list[TracedStep]
     plain_us: list[float]
@@ -50,18 +52,18 @@ class Traced:
 
 
 def n_rounds(size: int, n: int) -> int:
-    """In how many portions n steps of a size are taken: a machine's speed drifts from one second to the next."""
+    """Returns into how many rounds n steps are divided: a machine's speed drifts from one second to the next."""
     return min(4, n) if size == 1 else 1
 
 
 def n_traced_tokens(size: int, n: int) -> int:
-    """How many tokens `trace_steps` reads."""
+    """Returns how many tokens `trace_steps` reads."""
     return 2 * size * (N_WARM * n_rounds(size, n) + n)
 
 
 def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], size: int, n: int) -> Traced:
-    """Reads `n_traced_tokens` tokens in steps of one size: in turn some without and some with a tracer, n of each, and
-    before each portion N_WARM steps that do not count. Raises as Session does.
+    """Reads `n_traced_tokens` tokens in steps of one size, n without and n with a tracer. Rounds of both take turns,
+    and N_WARM steps that do not count begin each. Raises as Session does.
     """
     at = 0
 
@@ -81,7 +83,7 @@ def trace_steps(session: Session, memory: MemoryConfig, tokens: Sequence[int], s
     first = time.monotonic_ns()
     rounds = n_rounds(size, n)
     for i in range(rounds):
-        # Plans are built anew for a tracer, and for none.
+        # The session rebuilds its plans for a tracer, and again without one: hence the warm-up of both.
         n_now = n // rounds + (i < n % rounds)
         plain += [(end - begin) / 1e3 for begin, end in [step() for _ in range(N_WARM + n_now)][N_WARM:]]
         steps += _trace_some(session, memory, step, n_now, first)
@@ -123,7 +125,7 @@ def _shifted(event: Event, first_ns: int) -> Event:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A node's values, in its own shape. key: its name, and which of those with that name: `Qcur-0`, `Qcur-0#1`."""
+    """A node's values, in its own shape. key: its name, numbered if it is not the first: `Qcur-0`, `Qcur-0#1`."""
 
     key: str
     op: str
@@ -132,7 +134,7 @@ class Recorded:
 
 
 class TensorRecorder:
-    """Give it to `Session.traced`: copies what nodes with such a name hold, in the order of compute."""
+    """A tracer for `Session.traced`: copies the values of nodes whose name matches, in the order of compute."""
 
     traces_ops = False
 
@@ -145,11 +147,11 @@ class TensorRecorder:
         return _RecordingHook(self, plan)
 
     def native_trace_of(self, plan: Plan) -> Any:
-        """What nodes hold is looked at, not when."""
+        """Returns NULL: this tracer records values, no times."""
         return native_ffi.NULL
 
     def computed(self, plan: Plan) -> None:
-        """Nothing to do: values were taken between nodes."""
+        """Does nothing: the values were copied between nodes."""
 
     def wants(self, name: str) -> bool:
         return fnmatch.fnmatchcase(name, self._pattern)
@@ -172,14 +174,14 @@ class _RecordingHook(OuterHook):
         super().__init__(plan)
         self._recorder = recorder
         self._error: BaseException | None = None
-        # What ran between nodes anyway still must.
+        # The plan's own hook must still run.
         kind = g.ggml_backend_sched_eval_callback
         self._call = kind(self._inner.callback) if self._inner is not None else None
         self.callback, self._keep = python_callback(self._observe)
         self.userdata = 0
 
     def _observe(self, node: Any, ask: bool) -> bool:
-        # An exception that leaves a callback is swallowed.
+        # ctypes swallows an exception that leaves a callback.
         try:
             wanted = self._recorder.wants(node.contents.name.decode("utf-8", errors="replace"))
             if ask:
@@ -199,7 +201,7 @@ class _RecordingHook(OuterHook):
 
 
 def _values(t: Any) -> NDArray[Any] | None:
-    """A copy in the tensor's shape, whatever its strides; None for types that numpy does not have."""
+    """Returns a copy in the tensor's shape, whatever its strides; None for a type that numpy lacks."""
     if t.type not in _TYPES or not t.data:
         return None
     shape, strides = tuple(int(n) for n in reversed(t.ne)), tuple(int(n) for n in reversed(t.nb))
@@ -214,8 +216,8 @@ def _values(t: Any) -> NDArray[Any] | None:
 def record_tensors(
     model: Model, memory: MemoryConfig, tokens: Sequence[int], pattern: str, *, decode: bool
 ) -> TensorRecorder:
-    """Reads tokens, the last of them alone if `decode`, and records the last step. Raises InputError where no node has
-    such a name.
+    """Reads tokens and records the last step; `decode`: this step reads the last token alone. Raises InputError if no
+    node's name matches.
     """
     recorder = TensorRecorder(pattern)
     with model.session(memory) as session:
@@ -228,5 +230,5 @@ def record_tensors(
             else:
                 session.prefill_all(tokens[n_before:])
     if not recorder.recorded and not recorder.skipped:
-        raise InputError(f"--name {pattern}: no node of this graph has such a name; `graph dump` lists them")
+        raise InputError(f"--name {pattern} matches no node of this graph; `graph dump` lists them")
     return recorder

@@ -1,4 +1,4 @@
-"""A static graph as data: what `graph dump` prints, `graph diff` compares and `graph verify` proves things about."""
+"""A static graph as data, which `graph dump` prints, `graph diff` compares and `graph verify` checks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LAYER = re.compile(r"^blk\.(\d+)\.|-(\d+)(?: \(.*\))?$|_l(\d+)$")
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A node of the graph (ids n0, n1, ... in the order of compute) or what nodes read and none makes (t0, t1, ...).
+    """A node of the graph (ids n0, n1, ... in the order of compute), or a leaf, which no node makes (t0, t1, ...).
 
     kind: node, input (filled before each compute), weight, or memory (outlives the graph: keys, scores, the index);
-    sources: ids; reads, writes: ids of memory that a node reads or writes rows of; view_of: id of what it lies in, "";
-    buffer: compute, weights or memory; offset: bytes from its start, -1 where that says nothing; flops, bytes_moved: of
-    one compute.
+    sources: ids; reads, writes: ids of memories whose rows a node reads or writes; view_of: id of the tensor whose
+    memory it shares, or ""; buffer: compute, weights or memory; offset: bytes from the buffer's start, or -1; flops,
+    bytes_moved: of one compute.
     """
 
     id: str
@@ -46,13 +46,13 @@ class TensorInfo:
 
     @property
     def base_name(self) -> str:
-        """Its name without the layer."""
+        """The name without the layer."""
         return _LAYER.sub("", self.name) if self.kind != "weight" else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class HookInfo:
-    """A node after which blocks are asked for and waited for; n_layers: of how many layers, from `layer` on."""
+    """A node after which a hook asks for blocks and waits for them. n_layers: for how many layers, from `layer` on."""
 
     node: str
     layer: int
@@ -61,7 +61,7 @@ class HookInfo:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """`about`: model, policy, phase and what else says which graph it is."""
+    """A static graph. about: model, policy, phase and whatever else identifies it."""
 
     about: dict[str, Any]
     nodes: tuple[TensorInfo, ...]
@@ -74,12 +74,12 @@ class Snapshot:
         self.by_id.update({t.id: t for t in (*self.nodes, *self.leaves)})
 
     def root(self, id_: str) -> TensorInfo:
-        """What a tensor's bytes belong to: itself, or what it is a view of."""
+        """Returns the tensor that owns the bytes: the tensor itself, or the one it is a view of."""
         tensor = self.by_id[id_]
         return self.by_id[tensor.view_of] if tensor.view_of else tensor
 
     def as_json(self) -> dict[str, Any]:
-        """docs/graph.md has the schema."""
+        """Returns the JSON object; docs/graph.md has its schema."""
         tensors = [*self.nodes, *self.leaves]
         return {
             "schema": SCHEMA,
@@ -94,7 +94,7 @@ class Snapshot:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Snapshot:
-        """Raises KeyError, TypeError or ValueError for what is no dump of this schema."""
+        """Returns the graph of a dump. Raises KeyError, TypeError or ValueError if it is not a dump of this schema."""
         if data["schema"] != SCHEMA:
             raise ValueError(f"its schema is version {data['schema']}, this program reads version {SCHEMA}")
         known = {"schema", "n_nodes", "compute_bytes", "nodes", "leaves", "hooks", "flops"}
@@ -110,7 +110,7 @@ class Snapshot:
 def take_snapshot(
     raw: RawGraph, about: dict[str, Any], step: Step, hooks: Sequence[HookPoint] = (), compute_bytes: int = 0
 ) -> Snapshot:
-    """hooks: in the order in which they run."""
+    """Returns the graph as data. hooks: in the order in which they run."""
     leaf_kinds = {address: _kind(leaf) for address, leaf in raw.leaves.items()}
     ids = {node.address: f"n{i}" for i, node in enumerate(raw.nodes)}
     ids |= {address: f"t{i}" for i, address in enumerate(raw.leaves)}
@@ -136,7 +136,7 @@ def _info(
     if t.op == "set_rows" and leaf_kinds.get(t.view_of) == "memory":
         writes = (ids[t.view_of],)
     if t.op != "set_rows" and t.op not in _NO_COMPUTE and not (info.reads or info.writes):
-        # ggml's own nodes, and ours that name no parts, read what they take whole.
+        # ggml's nodes, and native ops whose row of the table names no sources, read all of their sources.
         reads = tuple(dict.fromkeys(ids[_root(s)] for s in sources if leaf_kinds.get(_root(s)) == "memory"))
     root = _root(t)
     buffer = "compute" if kind in ("node", "input") else "weights" if kind == "weight" else "memory"

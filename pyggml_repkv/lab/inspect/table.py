@@ -1,4 +1,4 @@
-"""A snapshot as text: a table, Graphviz's language, or a picture."""
+"""A snapshot as text: a table, Graphviz's DOT language, or SVG."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ HEADER = ("id", "name", "op", "type", "shape", "sources", "layer", "memory", "of
 _LEFT = frozenset(("id", "name", "op", "type", "shape", "sources", "memory", "effect"))
 
 COLOURS = {"llama.cpp": "#dbe9f6", "ours": "#fde7c8", "effect": "#f7c9c4", "view": "#eeeeee"}
-"""Fill of a node: ggml's op, one of the extension's, one that changes memory, one that moves nothing."""
+"""Fill colour of a node: an op of ggml, a native op, a node that writes memory, a view."""
 
 
 def kind_of(node: TensorInfo) -> str:
-    """A key of COLOURS."""
+    """Returns a key of COLOURS."""
     if node.writes:
         return "effect"
     if node.op.startswith("repkv."):
@@ -36,12 +36,12 @@ def rows_of(snapshot: Snapshot, tensors: Iterable[TensorInfo]) -> list[tuple[str
 
 
 def effect_text(snapshot: Snapshot, t: TensorInfo) -> str:
-    """`writes k_local-0, v_local-0`."""
+    """Returns a node's effect as text, such as `writes k_local-0, v_local-0`, or ""."""
     return "writes " + ", ".join(snapshot.by_id[w].name for w in t.writes) if t.writes else ""
 
 
 def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: frozenset[str] = _LEFT) -> str:
-    """Columns of equal width; those in `left` begin at the left."""
+    """Returns aligned columns; those in `left` are aligned left, the others right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, *rows):
@@ -53,7 +53,7 @@ def as_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: frozens
 
 
 def as_dot(snapshot: Snapshot, nodes: Sequence[TensorInfo]) -> str:
-    """The nodes, what they read, and in dashed red what they write."""
+    """Returns the nodes with edges from what they read, and dashed red edges to what they write."""
     shown = {t.id for t in nodes}
     lines = ["digraph ggml {", "  node [shape=box, style=filled, fontname=Helvetica, fontsize=10];"]
     leaves: dict[str, TensorInfo] = {}
@@ -79,7 +79,7 @@ _ROW, _LEFT_EDGE, _BOX = 22, 12, 520
 
 
 def as_svg(snapshot: Snapshot, nodes: Sequence[TensorInfo]) -> str:
-    """Nodes from top to bottom in the order of compute; arcs at the right lead from a node to those that read it."""
+    """Returns the nodes from top to bottom in the order of compute; arcs lead from a node to its readers."""
     at = {t.id: i for i, t in enumerate(nodes)}
     arcs, reach = [], 0
     for t in nodes:

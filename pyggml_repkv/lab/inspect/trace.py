@@ -1,4 +1,4 @@
-"""Where the time of steps went: a table by kind of node, a share of what the machine can do, Chrome's trace format."""
+"""Where the time of steps went: a table by kind of node, a share of the machine's peak, Chrome's trace format."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pyggml_repkv.memory.store.block_store import Event
 
 @dataclass(frozen=True, slots=True)
 class TracedStep:
-    """What a step computed and when. times: begin and end of each node, microseconds from the first step's begin;
-    begin, end: of the step as a whole, with what is done around the graph; events: of the block store, same clock.
+    """A step's nodes and when they ran. times: begin and end of each node, in microseconds since the first step began;
+    begin, end: of the whole step, with the work around the graph; events: the block store's, on the same clock.
     """
 
     snapshot: Snapshot
@@ -30,13 +30,13 @@ class TracedStep:
 
     @property
     def wait_us(self) -> float:
-        """For blocks, between nodes."""
+        """Microseconds of waiting for blocks between nodes."""
         return sum(1e3 * (e.end_ms - e.begin_ms) for e in self.events if e.kind == "wait")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """All nodes of one name, in all layers; per step. us: microseconds of a step."""
+    """All nodes of one name in all layers, per step. us: microseconds of a step."""
 
     name: str
     op: str
@@ -58,8 +58,8 @@ HEADER = ("name", "op", "nodes", "us", "share", "us each", "GFLOP/s", "GB/s", "o
 
 
 def rows(steps: Sequence[TracedStep], peak: Peak | None) -> list[Row]:
-    """By name, what takes longest first. of_peak: how long the node must take at least, by operations and by bytes from
-    memory, as a share of how long it took; more than 1 where what it reads lies in a cache.
+    """Returns a row for each name, the slowest first. of_peak: the least time that operations and bytes from memory
+    allow, as a share of the time taken; more than 1 if a cache holds what the nodes read.
     """
     total = sum(step.node_us for step in steps)
     groups: dict[tuple[str, str], list[tuple[TensorInfo, float]]] = {}
@@ -72,14 +72,14 @@ def rows(steps: Sequence[TracedStep], peak: Peak | None) -> list[Row]:
         flops, moved = (sum(getattr(node, what) for node, _ in members) for what in ("flops", "bytes_moved"))
         least = max(flops / peak.gflops, moved / peak.gbytes_per_second) / 1e3 if peak else 0.0
         n = len(steps)
-        # What took no time that was noted has no speed either.
+        # Without a noted time there is no speed.
         rates = (flops / us / 1e3, moved / us / 1e3, least / us) if us > 0 else (0.0, 0.0, 0.0)
         found.append(Row(name, op, len(members) / n, us / n, us / total, *rates))
     return sorted(found, key=lambda row: -row.us)
 
 
 def node_times(steps: Sequence[TracedStep]) -> dict[str, float]:
-    """Of the last step's nodes, by id: the median of all steps with the same graph, microseconds."""
+    """Returns microseconds by id of the last step's nodes: the median over all steps with the same graph."""
     nodes = [node.id for node in steps[-1].snapshot.nodes]
     alike = [step for step in steps if [node.id for node in step.snapshot.nodes] == nodes]
     spans = zip(*([end - begin for begin, end in step.times] for step in alike), strict=True)
@@ -87,7 +87,7 @@ def node_times(steps: Sequence[TracedStep]) -> dict[str, float]:
 
 
 def layer_rows(steps: Sequence[TracedStep]) -> dict[int, float]:
-    """Microseconds of a step in each layer, -1 for what is in none."""
+    """Returns the microseconds per step in each layer; -1 is for nodes outside all layers."""
     times: dict[int, float] = {}
     for step in steps:
         layer = -1
@@ -98,7 +98,7 @@ def layer_rows(steps: Sequence[TracedStep]) -> dict[int, float]:
 
 
 def roofline(steps: Sequence[TracedStep], peak: Peak) -> dict[str, float]:
-    """Of all steps together: achieved GFLOP/s and GB/s, the peaks, and the least time as a share of the time taken."""
+    """Returns over all steps: achieved GFLOP/s and GB/s, the peaks, and the least time as a share of the time taken."""
     us = sum(step.node_us for step in steps)
     nodes = [node for step in steps for node in step.snapshot.nodes]
     flops, moved = sum(n.flops for n in nodes), sum(n.bytes_moved for n in nodes)
@@ -113,7 +113,7 @@ def roofline(steps: Sequence[TracedStep], peak: Peak) -> dict[str, float]:
 
 
 def chrome_trace(steps: Sequence[TracedStep]) -> dict[str, Any]:
-    """For Perfetto or chrome://tracing: steps, layers, nodes, waits, and the reads of each thread one below another."""
+    """Returns JSON for Perfetto or chrome://tracing: rows of steps, layers, nodes, waits, and overlapping reads."""
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "pyggml_repkv"}}]
     events += [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": name}}

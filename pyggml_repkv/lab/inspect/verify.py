@@ -1,8 +1,8 @@
-"""Proofs about a static graph: that its effects happen, in order, and that nothing it still needs is overwritten.
+"""Proofs about a static graph: its effects happen, in order, and nothing is overwritten while it is needed.
 
-ggml computes nodes in the order in which they were added and drops what nobody asks for, so a write to memory that
-outlives the graph is only safe where the edges alone force it: each rule below is stated on edges, not on the order
-that a graph happens to have.
+ggml computes nodes in the order in which they were added and drops those that no result needs. So a write to memory
+that outlives the graph is safe only if edges alone force it: the rules below look at edges, not at the order that a
+graph happens to have.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 from pyggml_repkv.lab.inspect.snapshot import Snapshot, TensorInfo
 
-# What ggml's allocator computes in place (ggml_op_can_inplace of ggml-alloc.c).
+# Ops that ggml's allocator computes in place (ggml_op_can_inplace of ggml-alloc.c).
 IN_PLACE = frozenset(
     (
         "add",
@@ -39,7 +39,7 @@ _VIEWS = frozenset(("view", "reshape", "permute", "transpose"))
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """rule: a key of RULES; ids: the tensors it is about."""
+    """A broken rule. rule: a key of RULES; ids: the tensors at fault."""
 
     rule: str
     message: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 class _Graph:
-    """Who comes from whom, as bit sets over positions in the graph."""
+    """The ancestors and users of each node. ancestors: bit sets over positions in the graph."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot, self.nodes = snapshot, snapshot.nodes
@@ -66,7 +66,7 @@ class _Graph:
                 self.users[id_].append(i)
 
     def sources(self, node: TensorInfo) -> list[str]:
-        """Nodes that it takes, directly or as what it is a view of."""
+        """Returns the ids of the nodes that `node` reads or is a view of."""
         found = (*node.sources, node.view_of) if node.view_of else node.sources
         return [id_ for id_ in dict.fromkeys(found) if id_ in self.position]
 
@@ -74,7 +74,7 @@ class _Graph:
         return bool(self.ancestors[then] >> first & 1)
 
     def last_use(self, node: TensorInfo) -> int:
-        """Position of the last node that reads it, also through views; its own where nobody does."""
+        """Returns the position of the last node that reads `node`, also through views; its own if none does."""
         last = self.position.get(node.id, -1)
         for user in self.users.get(node.id, ()):
             view = self.nodes[user]
@@ -83,13 +83,13 @@ class _Graph:
 
 
 def verify(snapshot: Snapshot) -> list[Finding]:
-    """Everything that is wrong, in the order of RULES; an empty list is the proof."""
+    """Returns every broken rule, in the order of RULES; an empty list is the proof."""
     graph = _Graph(snapshot)
     return [finding for rule in RULES.values() for finding in rule(graph)]
 
 
 def _order(g: _Graph) -> Iterator[Finding]:
-    """Sources come first."""
+    """Every node comes after its sources."""
     for i, node in enumerate(g.nodes):
         late = [id_ for id_ in g.sources(node) if g.position[id_] >= i]
         if late:
@@ -97,7 +97,7 @@ def _order(g: _Graph) -> Iterator[Finding]:
 
 
 def _present(g: _Graph) -> Iterator[Finding]:
-    """Each layer writes what its policy must."""
+    """Each layer writes every memory that its policy requires."""
     about = g.snapshot.about
     expected = set(about["writes"])
     if about["phase"] == "decode" and any(t.base_name == "kept" for t in g.snapshot.leaves):
@@ -114,7 +114,7 @@ def _present(g: _Graph) -> Iterator[Finding]:
 
 
 def _consumed(g: _Graph) -> Iterator[Finding]:
-    """Every node has a user, is a result, or is what a hook looks at: ggml drops others, whatever their effect."""
+    """Every node has a user, is a result, or has a hook: ggml drops all others, whatever their effect."""
     hooked = {hook.node for hook in g.snapshot.hooks}
     for node in g.nodes:
         if not g.users[node.id] and not node.is_output and node.id not in hooked:
@@ -136,13 +136,13 @@ def _effects(g: _Graph) -> Iterator[Finding]:
                     verbs = ("writes" if id_ in a.writes else "reads"), ("writes" if id_ in b.writes else "reads")
                     what = g.snapshot.by_id[id_].name
                     message = (
-                        f"no edge makes {_name(b)}, which {verbs[1]} {what}, wait for {_name(a)}, which {verbs[0]} it"
+                        f"no edge orders {_name(a)}, which {verbs[0]} {what}, before {_name(b)}, which {verbs[1]} it"
                     )
                     yield Finding("effects", message, (a.id, b.id))
 
 
 def _hooks(g: _Graph) -> Iterator[Finding]:
-    """Hook points follow one another; a layer's blocks are waited for before they are attended."""
+    """Hook points are in order, and a hook waits for a layer's blocks before a node attends them."""
     hooks = g.snapshot.hooks
     for a, b in pairwise(hooks):
         if g.position.get(a.node, -1) >= g.position.get(b.node, -1):
@@ -152,7 +152,7 @@ def _hooks(g: _Graph) -> Iterator[Finding]:
     selected = {h.layer + i: h.node for h in hooks for i in range(h.n_layers)}
     for hook in hooks:
         if hook.node not in g.position:
-            yield Finding("hooks", f"the hook of layer {hook.layer} is at no node of the graph", (hook.node,))
+            yield Finding("hooks", f"the hook of layer {hook.layer} has no node in the graph", (hook.node,))
     for i, node in enumerate(g.nodes):
         if node.op != "repkv.locate" and not node.op.startswith("repkv.attend_memory"):
             continue
@@ -163,7 +163,7 @@ def _hooks(g: _Graph) -> Iterator[Finding]:
 
 
 def _memory(g: _Graph) -> Iterator[Finding]:
-    """No tensor of the compute buffer is overwritten while somebody will still read it."""
+    """No node overwrites a tensor of the compute buffer that another node will still read."""
     end = len(g.nodes)
     live: list[tuple[int, int, int, int, TensorInfo]] = []  # offset, end, born, dies
     everything = [
@@ -195,8 +195,8 @@ def _memory(g: _Graph) -> Iterator[Finding]:
 
 
 def _names(g: _Graph) -> Iterator[Finding]:
-    """A name is one tensor's, or that of the stages of one (as llama.cpp's Qcur). Norms before their weights, all of
-    which llama.cpp calls `norm`, have none of their own.
+    """A name belongs to one tensor, or to the stages of one (as llama.cpp's Qcur). Norms before their weights, all of
+    which llama.cpp calls `norm`, have no name of their own.
     """
     named: dict[str, list[int]] = {}
     for i, node in enumerate(g.nodes):
@@ -209,14 +209,14 @@ def _names(g: _Graph) -> Iterator[Finding]:
 
 
 def _layers(g: _Graph) -> Iterator[Finding]:
-    """All layers but the last, which leaves out what nobody reads, have the same ops on their way to a result."""
+    """All layers but the last, which omits what no result needs, have the same ops on their way to a result."""
     counts: dict[int, Counter[str]] = {}
     needed = 0
     for i, node in enumerate(g.nodes):
         if node.is_output or node.writes:
             needed |= g.ancestors[i] | 1 << i
     for i, node in enumerate(g.nodes):
-        # What ggml named after a source may stand in another layer.
+        # A node that ggml named after a source may be of another layer.
         if node.layer >= 0 and not node.name.endswith(")") and needed >> i & 1:
             counts.setdefault(node.layer, Counter())[node.op] += 1
     n_layer = g.snapshot.about["n_layer"]

@@ -92,7 +92,7 @@ def test_quantized_values_leave_llama_cpp_flash_attention_alone(path, tmp_path, 
     assert [(r["policy"], r["n_batch"], r["n_ubatch"]) for r in map(json.loads, out.splitlines())] == [
         ("full", 4096, 4096), ("llama.cpp -fa on", 4096, 4096),
     ]  # fmt: skip
-    assert "llama.cpp -fa off is left out: it cannot have -ctv q8_0\n" in err
+    assert "llama.cpp runs only with -fa on: -ctv q8_0 needs it\n" in err
     out, _ = bench(capsys, path, *argv[:-6], "-o", "jsonl")
     assert [json.loads(line)["n_batch"] for line in out.splitlines()] == [512, 2048, 2048]
 
@@ -185,11 +185,11 @@ def test_the_machine(capsys, monkeypatch):
         (("-p", "x"), "-p/--n-prompt: must be a whole number from 0"),
         (("-r", "0"), "-r/--repetitions: must be a whole number from 1"),
         (("-d", "-1"), "-d/--n-depth: must be a whole number from 0"),
-        (("-c", "512"), "-c follows from -p, -n and -d"),
+        (("-c", "512"), "bench sets the context from -p, -n and -d: leave -c out"),
         (("-o", "xml"), "-o/--output: invalid choice"),
         (("--vs", "mlx"), "--vs: invalid choice"),
-        (("--llama-fa", "on"), "--llama-fa and --llama-python are for --vs llama.cpp, which is not given"),
-        (("--llama-python", "python3"), "--llama-fa and --llama-python are for --vs llama.cpp"),
+        (("--llama-fa", "on"), "--llama-fa and --llama-python need --vs llama.cpp"),
+        (("--llama-python", "python3"), "--llama-fa and --llama-python need --vs llama.cpp"),
         (("--vs", "llama.cpp", "--llama-fa", "off", "-ctv", "q8_0"), "llama.cpp needs flash attention for -ctv q8_0"),
         (("--kv", "full,full"), "names one twice"),
         (("-m", "/no/model.gguf"), "/no/model.gguf"),

@@ -50,8 +50,8 @@ def test_a_reader_that_left_is_no_error(run, model, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "a command is needed: run"),
-        (["walk"], "there is no command 'walk'; there is: run"),
+        ([], "give a command: run"),
+        (["walk"], "there is no command 'walk'; the commands are run"),
         (["-p", "Hi"], "'-p' is not expected here: the command comes first"),
         (["--version", "run"], "'run' is not expected here"),
     ],

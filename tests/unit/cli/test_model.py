@@ -107,7 +107,7 @@ def test_a_vocabulary_is_shown_without_a_plan(info, golden_dir):
     assert (code, err) == (0, "")
     assert "vocabulary    152,064 tokens" in out
     assert "152,064 tokens, 151,387 merges" in out
-    assert "weights       none: this is a vocabulary" in out
+    assert "weights       none: this file is a vocabulary" in out
     assert "memory" not in out
     assert "output" not in out
 
@@ -125,7 +125,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
     assert (code, err) == (0, "")
     assert all(c.isprintable() or c == "\n" for c in out)
     assert r"a\x1b[2Jb\nc" in out
-    assert "not known here" in out
+    assert "(unknown: `run` refuses it)" in out
     code, out, _ = info(path, "--json")
     assert code == 0
     assert out.isascii()

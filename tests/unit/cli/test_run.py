@@ -186,7 +186,7 @@ def test_stop_strings_may_repeat(run):
 def test_a_full_context_is_said_even_when_quiet(run):
     done = run("--greedy", "-q", "-c", "6")
     assert (done.code, done.out) == (0, "Hello\n")
-    assert "cut off after 5 tokens, the context of 6 is full" in done.error_line
+    assert "cut off after 5 tokens: the context of 6 is full" in done.error_line
     assert json.loads(run("--json", "-c", "6").out)["finish_reason"] == "context"
 
 

@@ -38,7 +38,7 @@ def test_a_text_stopped_by_ctrl_c_comes_out_whole_the_second_time(command, tmp_p
     assert len(begun + rest) < len(plain.stdout)
     again = run(kept)
     assert again.returncode == 0, again.stderr
-    assert b"going on" in again.stderr
+    assert b"session: continuing its text" in again.stderr
     assert again.stdout == plain.stdout
 
 
@@ -47,5 +47,5 @@ def test_a_prompt_that_was_read_is_not_read_again(command, tmp_path):
     kept = [*command, "--positions", "far", "--session", str(tmp_path / "kept")]
     first, second = run(kept), run(kept)
     assert first.stdout == second.stdout
-    assert b"tokens were read before" in second.stderr
+    assert b"session: holds 5 of the prompt's 5 tokens" in second.stderr
     assert b"/     0 tokens" in second.stderr

@@ -9,7 +9,7 @@ def test_a_prompt_beyond_the_context_names_the_numbers_and_the_remedy(run, model
 
 
 def test_a_context_past_the_training_is_warned_about(run):
-    assert "past the 256 tokens the model was trained on" in run("-c", "257").err
+    assert "exceeds the 256 tokens that the model was trained on" in run("-c", "257").err
     assert "trained" not in run("-c", "256").err
 
 

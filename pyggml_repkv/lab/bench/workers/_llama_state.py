@@ -1,6 +1,6 @@
-"""llama.cpp's own state of a sequence, with its cells repeated: a deep context without reading its tokens.
+"""Repeats the cells of llama.cpp's saved sequence: a deep context without reading its tokens.
 
-What a step costs depends on how many cells there are, not on what is in them.
+The cost of a step depends on the number of cells, not on their contents.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from struct import Struct
 
 import numpy as np
 
-# Of llama_state_seq_get_data: this number, the sequence, then what the KV cache writes.
+# llama_state_seq_get_data writes this number, the sequence, then the KV cache.
 STATE_MAGIC = 0xAF143CD8
 
 
 def repeat_cells(state: np.ndarray, n_cells: int) -> np.ndarray:
-    """A sequence's state (uint8) with its cells over and over, n_cells of them at positions 0 to n_cells - 1.
+    """Returns a sequence's state (uint8) with n_cells cells at positions 0 to n_cells - 1: copies of the given ones.
 
     The layout is that of llama.cpp's llama_kv_cache::state_write, for one stream and one position per token: magic, id
-    of the sequence, number of streams and of cells; per cell its position, number of sequences and sequence; whether V
-    is transposed, number of layers; K of each layer, then V of each. Raises ValueError for any other.
+    of the sequence, numbers of streams and cells; per cell its position, number of sequences and sequence; whether V is
+    transposed, number of layers; K of each layer, then V of each. Raises ValueError for any other layout.
     """
     return np.concatenate(list(_repeated(_Reader(state), n_cells)))
 
 
 class _Reader:
-    """Takes a state apart from front to back."""
+    """Reads a state from front to back."""
 
     def __init__(self, state: np.ndarray) -> None:
         self._rest = state

@@ -1,7 +1,7 @@
-"""The child's side of a comparison: one engine in one process, because two copies of ggml in one share symbols.
+"""The child's side of a comparison: one engine a process, because two copies of ggml in one process share symbols.
 
-Requests come as JSON lines on stdin, replies go as JSON lines to stdout, logits into .npy files. Only numpy is needed,
-so that it runs in any interpreter that has llama-cpp-python.
+Requests come as JSON lines on stdin, replies go as JSON lines to stdout, logits go into .npy files. It needs only
+numpy, so that it runs in any interpreter that has llama-cpp-python.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-# Of Linux's prctl.
+# A constant of Linux's prctl.
 _PR_SET_PDEATHSIG = 1
 
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
     can_rewind: bool
 
     def open(self, n_ctx: int, flash_attn: bool) -> None:
-        """An empty context, in place of the one before."""
+        """Replaces the context by an empty one."""
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray: ...
 
@@ -42,20 +42,20 @@ class Engine(Protocol):
         """Forgets every token from position n_past on."""
 
     def place(self, tokens: Sequence[int], n_past: int) -> None:
-        """A context of n_past tokens without reading them all: the keys and values of these, over and over."""
+        """Fills the context with n_past tokens without reading them all, by repeating keys and values of `tokens`."""
 
     def memory(self) -> dict[str, Any]:
-        """What is known of keys and values: resident_bytes, ram_bytes, disk_bytes, prefetch hits and required."""
+        """Returns what is known of keys and values: resident_bytes, ram_bytes, disk_bytes, prefetch hits, required."""
 
 
 class Worker:
-    """What the parent can ask for; every public method is a request."""
+    """Answers the parent; every public method is a request."""
 
     def __init__(self, make_engine: Callable[..., Engine]) -> None:
         self._make_engine = make_engine
         self._engine: Engine
         self._opened: dict[str, Any] = {}
-        # What the context holds; None: what `place` made of a few tokens, _n_placed of them.
+        # The tokens in the context; None if `place` made it, with _n_placed tokens.
         self._read: list[int] | None = []
         self._n_placed = 0
 
@@ -70,9 +70,8 @@ class Worker:
         return {}
 
     def logits(self, prompt: list[int], feed: list[int], n_decode: int, path: str) -> dict[str, Any]:
-        """Logits after the prompt and after each of n_decode further tokens -> .npy, float32 [1 + n_decode, n_vocab].
-
-        The further tokens are `feed`, and once that is used up the most likely ones; they are the reply.
+        """Writes the logits after the prompt and after each of n_decode further tokens to a .npy file, float32
+        [1 + n_decode, n_vocab]. Replies with the further tokens: those of `feed`, then the most likely ones.
         """
         self._engine.rewind(0)
         self._read, self._n_placed = None, 0
@@ -86,10 +85,10 @@ class Worker:
         return {"tokens": tokens}
 
     def reach(self, tokens: list[int], slack: int, synthetic: bool) -> dict[str, Any]:
-        """Makes the context hold these tokens, computing what it does not hold yet -> its length.
+        """Makes the context hold these tokens, reading those that it lacks; replies with its length.
 
-        An engine that cannot rewind keeps up to `slack` tokens more, if there are tokens at all. synthetic: the length
-        alone matters, and the keys and values of the first tokens are repeated where the engine can do that.
+        An engine that cannot rewind may keep up to `slack` tokens more, unless `tokens` is empty. synthetic: only the
+        length matters, and an engine that can rewind repeats the keys and values of the first tokens.
         """
         if synthetic and tokens and self._engine.can_rewind:
             self._reach_placed(tokens)
@@ -98,7 +97,7 @@ class Worker:
         return {"n_past": self._n_past}
 
     def time_chunk(self, tokens: list[int]) -> dict[str, Any]:
-        """Seconds to read the tokens at once, after what the context holds."""
+        """Replies with the seconds to read the tokens at once, after those in the context."""
         start = perf_counter()
         self._engine.prefill(tokens)
         seconds = perf_counter() - start
@@ -106,7 +105,9 @@ class Worker:
         return {"seconds": seconds}
 
     def time_tokens(self, tokens: list[int]) -> dict[str, Any]:
-        """Seconds to read the tokens one by one. The first is also read before, untimed: there is a graph to build."""
+        """Replies with the seconds to read the tokens one by one. Reads the first one before, untimed, to build the
+        graph.
+        """
         self._engine.decode(tokens[0])
         if self._engine.can_rewind:
             self._engine.rewind(self._n_past)
@@ -123,12 +124,12 @@ class Worker:
         return {**self._engine.memory(), "peak_rss_bytes": _peak_rss_bytes()}
 
     def node_names(self, tokens: list[int], flash_attn: bool) -> dict[str, Any]:
-        """Name and op of each node of the graph that reads the tokens; llama.cpp's only."""
+        """Replies with name and op of each node of the graph that reads the tokens; llama.cpp only."""
         return {"nodes": self._engine.node_names(tokens, flash_attn)}  # type: ignore[attr-defined]
 
     def nll(self, tokens: list[int], first: int) -> dict[str, Any]:
-        """Sum of -log p, nats, of the tokens that follow positions `first` to the last but one, read at once from
-        nothing; llama.cpp's only.
+        """Replies with the sum of -log p, nats, of the tokens after positions `first` to the last but one, read at once
+        into an empty context; llama.cpp only.
         """
         self._engine.rewind(0)
         self._read, self._n_placed = None, 0
@@ -174,7 +175,7 @@ class Worker:
 
 
 def _peak_rss_bytes() -> int | None:
-    """Not getrusage's, which begins with what the parent had when it started this process. None: unknown."""
+    """Returns the peak, or None if unknown. getrusage's would begin with the parent's memory at the start."""
     try:
         lines = Path("/proc/self/status").read_text("ascii", errors="replace").splitlines()
     except OSError:
@@ -183,13 +184,13 @@ def _peak_rss_bytes() -> int | None:
 
 
 def _forget_peak_rss() -> None:
-    """The peak begins anew with what there is now: copies that only `place` needs do not count."""
+    """Resets the peak to the present, so that copies which only `place` needs do not count."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", "ascii")
 
 
 def _end_with_the_parent() -> None:
-    """Whatever ends the parent: a worker that computes for minutes looks at no pipe. Linux only."""
+    """Lets Linux kill this process when its parent ends: a worker that computes for minutes reads no pipe."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -198,7 +199,7 @@ def serve(make_engine: Callable[..., Engine]) -> None:
     """Answers requests until stdin ends. make_engine gets the options of `load`."""
     _end_with_the_parent()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # What native code prints must not get between the replies.
+    # Output of native code must not mix with the replies.
     os.dup2(2, 1)
     worker = Worker(make_engine)
     for line in sys.stdin:

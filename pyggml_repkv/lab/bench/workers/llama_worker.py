@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python's low-level bindings, as a worker: run as a script, in any interpreter."""
+"""A worker with llama.cpp, through llama-cpp-python's low-level bindings: a script for any interpreter."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import numpy as np
 from _llama_state import repeat_cells
 from _worker import serve
 
-# Of enum ggml_type.
+# Values of enum ggml_type.
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 
-# Tokens really read where a depth is made of repeated cells.
+# Tokens that are read to fill a depth with repeated cells.
 N_CELLS = 512
 
 
 class LlamaEngine:
-    """An Engine; on the CPU, and otherwise with llama.cpp's defaults. n_chunk: its n_ubatch."""
+    """An Engine on the CPU, otherwise with llama.cpp's defaults. n_chunk: llama.cpp's n_ubatch."""
 
     can_rewind = True
 
@@ -47,7 +47,7 @@ class LlamaEngine:
         self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._n_chunk, self._n_batch, self._types = n_chunk, n_batch, (CACHE_TYPES[type_k], CACHE_TYPES[type_v])
         self._context: Any = None
-        # What is called for each node; kept alive here.
+        # The callback for each node; kept alive here.
         self._look: Any = None
 
     def open(self, n_ctx: int, flash_attn: bool) -> None:
@@ -79,7 +79,9 @@ class LlamaEngine:
         return self._logits()
 
     def all_logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Reads tokens into an empty context -> logits after each, float32 [n_tokens, n_vocab], until the next call."""
+        """Reads tokens into an empty context and returns the logits after each, float32 [n_tokens, n_vocab], valid
+        until the next call.
+        """
         llama, n = self._llama, len(tokens)
         batch = llama.llama_batch_init(n, 0, 1)
         try:
@@ -102,13 +104,13 @@ class LlamaEngine:
         self._restore(repeat_cells(self._state(), n_past), n_past)
 
     def memory(self) -> dict[str, Any]:
-        """llama.cpp does not tell."""
+        """Returns nothing: llama.cpp does not say."""
         return {}
 
     def node_names(self, tokens: Sequence[int], flash_attn: bool) -> list[tuple[str, str]]:
-        """Name and op of every node of the graph that reads these tokens, in the order of compute.
+        """Returns name and op of every node of the graph that reads these tokens, in the order of compute.
 
-        The names are those that ggml's scheduler sees: it takes the graph apart for whoever looks on.
+        The names come from the callback of ggml's scheduler.
         """
         from llama_cpp._ggml import libggml
 
@@ -129,14 +131,14 @@ class LlamaEngine:
         return found
 
     def _state(self) -> np.ndarray:
-        """Of sequence 0, uint8 [n_bytes]."""
+        """Returns the state of sequence 0, uint8 [n_bytes]."""
         state = np.empty(self._llama.llama_state_seq_get_size(self._context, 0), np.uint8)
         if self._llama.llama_state_seq_get_data(self._context, _bytes(state), len(state), 0) != len(state):
             raise RuntimeError("llama.cpp could not write its state")
         return state
 
     def _restore(self, state: np.ndarray, n_tokens: int) -> None:
-        """Makes sequence 0 what the state says, which must be n_tokens."""
+        """Sets sequence 0 to a state of n_tokens tokens."""
         if self._llama.llama_state_seq_set_data(self._context, _bytes(state), len(state), 0) != len(state):
             raise RuntimeError(f"llama.cpp could not restore a state of {n_tokens} tokens")
         memory = self._llama.llama_get_memory(self._context)
@@ -155,7 +157,7 @@ class LlamaEngine:
             raise RuntimeError(f"llama.cpp could not read {n_tokens} tokens: llama_decode returned {status}")
 
     def _logits(self) -> np.ndarray:
-        """Waits for them."""
+        """Returns the last token's logits; waits for them."""
         row = self._llama.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(row, shape=(self.n_vocab,))
 

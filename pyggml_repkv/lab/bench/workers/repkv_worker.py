@@ -1,4 +1,4 @@
-"""This project's engine as a worker, with any KV memory."""
+"""A worker with this project's engine and any KV memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pyggml_repkv.lab.bench.workers._worker import serve
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.registry import policy_kind
 
-# Tokens really read where a depth is made of repeated keys and values.
+# Tokens that are read to fill a depth with repeated keys and values.
 N_CELLS = 512
 
 

@@ -61,7 +61,7 @@ def test_an_answer_that_no_worker_gives_is_one_line(tmp_path, answer):
     body = f"sys.stdin.readline(); os.write(1, b'{answer}\\n')"
     with (
         EngineProcess("mine", script(tmp_path, body)) as engine,
-        pytest.raises(RepkvError, match=r"^mine: what was started is no worker: it answered '"),
+        pytest.raises(RepkvError, match=r"^mine: the process is not a worker: it answered '"),
     ):
         engine.load()
 
@@ -112,7 +112,7 @@ def test_no_interpreter_is_one_line():
 def test_what_is_no_worker_is_one_line(interpreter, tmp_path):
     with (
         EngineProcess("llama.cpp", script(tmp_path, ""), interpreter) as engine,
-        pytest.raises(RepkvError, match=r"^llama\.cpp: what was started is no worker: it answered '"),
+        pytest.raises(RepkvError, match=r"^llama\.cpp: the process is not a worker: it answered '"),
     ):
         engine.load()
 

@@ -80,7 +80,7 @@ def test_templates_are_named_and_an_unknown_tokenizer_is_no_error(tmp_path):
     [
         ("tokenizer.ggml.eos_token_id", (288, VT.UINT32), "is 288; it must be a token id, from 0 to 287"),
         ("tokenizer.ggml.bos_token_id", ("\n", VT.STRING), r"is '\\n'; it must be a token id"),
-        ("tokenizer.ggml.merges", (7, VT.UINT32), "tokenizer.ggml.merges is no array of strings"),
+        ("tokenizer.ggml.merges", (7, VT.UINT32), "tokenizer.ggml.merges is not an array of strings"),
         ("qwen2.block_count", (3, VT.UINT32), "lacks the tensor blk.2.attn_norm.weight"),
     ],
 )
@@ -173,7 +173,7 @@ def test_what_does_not_fit_is_counted_and_a_length_that_fits_is_said(tiny_model,
 def test_not_even_the_weights_may_fit(tiny_model):
     plan = plan_of(tiny_model(), MemoryConfig(), 128, free=1000)
     assert (plan.fits, plan.most_tokens) == (False, 0)
-    assert plan.note.endswith("too little for any")
+    assert plan.note.endswith("none would fit")
 
 
 def test_a_full_disk_is_said(tiny_model, tmp_path):
