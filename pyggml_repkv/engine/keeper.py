@@ -36,16 +36,19 @@ class Keeper:
     may be overwritten.
     """
 
-    def __init__(self, stepper: Stepper, store: SessionStore, extra: Callable[[], dict[str, object]]) -> None:
-        """extra: what goes with a save, as JSON."""
-        self.store, self.enabled = store, True
+    def __init__(
+        self, stepper: Stepper, store: SessionStore, n_vocab: int, extra: Callable[[], dict[str, object]]
+    ) -> None:
+        """n_vocab: of the model; extra: what goes with a save, as JSON."""
+        self.store, self.enabled, self._n_vocab = store, True, n_vocab
         self._stepper, self._extra = stepper, extra
         self._n_steps_saved = 0
         self._saver = self._new_saver()
 
     def _new_saver(self) -> Saver:
         checkpoints = self._stepper.policy.checkpoint()
-        assert checkpoints is not None
+        if checkpoints is None:
+            raise InputError(f"--kv {self._stepper.policy.name} cannot be kept in a directory")
         self._n_batch = checkpoints.n_batch
         return Saver(self.store, checkpoints)
 
@@ -59,6 +62,11 @@ class Keeper:
     def save(self, *, wait: bool, again: bool = False) -> None:
         """again: also where nothing was read since, because what goes with the save may be new. Raises StoreError."""
         stepper, saver = self._stepper, self._saver
+        if stepper.lost:
+            raise StoreError(
+                f"{self.store.folder}: reading the tokens of a lost block again was stopped; what was saved before is "
+                "kept", lost=False,
+            )  # fmt: skip
         if not self.enabled or (stepper.n_past == saver.saved and not again):
             return
         new = np.array(stepper.tokens[saver.saved : stepper.n_past], np.int32)
@@ -72,16 +80,16 @@ class Keeper:
             self.save(wait=True, again=True)
         self._saver.finish()
 
-    def read_again(self, tokens: Sequence[int], sizes: Sequence[int]) -> None:
+    def read_again(self) -> None:
         """As Stepper.read_again; what the directory knows stays until the new memory has all tokens."""
         self._saver.close()
-        self._stepper.read_again(tokens, sizes)
+        self._stepper.read_again()
         self._n_steps_saved = 0
         self._saver = self._new_saver()
 
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, n_ctx: int) -> Resumed:
         """See Session.go_back_to."""
-        tokens, sizes = self.store.tokens()
+        tokens, sizes = self._kept_tokens()
         prefix = len(tokens) if prompt is None else common_prefix(tokens, np.asarray(prompt, np.int64))
         checkpoints = self.store.checkpoints()
         goes_on = prompt is not None and prefix == len(prompt) and bool(checkpoints) and may_resume(checkpoints[0][2])
@@ -89,25 +97,37 @@ class Keeper:
             fits = n_past <= prefix and (has_logits or prompt is None or n_past < len(prompt))
             if not fits and not (goes_on and has_logits):
                 continue
+            if n_past > len(tokens):
+                raise InputError(f"--session {self.store.folder}: only {len(tokens)} of {n_past} tokens are known")
             if n_past > n_ctx:
                 raise InputError(f"--session {self.store.folder} has {n_past} tokens: give -c {n_past} or more")
             again = not self._restore(tokens[:n_past], sizes)
             return Resumed(n_past, self._stepper.logits, extra, again)
         return Resumed(0, None, {})
 
+    def _kept_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        tokens, sizes = self.store.tokens()
+        # Its checksums hold against accidents; ggml aborts the process on a token that is not there.
+        if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._n_vocab and sizes.max() <= self._n_batch):
+            raise InputError(f"--session {self.store.folder}: its tokens are none of this model, or its steps too long")
+        return tokens, sizes
+
     def _restore(self, tokens: np.ndarray, all_sizes: np.ndarray) -> bool:
         """False: what was kept is damaged, and the tokens were read again."""
         n_past = len(tokens)
         sizes = all_sizes[: int(np.searchsorted(np.cumsum(all_sizes), n_past, side="right"))].tolist()
         try:
-            checkpoint = self._saver.restore(n_past, tokens)
+            logits = self._saver.restore(n_past, tokens).logits
+            if logits is not None and len(logits) != self._n_vocab:
+                raise StoreError(f"{self.store.folder}: the logits after token {n_past} are damaged")
         except StoreError as error:
             if not error.lost:
                 raise
             log.warning("%s: reading its %d tokens again", error, n_past)
-            self.read_again(tokens.tolist(), sizes)
+            self._stepper.restored(tokens.tolist(), sizes, None)
+            self.read_again()
             return False
-        self._stepper.restored(tokens.tolist(), sizes, checkpoint.logits)
+        self._stepper.restored(tokens.tolist(), sizes, logits)
         self._n_steps_saved = len(sizes)
         return True
 

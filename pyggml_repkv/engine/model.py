@@ -21,7 +21,7 @@ from pyggml_repkv.graph.plan import GraphModel
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import Policy
-from pyggml_repkv.memory.registry import policy_kind
+from pyggml_repkv.memory.registry import POLICIES, policy_identity, policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
@@ -110,12 +110,17 @@ class Model:
             raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
         store = None if directory is None else self._open_store(Path(directory), memory)
 
-        def make(store: SessionStore | None) -> Policy:
+        def make() -> Policy:
             inputs = self.graph.policy_inputs(memory, self._boundaries)
-            if store is not None:
-                long = bool(store.meta("settings").get("far from the start"))
-                inputs = replace(inputs, kept=True, block_file=store.open_blocks(), long=long)
-            return self.graph.make_policy(inputs)
+            if store is None:
+                return self.graph.make_policy(inputs)
+            long = bool(store.meta("settings").get("far from the start"))
+            blocks = store.open_blocks()
+            try:
+                return self.graph.make_policy(replace(inputs, kept=True, block_file=blocks, long=long))
+            except BaseException:
+                blocks.close()
+                raise
 
         try:
             session = Session(
@@ -134,11 +139,14 @@ class Model:
         """The session that is kept in a directory, as of its newest save.
 
         memory: settings that must be those it was made with, and where blocks go now; None: as it was made, without a
-        limit on RAM. Raises as `session` does; InputError where there is none.
+        limit on RAM; not for a memory that a file of the user's makes, since what a directory names is not run. Raises
+        as `session` does; InputError where there is none.
         """
         if not (Path(directory) / "session.db").is_file():
             raise InputError(f"{directory}: there is no session")
         kept = kept_settings(Path(directory))
+        if memory is None and kept.kv not in POLICIES:
+            raise InputError(f"{directory}: it was made with --kv {kept.kv}: give that memory to take it up")
         session = self.session(memory or kept, directory=directory)
         try:
             session.go_back_to(None, lambda _: False)
@@ -153,7 +161,8 @@ class Model:
             raise InputError(f"--session keeps what a memory evicts, as --kv repkv does; --kv is {memory.kv}")
         if long is None:
             long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
-        return SessionStore(folder, {"model": self.fingerprint, "settings": memory.identity(long=long)})
+        settings = memory.identity(long=long) | {"--kv": policy_identity(memory.kv)}
+        return SessionStore(folder, {"model": self.fingerprint, "settings": settings})
 
     @cached_property
     def fingerprint(self) -> str:

@@ -59,7 +59,7 @@ class Saver:
 
     def _open_window(self) -> WindowFile:
         checkpoints = self._checkpoints
-        ring = self.store.keep_meta("n_ring", n_ring(checkpoints))
+        ring = self.store.n_ring(n_ring(checkpoints))
         return self.store.window(self._window_number, checkpoints.entry_bytes, checkpoints.n_sink, ring)
 
     def restore(self, n_past: int, tokens: NDArray[np.int32]) -> Checkpoint:

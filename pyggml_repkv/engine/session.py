@@ -46,24 +46,35 @@ class Session:
         tokenizer: Tokenizer,
         memory: MemoryConfig,
         weight_bytes: int,
-        make_policy: Callable[[SessionStore | None], Policy],
+        make_policy: Callable[[], Policy],
         store: SessionStore | None = None,
         open_store: OpenStore | None = None,
         on_fork: Callable[[Session], None] = lambda _: None,
     ) -> None:
-        """make_policy: makes an empty memory, given where the session is kept; store: that, if anywhere; open_store:
-        opens another directory for a memory; on_fork: is told of every fork.
+        """make_policy: makes an empty memory; store: where the session is kept, if anywhere; open_store: opens another
+        directory for a memory; on_fork: called with every fork.
         """
         self.config, self.n_batch = graph.config, memory.n_batch
-        self._make_policy = make_policy
-        self._stepper = Stepper(graph, backend, lambda: make_policy(store))
         self._tokenizer, self._lock, self._weight_bytes = tokenizer, backend.lock, weight_bytes
-        self._on_fork = on_fork
-        self._store, self._open_store = store, open_store
-        self._keeper = None if store is None else Keeper(self._stepper, store, self._saved_extra)
+        self._open_store, self._on_fork = open_store, on_fork
+        self._store: SessionStore | None = None
+        self._keeper: Keeper | None = None
+        self._begin(Stepper(graph, backend, make_policy))
+        self._store = store
+        if store is not None:
+            try:
+                self._keeper = Keeper(self._stepper, store, self.config.n_vocab, self._saved_extra)
+            except BaseException:
+                self._stepper.close()
+                raise
+
+    def _begin(self, stepper: Stepper) -> None:
+        """With a stepper that is kept nowhere."""
+        self._stepper = stepper
+        self._store = self._keeper = None
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
-        self._begun = self._closed = False
+        self._begun, self._closed = stepper.n_past > 0, False
         self._room = Room()
 
     @property
@@ -168,7 +179,7 @@ class Session:
         resumed = self.go_back_to(prompt, generation.was_cut_off)
         text = tuple(self._stepper.tokens[len(prompt) : self.n_past])
         begun = Begun(
-            min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra["sampler"] if text else None
+            min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra.get("sampler") if text else None
         )
         generation = Generation(self, self._tokenizer, list(prompt), config, begun=begun)
         self.save_also(generation.saved)
@@ -182,14 +193,13 @@ class Session:
         """
         self._check_open()
         other = copy.copy(self)
-        other._stepper = self._stepper.fork(lambda: self._make_policy(None))
-        other._store = other._keeper = None
-        other._room = Room()
+        other._begin(self._stepper.fork())
         self._on_fork(other)
         return other
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on. Raises InputError where the memory cannot."""
+        self._check_open()
         if not self.policy.rewinds:
             raise InputError(f"--kv {self.policy.name} cannot go back to an earlier token")
         if not 0 <= n_past <= self.n_past:
@@ -198,10 +208,12 @@ class Session:
 
     def repeat(self, n_past: int) -> None:
         """For benchmarks: as if what was read had been read over and over, up to position n_past; for such memories."""
+        self._check_open()
         if not isinstance(self.policy, Repeatable):
             raise InputError(f"--kv {self.policy.name} has no repeated tokens")
-        self.policy.repeat(self.n_past, n_past)
-        self._stepper.restored(np.resize(self._stepper.tokens, n_past).tolist(), [n_past], None)
+        if not 0 < self.n_past <= n_past <= self.n_ctx:
+            raise InputError(f"{self.n_past} tokens cannot be repeated up to {n_past} of {self.n_ctx}")
+        self._stepper.repeat(n_past)
 
     @contextlib.contextmanager
     def traced(self, tracer: Tracer) -> Iterator[None]:
@@ -266,14 +278,16 @@ class Session:
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
         self._begun = True
+        again = self._stepper if self._keeper is None else self._keeper
+        if self._stepper.lost:
+            again.read_again()
         try:
             logits = self._stepper.step(chunk, outputs)
         except StoreError as error:
             if not error.lost:
                 raise
             log.warning("%s: reading its %d tokens again", error, self.n_past)
-            again = self._stepper if self._keeper is None else self._keeper
-            again.read_again(self._stepper.tokens[: self.n_past], self._stepper.sizes)
+            again.read_again()
             logits = self._stepper.step(chunk, outputs)
         if self._keeper is not None:
             self._keeper.stepped(len(chunk))

@@ -48,7 +48,7 @@ def save_copy(stepper: Stepper, folder: Path, open_store: OpenStore | None, extr
 def _write(checkpoints: Checkpoints, store: SessionStore, stepper: Stepper, extra: dict[str, Any]) -> None:
     n_past = stepper.n_past
     blocks = checkpoints.copy_blocks(store.blocks)
-    ring = store.keep_meta("n_ring", n_ring(checkpoints))
+    ring = store.n_ring(n_ring(checkpoints))
     window = store.window(0, checkpoints.entry_bytes, checkpoints.n_sink, ring)
     try:
         positions = checkpoints.open_positions(0, n_past)

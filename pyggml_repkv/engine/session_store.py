@@ -179,11 +179,14 @@ class SessionStore:
             row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
             return None if row is None else json.loads(row[0])
 
-    def keep_meta(self, key: str, value: Any) -> Any:
-        """What was said of a key first: now, or by an earlier process."""
+    def n_ring(self, needed: int) -> int:
+        """How many open tokens the window file holds, as an earlier process found or this one finds that it needs."""
         with self._reading() as db:
-            db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (key, json.dumps(value)))
-        return self.meta(key)
+            db.execute("INSERT OR IGNORE INTO meta VALUES ('n_ring', ?)", (json.dumps(needed),))
+            found = self.meta("n_ring")
+            if not _in_range(found, needed, 2**31):
+                raise ValueError(f"its n_ring is {found!r}")
+        return int(found)
 
     def tokens(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """All tokens, and the sizes of the steps that read them: int32."""
@@ -194,13 +197,18 @@ class SessionStore:
                     raise ValueError("its tokens are damaged")
                 ids.append(np.frombuffer(new_ids, np.int32))
                 steps.append(np.frombuffer(new_steps, np.int32))
+                if (steps[-1] < 1).any() or steps[-1].sum(dtype=np.int64) != len(ids[-1]):
+                    raise ValueError("its steps are damaged")
         return np.concatenate(ids), np.concatenate(steps)
 
     def checkpoints(self) -> list[tuple[int, bool, dict[str, Any]]]:
         """(n_past, whether it has logits, extra), the newest first."""
         query = "SELECT n_past, logits IS NOT NULL, extra FROM checkpoints ORDER BY n_past DESC"
         with self._reading() as db:
-            return [(n_past, bool(has_logits), json.loads(extra)) for n_past, has_logits, extra in db.execute(query)]
+            rows = [(n_past, bool(logits), json.loads(extra)) for n_past, logits, extra in db.execute(query)]
+            if not all(_in_range(n_past, 1, 2**31) and isinstance(extra, dict) for n_past, _, extra in rows):
+                raise ValueError("its checkpoints are damaged")
+            return rows
 
     def load(self, n_past: int, n_layer: int) -> Checkpoint:
         """Raises StoreError where the checkpoint is damaged."""
@@ -208,7 +216,9 @@ class SessionStore:
         with self._reading() as db:
             row = db.execute(f"SELECT {columns} FROM checkpoints WHERE n_past = ?", (n_past,)).fetchone()
             sealed_end, n_blocks, far_at, window, scores, warm, kept, logits, extra, found = row
-        if _checksum(scores, warm, kept, logits) != found:
+            whole = _checksum(scores, warm, kept, logits) == found
+            numbers = (sealed_end, 0, 2**31), (n_blocks, 0, 2**31), (far_at, -1, n_past), (window, 0, 2**31)
+        if not whole or not all(_in_range(*number) for number in numbers):
             raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged")
         try:
             values = np.frombuffer(scores, np.float32).reshape(n_layer, -1)
@@ -228,6 +238,8 @@ class SessionStore:
             rows = db.execute(query, (n_blocks,)).fetchall()
         found = []
         for block, first, n_tokens, offset in rows:
+            if not _in_range(offset, 0, 2**62):
+                raise StoreError(f"{self.folder}: where block {block} lies is damaged")
             try:
                 header = BlockHeader.unpack(self.blocks.read(offset, header_bytes))
             except StoreError as error:
@@ -248,10 +260,8 @@ class SessionStore:
             raise InputError(f"--session {self.folder}: window-{number}.kv: {error.strerror}") from None
 
     def open_blocks(self) -> BlockFile:
-        """The file of blocks, for a memory that is still empty and will close it; forks of earlier ones may read it."""
-        self.blocks.close()
-        self.blocks = BlockFile(self.folder, "blocks.kv")
-        return self.blocks.share()
+        """The file of blocks, for a memory that is still empty and will close it."""
+        return BlockFile(self.folder, "blocks.kv")
 
     def commit(self, commit: Commit, window: WindowFile, spacing: int) -> None:
         """Once all blocks are written: makes everything durable, then names it. Raises StoreError.
@@ -308,6 +318,10 @@ class SessionStore:
         if hasattr(self, "blocks"):
             self.blocks.close()
         self._unlock()
+
+
+def _in_range(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 @contextlib.contextmanager

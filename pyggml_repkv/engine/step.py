@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.decoder import Outputs
 from pyggml_repkv.graph.plan import GraphModel, PlanCache, Tracer
-from pyggml_repkv.memory.policy import Policy
+from pyggml_repkv.memory.policy import Policy, Repeatable
 
 
 class Stepper:
@@ -19,7 +20,8 @@ class Stepper:
 
     `n_past` tokens have been read; the next one has that position. `tokens` are those tokens and `sizes` the numbers of
     tokens of the steps that read them: the same tokens in the same steps give the same memory. `logits` float32
-    [n_vocab] are the last token's, None where the last step had none.
+    [n_vocab] are the last token's, None where the last step had none. `lost`: the memory must be made again from the
+    tokens (`read_again`), or can be no longer, since that was stopped.
     """
 
     def __init__(
@@ -28,13 +30,14 @@ class Stepper:
         """make_policy: makes an empty memory, also in place of one whose blocks were lost; policy: to begin with."""
         self._model, self._backend, self._make_policy = model, backend, make_policy
         self._open(make_policy() if policy is None else policy)
+        self.n_past = 0
+        self.tokens, self.sizes = array("i"), array("i")
+        self.logits: NDArray[np.float32] | None = None
+        self.lost = False
 
     def _open(self, policy: Policy) -> None:
         self.policy = policy
         self.plans = PlanCache(self._model, policy, self._backend)
-        self.n_past = 0
-        self.tokens, self.sizes = array("i"), array("i")
-        self.logits: NDArray[np.float32] | None = None
 
     def step(self, tokens: NDArray[np.int32], outputs: Outputs) -> NDArray[np.float32] | None:
         """Reads tokens -> their logits, the caller's own: float32 [n_outputs, n_vocab], None where there are none.
@@ -42,59 +45,91 @@ class Stepper:
         A step that raises, wherever it was stopped, counts as not done.
         """
         with self._backend.lock:
-            # Another thread may have closed the session while this one waited.
-            self.plans.check_open()
-            n_past = self.n_past
+            before = self.n_past, self.logits, len(self.sizes)
+            logits = self._compute(tokens, self.n_past, outputs)
             try:
-                self.policy.begin_step(tokens, n_past)
-                plan = self.plans.of_step(n_past, len(tokens), outputs)
-                plan.fill(tokens, n_past)
-                plan.compute(self._backend)
-                logits = plan.read()
-                self._count(tokens, logits)
+                self.tokens[self.n_past :] = array("i", tokens.tolist())
+                self.sizes.append(len(tokens))
+                self.logits = None if logits is None else logits[-1].copy()
+                self.n_past += len(tokens)
                 return logits
             except BaseException:
-                if self.n_past == n_past:
-                    self.policy.undo_step()
-                    while sum(self.sizes) > n_past:
-                        self.sizes.pop()
+                self.n_past, self.logits, n_sizes = before
+                del self.sizes[n_sizes:]
+                self.policy.undo_step()
                 raise
 
-    def _count(self, tokens: NDArray[np.int32], logits: NDArray[np.float32] | None) -> None:
-        self.tokens[self.n_past :] = array("i", tokens.tolist())
-        self.sizes.append(len(tokens))
-        self.logits = None if logits is None else logits[-1].copy()
-        self.n_past += len(tokens)
+    def _compute(self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs) -> NDArray[np.float32] | None:
+        """With the backend's lock held."""
+        # Another thread may have closed the session while this one waited.
+        self.plans.check_open()
+        try:
+            self.policy.begin_step(tokens, n_past)
+            plan = self.plans.of_step(n_past, len(tokens), outputs)
+            plan.fill(tokens, n_past)
+            plan.compute(self._backend)
+            return plan.read()
+        except BaseException:
+            self.policy.undo_step()
+            raise
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on; for memories that can (`Policy.rewinds`)."""
-        del self.tokens[n_past:]
-        self.sizes = array("i", [n_past] if n_past else [])
-        self.n_past = n_past
+        with self._backend.lock:
+            self.plans.check_open()
+            self.policy.rewind(n_past)
+            del self.tokens[n_past:]
+            self.sizes = array("i", [n_past] if n_past else [])
+            self.n_past, self.logits = n_past, None
+
+    def repeat(self, n_past: int) -> None:
+        """As if what was read had been read over and over, up to position n_past; for memories that are Repeatable."""
+        with self._backend.lock:
+            self.plans.check_open()
+            assert isinstance(self.policy, Repeatable)
+            self.policy.repeat(self.n_past, n_past)
+            self.restored(np.resize(self.tokens, n_past).tolist(), [n_past], None)
 
     def restored(self, tokens: Sequence[int], sizes: Sequence[int], logits: NDArray[np.float32] | None) -> None:
         """Takes note of what a memory was restored from elsewhere with."""
         self.tokens, self.sizes, self.logits = array("i", tokens), array("i", sizes), logits
         self.n_past = len(tokens)
 
-    def fork(self, make_policy: Callable[[], Policy]) -> Stepper:
+    def fork(self) -> Stepper:
         """Another one that has read the same tokens. Raises as Policy.fork does."""
         with self._backend.lock:
             self.plans.check_open()
+            if self.lost:
+                raise ComputeError("the memory lost a block and was not made again: it cannot be forked")
             policy = self.policy.fork(self.n_past)
-        other = Stepper(self._model, self._backend, make_policy, policy)
-        other.restored(self.tokens[: self.n_past], self.sizes, None if self.logits is None else self.logits.copy())
-        return other
+            other = Stepper(self._model, self._backend, policy.fresh, policy)
+            logits = None if self.logits is None else self.logits.copy()
+            other.restored(self.tokens[: self.n_past], self.sizes, logits)
+            return other
 
-    def read_again(self, tokens: Sequence[int], sizes: Sequence[int]) -> None:
-        """Makes the memory again from tokens, in steps of these sizes. Raises what reading raises."""
-        ids, steps = np.array(tokens, np.int32), list(sizes)
+    def read_again(self) -> None:
+        """Makes the memory again from the tokens, in steps of the same sizes. Raises what reading raises; then it is to
+        be called again before the next step.
+        """
+        self.lost = True
+        ids, steps, at = np.array(self.tokens[: self.n_past], np.int32), self.sizes.tolist(), 0
+        policy = self._make_policy()
         with self._backend.lock:
+            try:
+                self.plans.check_open()
+            except ComputeError:
+                policy.close()
+                raise
             self.close()
-        self._open(self._make_policy())
+            self._open(policy)
+        logits = None
         for i, size in enumerate(steps, 1):
             outputs: Outputs = "all" if size == 1 else "last" if i == len(steps) else "none"
-            self.step(ids[self.n_past : self.n_past + size], outputs)
+            with self._backend.lock:
+                logits = self._compute(ids[at : at + size], at, outputs)
+            at += size
+        self.logits = None if logits is None else logits[-1].copy()
+        self.lost = False
 
     def trace(self, tracer: Tracer | None) -> None:
         """Steps from now on run in graphs of which a tracer watches every node; None: nobody does any more."""

@@ -200,6 +200,9 @@ class Policy(Protocol):
     def stats(self, n_past: int) -> dict[str, object]:
         """The `kv` object of `run --json`."""
 
+    def rewind(self, n_past: int) -> None:
+        """Called before tokens from position n_past on are forgotten; only if it `rewinds`."""
+
     def checkpoint(self) -> Checkpoints | None:
         """What a session that is kept in a directory needs; None: this memory cannot be kept."""
 
@@ -209,7 +212,11 @@ class Policy(Protocol):
         Called between two steps. Raises InputError where this memory cannot.
         """
 
-    def close(self) -> None: ...
+    def fresh(self) -> Policy:
+        """An empty memory with the same settings, as far from its start, kept nowhere."""
+
+    def close(self) -> None:
+        """Gives everything back; more than once does no harm."""
 
 
 @runtime_checkable

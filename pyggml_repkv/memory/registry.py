@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ POLICIES: dict[str, Callable[[PolicyInputs], Policy]] = {
     kind.name: kind for kind in (FullMemory, WindowMemory, RepKVMemory)
 }
 
+_MUST_DEFINE = "it must define make_policy(inputs) -> Policy (memory/policy.py)"
+_MEMBERS = {*Policy.__annotations__, *(member for member in vars(Policy) if not member.startswith("_"))}
 
 # What a function that declares nothing is taken for: it may make any bounded memory.
 _UNDECLARED: dict[str, Any] = {
@@ -46,7 +49,19 @@ def policy_kind(name: str) -> PolicyKind:
         make = POLICIES[name]
     else:
         raise InputError(f"--kv is {name!r}; it must be one of {', '.join(POLICIES)}, or a file NAME.py")
-    return PolicyKind(make, **{name: getattr(make, name, value) for name, value in _UNDECLARED.items()})
+    declared = {member: getattr(make, member, value) for member, value in _UNDECLARED.items()}
+    for member, value in declared.items():
+        kind = type(_UNDECLARED[member])
+        if not isinstance(value, Set if kind is frozenset else kind):
+            raise InputError(f"--kv {name}: {member} is {value!r}; it must be a {kind.__name__}")
+    return PolicyKind(make, **declared)
+
+
+def policy_identity(name: str) -> str:
+    """What says whether two memories are made by the same policy: its name, with a digest of the file if it is one."""
+    if not name.endswith(".py"):
+        return name
+    return f"{Path(name).name} {hashlib.blake2b(_read(Path(name)), digest_size=8).hexdigest()}"
 
 
 def make_policy(inputs: PolicyInputs) -> Policy:
@@ -66,23 +81,32 @@ def make_policy(inputs: PolicyInputs) -> Policy:
         if not name.endswith(".py"):
             raise
         raise _broken(name, error) from error
-    if not hasattr(policy, "step_shape"):
-        raise InputError(f"--kv {name}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
+    lacking = sorted(member for member in _MEMBERS if not hasattr(policy, member))
+    if lacking:
+        raise InputError(f"--kv {name}: {_MUST_DEFINE}; what it made lacks {', '.join(lacking)}")
     return policy
 
 
 def _from_file(path: Path) -> Callable[[PolicyInputs], Policy]:
     """The file is the user's own program: it is run as such."""
-    if not path.is_file():
-        raise InputError(f"--kv {path}: there is no such file")
-    made = _run(path, path.stat().st_mtime_ns).get("make_policy")
+    made = _run(path, hashlib.blake2b(_read(path)).digest()).get("make_policy")
     if not callable(made):
-        raise InputError(f"--kv {path}: it must define make_policy(inputs) -> Policy (memory/policy.py)")
+        raise InputError(f"--kv {path}: {_MUST_DEFINE}")
     return made
 
 
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise InputError(f"--kv {path}: there is no such file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"--kv {path}: {error.strerror}") from None
+
+
 @lru_cache(8)
-def _run(path: Path, modified_ns: int) -> dict[str, Any]:
+def _run(path: Path, digest: bytes) -> dict[str, Any]:
+    """digest: of what the file holds now."""
     try:
         return runpy.run_path(str(path))
     except RepkvError:

@@ -82,7 +82,7 @@ struct repkv_regions {
     int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, n_select, store_base, kept;
 };
 
-int repkv_map(char *at, size_t n_bytes, int fd, int64_t offset, int shared);
+int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);
 
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 /* Puts n_bytes of a file from `offset` on where `at` is, instead of what was mapped there; all are multiples of the page size.
- * shared 0: what is written there is not seen elsewhere. 0, or -1 with errno. */
-int repkv_map(char *at, size_t n_bytes, int fd, int64_t offset, int shared);
+ * What is written there is seen nowhere else. 0, or -1 with errno. */
+int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);
 
 #endif

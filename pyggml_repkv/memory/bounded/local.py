@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.store.arenas import Arenas, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_rows
 from pyggml_repkv.model.config import ModelConfig
 
 # The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
@@ -24,8 +24,12 @@ class LocalWindow:
         self.base = 0
         shape = self.n_rows, config.n_embd_kv
         type_k, type_v = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
-        self.k = [arenas.new(type_k, shape, f"k_local-{i}") for i in range(config.n_layer)]
-        self.v = [arenas.new(type_v, shape, f"v_local-{i}") for i in range(config.n_layer)]
+
+        def rows(n_past: int) -> Rows:
+            return Rows(0, n_past - self.base)
+
+        self.k = [arenas.new(type_k, shape, f"k_local-{i}", rows=rows) for i in range(config.n_layer)]
+        self.v = [arenas.new(type_v, shape, f"v_local-{i}", rows=rows) for i in range(config.n_layer)]
         self.row_bytes: int = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in (type_k, type_v))
 
     def start(self, n_past: int) -> int:

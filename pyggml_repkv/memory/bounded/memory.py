@@ -136,10 +136,30 @@ class BoundedMemory:
     def fork(self, n_past: int) -> Self:
         if self._torn:
             raise ComputeError("the memory was stopped while it was being rearranged: it cannot be forked")
-        make: Callable[[PolicyInputs], Self] = type(self)
-        other = make(replace(self._inputs, arenas=self.arenas.fork(n_past), block_file=self.store.share_file()))
-        other.copy_from(self)
+        inputs = replace(self._inputs, arenas=self.arenas.fork(n_past), long=self.rotation.long)
+        other = self._make(replace(inputs, block_file=self.store.share_file()))
+        try:
+            other.copy_from(self)
+        except BaseException:
+            other.close()
+            raise
         return other
+
+    def rewind(self, n_past: int) -> None:
+        raise AssertionError(f"--kv {self.name} cannot go back to an earlier token")
+
+    def fresh(self) -> Self:
+        inputs = replace(self._inputs, arenas=None, long=self.rotation.long)
+        return self._make(replace(inputs, block_file=self.store.new_file()))
+
+    def _make(self, inputs: PolicyInputs) -> Self:
+        make: Callable[[PolicyInputs], Self] = type(self)
+        try:
+            return make(inputs)
+        except BaseException:
+            if inputs.block_file is not None:
+                inputs.block_file.close()
+            raise
 
     def copy_from(self, other: Self) -> None:
         """Takes over what another memory holds beside its arenas, which are shared already."""

@@ -28,12 +28,14 @@ class Rotation:
     cosines, then sines.
     """
 
-    def __init__(self, config: ModelConfig, memory: MemoryConfig, rope: RopeTable, long: bool | None) -> None:
-        """long: whether the sequence will outgrow the trained context; None: as n_ctx says."""
+    def __init__(
+        self, config: ModelConfig, memory: MemoryConfig, rope: RopeTable, long: bool | None, *, far: bool | None = None
+    ) -> None:
+        """long: whether the sequence will outgrow the trained context; far: from the start; None: as settings say."""
         self._config, self._memory, self._rope = config, memory, rope
         # Pass keys were found less often where the first part of a text was read in one way and the rest in the other.
         self.long = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train if long is None else long
-        self.far = memory.positions == "far" or self.long
+        self.far = memory.positions == "far" or self.long if far is None else far
         self.far_at = 0 if self.far else -1
 
     def outgrown(self, n_tokens: int) -> bool:

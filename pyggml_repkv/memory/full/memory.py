@@ -25,7 +25,7 @@ from pyggml_repkv.memory.policy import (
     StepShape,
     even_split,
 )
-from pyggml_repkv.memory.store.arenas import Arenas, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_rows
 from pyggml_repkv.ops.makers import Ops
 
 # llama.cpp's padding of the attended length: ggml's kernels split their work by it, so equal padding is what makes the
@@ -64,7 +64,7 @@ class FullMemory:
         v_shape = k_shape if self._flash else k_shape[::-1]
 
         def arena(type_: int, shape: tuple[int, int], name: str) -> Tensor:
-            return self._arenas.new(type_, shape, name, used=lambda n_past: (n_past, n_past))
+            return self._arenas.new(type_, shape, name, rows=lambda n_past: Rows(n_past, n_past))
 
         self.k_arenas = [arena(types[0], k_shape, f"cache_k_l{i}") for i in range(config.n_layer)]
         self.v_arenas = [arena(types[1], v_shape, f"cache_v_l{i}") for i in range(config.n_layer)]
@@ -125,6 +125,14 @@ class FullMemory:
 
     def checkpoint(self) -> None:
         """Such a session cannot be kept."""
+
+    def rewind(self, n_past: int) -> None:
+        # Rows that a fork shares are written again.
+        for arena in (*self.k_arenas, *self.v_arenas):
+            self._arenas.thaw(arena)
+
+    def fresh(self) -> FullMemory:
+        return type(self)(replace(self._inputs, arenas=None))
 
     def fork(self, n_past: int) -> FullMemory:
         if not self._flash:

@@ -70,6 +70,9 @@ class Index(Protocol):
     n_entries: int
     """Entries of a block that a query is compared with."""
 
+    block_bytes: int
+    """RAM of a block's entries."""
+
     n_packed: int
     """Bytes that `pack` takes."""
 

@@ -39,6 +39,10 @@ class Kept:
         self._half = int(self._half == 0) if one else -1
         return found
 
+    def settle(self) -> None:
+        """Called when a step begins: what the last one would have taken back is settled."""
+        self._undo = self._half
+
     def undo(self) -> None:
         self._half = self._undo
 

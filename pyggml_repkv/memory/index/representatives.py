@@ -11,7 +11,7 @@ from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
 from pyggml_repkv.memory.index.base import IndexParts, Queries, Selection
-from pyggml_repkv.memory.store.arenas import as_array
+from pyggml_repkv.memory.store.arenas import Rows, as_array
 from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
 
@@ -33,21 +33,21 @@ class Representatives:
         self._shape = config.n_head_kv, memory.n_repr, config.head_dim
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
         type_, dtype = (g.GGML_TYPE_F32, np.float32) if memory.type_k == "f32" else (g.GGML_TYPE_F16, np.float16)
-        self._block_bytes = config.n_layer * int(np.prod(self._shape)) * np.dtype(dtype).itemsize
-        self.n_packed = self._block_bytes + 4 * config.n_layer * config.n_head_kv * memory.n_repr
+        self.block_bytes = config.n_layer * int(np.prod(self._shape)) * np.dtype(dtype).itemsize
+        self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * memory.n_repr
         n_groups, layers = parts.max_blocks // LANES, range(config.n_layer)
 
-        def groups(n_past: int) -> tuple[int, int]:
-            return parts.n_blocks() // LANES, -(-parts.n_blocks() // LANES)
+        def groups(n_past: int) -> Rows:
+            return Rows(parts.n_blocks() // LANES, -(-parts.n_blocks() // LANES))
 
-        def scored(n_past: int) -> tuple[int, int]:
-            return parts.sealed_end(), n_past
+        def scored(n_past: int) -> Rows:
+            return Rows(min(parts.sealed_end(), n_past), n_past)
 
         shape = n_groups, int(np.prod(self._shape)) * LANES
-        self._index = [parts.arenas.new(type_, shape, f"index-{i}", used=groups) for i in layers]
+        self._index = [parts.arenas.new(type_, shape, f"index-{i}", rows=groups) for i in layers]
         self._arrays = [as_array(t, dtype).reshape(n_groups, *self._shape, LANES) for t in self._index]
         shape = parts.n_ctx, config.n_head_kv
-        self._score_tensors = [parts.arenas.new(g.GGML_TYPE_F32, shape, f"score_l-{i}", used=scored) for i in layers]
+        self._score_tensors = [parts.arenas.new(g.GGML_TYPE_F32, shape, f"score_l-{i}", rows=scored) for i in layers]
         self.scores = [as_array(t, np.float32).reshape(shape) for t in self._score_tensors]
         # Which tokens stand for each block, int32; longer than there are blocks.
         self.chosen = np.empty((0, config.n_layer, *self._shape[:2]), np.int32)
@@ -85,9 +85,14 @@ class Representatives:
     def seal(self, block: int, begin: int, end: int) -> None:
         self._make_room_for(block)
         self.chosen[block] = [self.choose(i, begin, end) for i in range(self.config.n_layer)]
-        self.renew(block, begin, end)
+        self._put(block, begin, end)
 
     def renew(self, block: int, begin: int, end: int) -> None:
+        for tensor in self._index:
+            self._parts.arenas.thaw(tensor)
+        self._put(block, begin, end)
+
+    def _put(self, block: int, begin: int, end: int) -> None:
         for layer, chosen in enumerate(self.chosen[block]):
             keys = self.block_keys(layer, begin, end, chosen)
             self._arrays[layer][block // LANES, ..., block % LANES] = keys
@@ -119,7 +124,7 @@ class Representatives:
         if len(data) != self.n_packed:
             raise StoreError(f"block {block} carries an index of another shape")
         self._make_room_for(block)
-        n_chosen = self.n_packed - self._block_bytes
+        n_chosen = self.n_packed - self.block_bytes
         self.chosen[block] = np.frombuffer(data[:n_chosen], np.int32).reshape(self.chosen.shape[1:])
         keys = np.frombuffer(data[n_chosen:], self._arrays[0].dtype).reshape(-1, *self._shape)
         for index, values in zip(self._arrays, keys, strict=True):
@@ -176,7 +181,7 @@ class Representatives:
     def bytes_at(self, n_blocks: int, n_open: int) -> dict[str, int]:
         c = self.config
         return {
-            "index": -(-n_blocks // LANES) * LANES * self._block_bytes,
+            "index": -(-n_blocks // LANES) * LANES * self.block_bytes,
             "scores": 4 * c.n_head_kv * c.n_layer * n_open,
         }
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
@@ -27,7 +26,7 @@ from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs, StepCost
 from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints
 from pyggml_repkv.memory.store.arenas import Arenas, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
-from pyggml_repkv.memory.store.disk import DiskStore, default_folder
+from pyggml_repkv.memory.store.disk import DiskStore, block_folder
 from pyggml_repkv.memory.store.ram import RamStore, floats
 from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
@@ -38,7 +37,7 @@ class RepKVMemory(BoundedMemory):
 
     name: ClassVar[str] = "repkv"
     evicts: ClassVar[bool] = True
-    ignores: ClassVar[frozenset[str]] = frozenset(("kv_dir", "kv_disk_max"))
+    ignores: ClassVar[frozenset[str]] = frozenset(("kv_dir", "kv_disk_max", "prefetch"))
     make_index: ClassVar[Callable[[IndexParts], Index]] = Representatives
     store: RamStore | DiskStore
 
@@ -72,7 +71,7 @@ class RepKVMemory(BoundedMemory):
                 arenas, config, memory, n_rows=n_ctx, max_blocks=max_blocks, sealed_end=lambda: self.blocks.sealed_end
             )  # fmt: skip
         if file is None:
-            file = BlockFile(Path(memory.kv_dir) if memory.kv_dir else default_folder(), None)
+            file = BlockFile(block_folder(memory), None)
         n_rows = config.n_head_kv if memory.per_head else 1
         try:
             return DiskStore(
@@ -99,6 +98,7 @@ class RepKVMemory(BoundedMemory):
     def begin_step(self, tokens: NDArray[np.int32], n_past: int) -> None:
         # What the last step would have taken back is settled now, however far this one comes.
         self.index.settle()
+        self.kept.settle()
         super().begin_step(tokens, n_past)
         self.regions.kept = self.kept.begin_step(one=len(tokens) == 1)
 
@@ -161,6 +161,9 @@ class RepKVMemory(BoundedMemory):
                 if headers[block][1].rotated:
                     self.index.renew(block, begin, end)
         self.local.base = self.local.start(state.n_past)
+        self.index.forget(state.sealed_end)
+        if state.scores.size != self.config.n_layer * self.config.n_head_kv * (state.n_past - state.sealed_end):
+            raise StoreError("the scores are damaged")
         self.index.put_scores(state.sealed_end, state.scores)
         n_select = self.n_select(state.n_past, 1)
         self.kept.restore(
@@ -217,14 +220,13 @@ class RepKVMemory(BoundedMemory):
 
     def stats(self, n_past: int) -> dict[str, object]:
         parts = self.bytes_at(n_past)
-        index = self.index.bytes_at(self.blocks.n_blocks, 0)
         return {
             "policy": self.name,
             "blocks": self.blocks.n_blocks,
             "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
             "resident_bytes": parts["window"],
             "ram_bytes": parts["tokens"] + parts.get("blocks", 0),
-            "index_bytes": index["index"],
+            "index_bytes": self.blocks.n_blocks * self.index.block_bytes,
             "score_bytes": parts["scores"],
             "far_tokens": self.local.start(n_past),
             "far_positions": self.rotation.far,

@@ -7,6 +7,7 @@ import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,28 +19,34 @@ from pyggml_repkv.ffi.library import g, native, native_ffi
 # Pages are given back in such portions, because each call stops other threads for a moment.
 RELEASE_BYTES = 2**16
 
-Used = Callable[[int], tuple[int, int]]
-"""n_past -> rows of an arena, from the first on, that will never change again, and rows that hold anything."""
+# Beyond so many shared parts an arena copies them into one: each is a mapping, of which a process may have some 65,000.
+MAX_PARTS = 8
+
+
+class Rows(NamedTuple):
+    """Of an arena, from the first on: rows that will not change but after `thaw`, and rows that hold anything."""
+
+    frozen: int
+    used: int
+
+
+RowsOf = Callable[[int], Rows]
+"""n_past -> what rows of an arena are."""
 
 
 class _File:
-    """Memory without a name, so that forks can map the same pages; closed when nobody holds it."""
+    """Memory without a name; nobody writes to it once it is filled. It is closed when no arena holds it."""
 
     def __init__(self) -> None:
-        try:
-            self.fd = os.memfd_create("repkv", os.MFD_CLOEXEC)
-        except OSError as error:
-            raise ComputeError(f"no memory for keys and values: {error.strerror}") from None
+        self.fd = os.memfd_create("repkv", os.MFD_CLOEXEC)
         self.size = 0
 
-    def take(self, n_bytes: int) -> int:
-        """Room for n_bytes -> where. Raises ComputeError where there is not even address space."""
-        at = self.size
-        try:
-            os.ftruncate(self.fd, at + n_bytes)
-        except (OSError, OverflowError):
-            raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
-        self.size = at + n_bytes
+    def append(self, data: memoryview) -> int:
+        """-> where it begins, a multiple of the page size."""
+        at, done = self.size, 0
+        while done < len(data):
+            done += os.pwrite(self.fd, data[done : done + 2**30], at + done)
+        self.size = at + -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
         return at
 
     def __del__(self) -> None:
@@ -48,8 +55,8 @@ class _File:
 
 
 @dataclass(frozen=True, slots=True)
-class _Shared:
-    """Bytes [start, end) of an arena that lie in a file from `offset` on, and are the same in every fork."""
+class _Part:
+    """Bytes [start, end) of an arena, as they lie in a file from `offset` on."""
 
     file: _File
     offset: int
@@ -59,92 +66,97 @@ class _Shared:
 
 @dataclass(slots=True)
 class _Memory:
-    """What an arena lies in: shared parts first, then, from `own` on, its own file at `offset` + own."""
+    """What an arena lies in: private memory, of which [0, own) began as parts that forks share."""
 
     mapping: mmap.mmap
-    file: _File
-    offset: int
     row_bytes: int
-    used: Used | None
-    shared: list[_Shared] = field(default_factory=list)
+    rows: RowsOf | None
+    parts: list[_Part] = field(default_factory=list)
     own: int = 0
     released: int = 0
-    # Rows of shared parts were written, which are this arena's alone now.
-    rewritten: bool = False
 
     @property
     def address(self) -> int:
         return int(native_ffi.cast("uintptr_t", native_ffi.from_buffer(self.mapping)))
 
-    def share(self, n_past: int) -> None:
-        """Makes the rows that will not change part of what is shared."""
-        frozen = 0 if self.used is None or self.rewritten else self.used(n_past)[0]
-        end = frozen * self.row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+    def put(self, part: _Part) -> None:
+        """Maps a part: a write to it is seen by this arena only."""
+        n, at = part.end - part.start, native_ffi.cast("char *", self.address + part.start)
+        if native.repkv_map_private(at, n, part.file.fd, part.offset) != 0:
+            raise ComputeError(f"{n / 2**20:.0f} MiB could not be mapped: {os.strerror(native_ffi.errno)}")
+        self.parts.append(part)
+        self.own = part.end
+
+    def share(self, file: _File, n_past: int) -> None:
+        """Moves rows that will not change into a file, and maps them from there."""
+        frozen = 0 if self.rows is None else self.rows(n_past).frozen
+        end = min(frozen * self.row_bytes, len(self.mapping)) // mmap.PAGESIZE * mmap.PAGESIZE
+        if len(self.parts) > MAX_PARTS:
+            self.thaw()
         if end > self.own:
-            part = _Shared(self.file, self.offset + self.own, self.own, end)
-            # From now on a write here, as when positions become far, is seen by this arena only.
-            _map(self.address, part, shared=False)
-            self.shared.append(part)
-            self.own = end
+            with memoryview(self.mapping) as view:
+                offset = file.append(view[self.own : end])
+            self.put(_Part(file, offset, self.own, end))
+
+    def thaw(self) -> None:
+        """From now on all of it is this arena's own."""
+        self.parts, self.own = [], 0
 
 
 class Arenas:
     """Makes and owns at most n_tensors of them. They are zero, and resident only where they were written."""
 
-    def __init__(self, n_tensors: int, source: dict[str, _Memory] | None = None, n_past: int = 0) -> None:
-        """source: what other arenas hold after n_past tokens: new ones of the same names begin with it."""
+    def __init__(self, n_tensors: int) -> None:
         self._context = TensorContext(n_tensors + 8)
-        self._n_tensors, self._file = n_tensors, _File()
+        self._n_tensors = n_tensors
         self._buffers: list[Buffer] = []
         self._memory: dict[str, _Memory] = {}
-        self._source, self._n_past = source or {}, n_past
+        # Of the arenas that these are a fork of, until tensors of their names are made; after n_past tokens.
+        self._source: dict[str, _Memory] = {}
+        self._n_past = 0
 
-    def new(self, type_: int, shape: Sequence[int], name: str, *, used: Used | None = None) -> Tensor:
-        """used: which rows a fork shares and copies; None: it copies all. Raises ComputeError for lack of memory."""
+    def new(self, type_: int, shape: Sequence[int], name: str, *, rows: RowsOf | None = None) -> Tensor:
+        """rows: which of them a fork shares, and which it copies; None: it copies all. Raises ComputeError where there
+        is not even address space.
+        """
         tensor = self._context.new(type_, shape, name)
-        n_bytes = -(-max(g.ggml_nbytes(tensor), 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        offset = self._file.take(n_bytes)
         row_bytes: int = tensor.contents.nb[1]
-        memory = _Memory(_reserve(n_bytes), self._file, offset, row_bytes, used)
-        _map(memory.address, _Shared(self._file, offset, 0, n_bytes), shared=True)
-        if name in self._source:
-            self._fill(memory, self._source[name])
+        memory = _Memory(_reserve(g.ggml_nbytes(tensor)), row_bytes, rows)
+        source = self._source.pop(name, None)
+        if source is not None:
+            _fill(memory, source, self._n_past)
         self._memory[name] = memory
         buffer = Buffer.over(np.frombuffer(memory.mapping, np.uint8, g.ggml_nbytes(tensor)))
         buffer.place(tensor, 0)
         self._buffers.append(buffer)
         return tensor
 
-    def _fill(self, memory: _Memory, source: _Memory) -> None:
-        memory.shared, memory.own, memory.rewritten = list(source.shared), source.own, source.rewritten
-        copied_from = source.own
-        if source.rewritten:
-            memory.shared, memory.own, memory.rewritten, copied_from = [], 0, False, 0
-        for part in memory.shared:
-            _map(memory.address, part, shared=False)
-        n_rows = len(source.mapping) // source.row_bytes if source.used is None else source.used(self._n_past)[1]
-        end = min(n_rows * source.row_bytes, len(source.mapping))
-        if end > copied_from:
-            memory.mapping[copied_from:end] = source.mapping[copied_from:end]
-
     def fork(self, n_past: int) -> Arenas:
-        """Arenas that begin with what these hold after n_past tokens, as far as tensors of the same names are made."""
-        for memory in self._memory.values():
-            memory.share(n_past)
-        return Arenas(self._n_tensors, dict(self._memory), n_past)
+        """Arenas whose tensors begin with what those of the same names hold here after n_past tokens.
 
-    def rewrite(self, tensor: Tensor) -> None:
-        """Called before rows are changed that `used` said would not be."""
-        self._memory[tensor.contents.name.decode()].rewritten = True
+        Raises ComputeError where memory, or the limit on the size of a file, forbids it.
+        """
+        try:
+            file = _File()
+            for memory in self._memory.values():
+                memory.share(file, n_past)
+        except OSError as error:
+            raise ComputeError(f"the memory cannot be forked: {error.strerror}") from None
+        other = Arenas(self._n_tensors)
+        other._source, other._n_past = dict(self._memory), n_past
+        return other
+
+    def thaw(self, tensor: Tensor) -> None:
+        """Called before rows are changed that were said not to change: later forks begin with what they are then."""
+        self._memory[tensor.contents.name.decode()].thaw()
 
     def release_rows(self, tensor: Tensor, n_rows: int) -> None:
-        """Gives back the pages of the first rows, which nobody reads any more; they are zero then."""
+        """Gives back the pages of the first rows, which nobody reads any more; those that no fork shares are zero."""
         memory = self._memory[tensor.contents.name.decode()]
-        end = n_rows * memory.row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         begin = max(memory.released, memory.own)
+        end = n_rows * memory.row_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if end - begin >= RELEASE_BYTES:
-            with contextlib.suppress(OSError):
-                memory.mapping.madvise(mmap.MADV_REMOVE, begin, end - begin)
+            memory.mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
             memory.released = end
 
     @property
@@ -153,25 +165,32 @@ class Arenas:
 
     def close(self) -> None:
         self._memory.clear()
-        self._source = {}
+        self._source.clear()
         self._context.close()
         for buffer in self._buffers:
             buffer.close()
+        self._buffers.clear()
 
 
 def _reserve(n_bytes: int) -> mmap.mmap:
-    """Addresses only; a mapping of the file itself would keep a descriptor each."""
+    """Huge pages are declined: of many arenas used from their start, each would take 2 MiB at its first row."""
     try:
-        return mmap.mmap(-1, n_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, max(n_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError, OverflowError):
         raise ComputeError(f"not enough memory for {n_bytes / 2**20:.0f} MiB") from None
+    with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages refuses the hint
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
 
 
-def _map(address: int, part: _Shared, *, shared: bool) -> None:
-    """Puts a part of a file where an arena is. shared False: what is written there is not seen elsewhere."""
-    n, at = part.end - part.start, native_ffi.cast("char *", address + part.start)
-    if native.repkv_map(at, n, part.file.fd, part.offset, shared) != 0:
-        raise ComputeError(f"not enough memory to map {n / 2**20:.0f} MiB")
+def _fill(memory: _Memory, source: _Memory, n_past: int) -> None:
+    for part in source.parts:
+        memory.put(part)
+    used = len(source.mapping) if source.rows is None else source.rows(n_past).used * source.row_bytes
+    end = min(used, len(source.mapping))
+    if end > memory.own:
+        with memoryview(source.mapping) as old, memoryview(memory.mapping) as new:
+            new[memory.own : end] = old[memory.own : end]
 
 
 def as_array(tensor: Tensor, dtype: type[np.generic]) -> np.ndarray:

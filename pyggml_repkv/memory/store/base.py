@@ -45,6 +45,9 @@ class Store(Protocol):
     def share_file(self) -> BlockFile | None:
         """The file that blocks are in, for one more store; None where there is none."""
 
+    def new_file(self) -> BlockFile | None:
+        """An empty file without a name, for a store that begins; None where there is none."""
+
     def copy_from(self, other: Any) -> None:
         """Takes over what another store of the same kind holds beside its arenas."""
 

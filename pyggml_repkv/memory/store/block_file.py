@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import errno
 import logging
 import os
 import struct
@@ -113,10 +115,9 @@ class BlockFile:
     """
 
     def __init__(self, folder: Path, name: str | None) -> None:
-        self.folder = folder
-        self.end = 0
-        """Where the next block is written; whoever shares the file moves it."""
-        self._n_users = 1
+        self.folder, self.named = folder, name is not None
+        # Where the next block is written; whoever shares the file moves it.
+        self._end = [0]
         self.path = folder if name is None else folder / name
         try:
             if name is None:
@@ -157,17 +158,46 @@ class BlockFile:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}", lost=False) from None
 
-    def share(self) -> BlockFile:
-        """For one more user, who closes it as well."""
-        self._n_users += 1
-        return self
+    def take(self, n_bytes: int) -> int:
+        """Room for n_bytes more -> where they begin."""
+        at = self._end[0]
+        self._end[0] += n_bytes
+        return at
+
+    def reserve(self, end: int) -> None:
+        """Nothing is written before `end` from now on."""
+        self._end[0] = max(self._end[0], end)
+
+    def share(self, folder: Path) -> BlockFile:
+        """For another store with the same blocks. A file without a name is shared. Of one with a name, which another
+        process may have next, the bytes are copied into one without, in `folder`. Raises InputError, StoreError.
+        """
+        if self.named:
+            other = BlockFile(folder, None)
+            try:
+                _copy(self.fd, other.fd, self._end[0])
+            except OSError as error:
+                other.close()
+                raise StoreError(f"{folder}: {error.strerror}", lost=False) from None
+            other._end = [self._end[0]]
+            return other
+        other = copy.copy(self)
+        other.fd = os.dup(self.fd)
+        return other
 
     def close(self) -> None:
-        """Once all that share it have closed it."""
-        self._n_users -= 1
-        if self._n_users == 0:
+        if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def _copy(source: int, target: int, n_bytes: int) -> None:
+    done = 0
+    while done < n_bytes:
+        n = os.copy_file_range(source, target, n_bytes - done, done, done)
+        if n == 0:
+            raise OSError(errno.EIO, "the file of blocks ends too early")
+        done += n
 
 
 def _open(folder: Path, name: str | None) -> tuple[int, bool]:

@@ -108,6 +108,8 @@ class BlockStore(Handle):
         self._kept = [file, memory]
         super().__init__(pointer, native.repkv_store_close, keep=self._kept)
         self.file, self.layout, self.n_slots = file, layout, n_slots
+        self.n_bytes = 0
+        """Of all blocks on disk."""
         self.offsets: list[int] = []
         self.headers: list[BlockHeader] = []
         """Of each block, without the bytes that the memory put into it."""
@@ -132,20 +134,22 @@ class BlockStore(Handle):
                 self.raise_error(of_writes=True)
         types, row_bytes = layout.file_types, layout.file_row_bytes
         header = BlockHeader(block, first_position, n_tokens, rotated, types, row_bytes, sums, extra)  # type: ignore[arg-type]
-        native.repkv_store_commit(self.pointer, header.pack(layout.header_bytes), self.file.end)
-        self._note(header, self.file.end)
+        offset = self.file.take(layout.block_bytes(n_tokens))
+        native.repkv_store_commit(self.pointer, header.pack(layout.header_bytes), offset)
+        self._note(header, offset)
 
     def add(self, header: BlockHeader, offset: int) -> None:
         """Tells of a block that is in the file already."""
         sums = native_ffi.cast("uint64_t *", header.checksums.ctypes.data)
         where = header.first_position, offset
         native.repkv_store_add(self.pointer, len(self.offsets), header.n_tokens, header.rotated, *where, sums)
+        self.file.reserve(offset + self.layout.block_bytes(header.n_tokens))
         self._note(header, offset)
 
     def _note(self, header: BlockHeader, offset: int) -> None:
         self.offsets.append(offset)
         self.headers.append(replace(header, extra=b""))
-        self.file.end = max(self.file.end, offset + self.layout.block_bytes(header.n_tokens))
+        self.n_bytes += self.layout.block_bytes(header.n_tokens)
 
     def flush(self) -> None:
         """Waits until every block is written. Raises StoreError where one could not be."""

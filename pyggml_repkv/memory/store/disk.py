@@ -25,7 +25,7 @@ from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
 from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.hook import StepHook
 from pyggml_repkv.memory.policy import DiskNeed
-from pyggml_repkv.memory.store.arenas import Arenas, as_array, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile
 from pyggml_repkv.memory.store.block_store import N_STAGING, BlockStore, RecordLayout
 from pyggml_repkv.memory.store.ram import floats
@@ -33,6 +33,11 @@ from pyggml_repkv.model.config import ModelConfig
 
 # Threads that read blocks: measured in docs/disk.md.
 N_IO_THREADS = 4
+
+
+def block_folder(memory: MemoryConfig) -> Path:
+    """Where a file of blocks goes that nobody keeps."""
+    return Path(memory.kv_dir) if memory.kv_dir else default_folder()
 
 
 def default_folder() -> Path:
@@ -70,19 +75,19 @@ class DiskStore:
         self._inverse: NDArray[np.float32] | None = None
         shape = n_sink + self.n_open + self.n_slots * max_block, config.n_embd_kv
 
-        def used(n_past: int) -> tuple[int, int]:
+        def rows(n_past: int) -> Rows:
             # Slots are empty in a fork.
-            return 0, n_sink + self.n_open
+            return Rows(0, min(n_sink + self.n_open, n_past - self.base))
 
         def arena(type_name: str, name: str) -> Tensor:
-            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, used=used)
+            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, rows=rows)
 
         layers = range(config.n_layer)
         self.k = [arena(memory.type_k, f"k_store-{i}") for i in layers]
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in layers]
         # A fork begins with empty slots, so no place is taken over.
         self._places = [
-            arenas.new(g.GGML_TYPE_I32, (max_blocks, 2), f"block_places-{i}", used=lambda _: (0, 0)) for i in layers
+            arenas.new(g.GGML_TYPE_I32, (max_blocks, 2), f"block_places-{i}", rows=lambda _: Rows(0, 0)) for i in layers
         ]
         self._addresses = [[int(t.contents.data) for t in tensors] for tensors in (self.k, self.v)]
         self.io = BlockStore(
@@ -111,7 +116,7 @@ class DiskStore:
 
     def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
         """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
-        n_bytes = self.file.end + self.layout.block_bytes(end - begin)
+        n_bytes = self.io.n_bytes + self.layout.block_bytes(end - begin)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
             raise InputError(
                 f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}"
@@ -176,7 +181,10 @@ class DiskStore:
     def share_file(self) -> BlockFile:
         # A fork reads the file, so nothing may wait to be written.
         self.io.flush()
-        return self.file.share()
+        return self.file.share(block_folder(self._memory))
+
+    def new_file(self) -> BlockFile:
+        return BlockFile(block_folder(self._memory), None)
 
     def copy_from(self, other: DiskStore) -> None:
         for header, offset in zip(other.io.headers, other.io.offsets, strict=True):
@@ -198,7 +206,7 @@ class DiskStore:
         needed = n_blocks * self.layout.block_bytes(self.layout.max_tokens)
         needed += bool(rest) * self.layout.block_bytes(rest)
         return DiskNeed(
-            needed - self.file.end, self.file.free_bytes(), needed, self._memory.kv_disk_max, str(self.file.folder)
+            needed - self.io.n_bytes, self.file.free_bytes(), needed, self._memory.kv_disk_max, str(self.file.folder)
         )
 
     def stats(self) -> dict[str, object]:
@@ -206,7 +214,7 @@ class DiskStore:
         s = self.io.stats
         return {
             "slots": self.n_slots,
-            "disk_bytes": self.file.end,
+            "disk_bytes": self.io.n_bytes,
             "disk_written_bytes": int(s.written_bytes),
             "disk_read_bytes": int(s.read_bytes),
             "direct_io": self.file.direct,

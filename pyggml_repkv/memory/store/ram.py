@@ -15,7 +15,7 @@ from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, to_float32
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.store.arenas import Arenas, as_array, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.model.config import ModelConfig
 
 
@@ -32,11 +32,11 @@ class RamStore:
         self._arenas, self._config, self._memory = arenas, config, memory
         shape = max(1, n_rows), config.n_embd_kv
 
-        def used(n_past: int) -> tuple[int, int]:
-            return min(sealed_end(), shape[0]), min(n_past, shape[0])
+        def rows(n_past: int) -> Rows:
+            return Rows(min(sealed_end(), n_past, shape[0]), min(n_past, shape[0]))
 
         def arena(type_name: str, name: str) -> Tensor:
-            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, used=used)
+            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, rows=rows)
 
         self.k = [arena(memory.type_k, f"k_store-{i}") for i in range(config.n_layer)]
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in range(config.n_layer)]
@@ -68,10 +68,13 @@ class RamStore:
     def turn_back(self, rotation: Rotation, n_past: int) -> None:
         n_rows: int = self.k[0].contents.ne[1]
         for tensor in self.k:
-            self._arenas.rewrite(tensor)
+            self._arenas.thaw(tensor)
         rotation.turn_back(self.k, 0, min(n_past, n_rows), 0)
 
     def share_file(self) -> None:
+        """There is none."""
+
+    def new_file(self) -> None:
         """There is none."""
 
     def copy_from(self, other: Any) -> None:

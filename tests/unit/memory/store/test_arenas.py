@@ -8,7 +8,7 @@ import pytest
 
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.store.arenas import Arenas, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_rows
 
 ROW = 1024  # bytes: four rows a page
 N_ROWS = 1000
@@ -20,7 +20,7 @@ def resident():
 
 def make(arenas, frozen=lambda n: n, name="rows"):
     """Rows of ROW bytes, of which the first frozen(n_past) never change again."""
-    return arenas.new(g.GGML_TYPE_F32, (N_ROWS, ROW // 4), name, used=lambda n_past: (frozen(n_past), n_past))
+    return arenas.new(g.GGML_TYPE_F32, (N_ROWS, ROW // 4), name, rows=lambda n_past: Rows(frozen(n_past), n_past))
 
 
 def test_memory_is_zero_and_resident_where_it_was_written():
@@ -85,7 +85,7 @@ def test_what_is_rewritten_after_a_fork_is_not_seen_by_it():
     before = filled(rows, 0, 200, 0)
     fork = arenas.fork(200)
     other = as_rows(make(fork))
-    arenas.rewrite(tensor)
+    arenas.thaw(tensor)
     after = filled(rows, 0, 200, 1)
     assert np.array_equal(other[:200], before)
     later = arenas.fork(200)
@@ -98,11 +98,11 @@ def test_what_is_rewritten_after_a_fork_is_not_seen_by_it():
 
 def test_a_fork_takes_memory_for_its_own_rows_only():
     arenas = Arenas(1)
-    rows = as_rows(arenas.new(g.GGML_TYPE_F32, (2**16, 1024), "large", used=lambda n: (n, n)))  # 256 MiB
+    rows = as_rows(arenas.new(g.GGML_TYPE_F32, (2**16, 1024), "large", rows=lambda n: Rows(n, n)))  # 256 MiB
     rows[: 2**14] = 1
     before = resident()
     forks = [arenas.fork(2**14) for _ in range(8)]
-    others = [as_rows(f.new(g.GGML_TYPE_F32, (2**16, 1024), "large", used=lambda n: (n, n))) for f in forks]
+    others = [as_rows(f.new(g.GGML_TYPE_F32, (2**16, 1024), "large", rows=lambda n: Rows(n, n))) for f in forks]
     for r in others:
         r[2**14 : 2**14 + 64] = 2
     assert resident() - before < 2**22
