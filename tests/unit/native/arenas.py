@@ -23,17 +23,27 @@ def fitting_cache(name: str, head_dim: int) -> str:
 
 
 class Arena:
-    """[n_cells, K * d] of random values where the numpy index `filled` says, and of bytes that spell NaN elsewhere."""
+    """[n_cells, K * d] of random values where the numpy index `filled` says; all other cells hold bytes that spell NaN,
+    or `elsewhere`, for ops that let a NaN vanish.
+    """
 
-    def __init__(self, bench: Bench, rng: np.random.Generator, cache: str, n_cells: int, filled: Any) -> None:
+    def __init__(
+        self, bench: Bench, rng: np.random.Generator, cache: str, n_cells: int, filled: Any,
+        elsewhere: float | None = None,
+    ) -> None:  # fmt: skip
         c = bench.config
         self.cache, self.shape = cache, (n_cells, c.n_head_kv, c.head_dim)
         kind, width = CACHES[cache], c.n_head_kv * c.head_dim
         block, size = GGML_QUANT_SIZES[kind]
-        values = quantize(rng.standard_normal((n_cells, width)).astype(np.float32), kind)
-        bytes_ = np.ascontiguousarray(values).view(np.uint8).reshape(n_cells, width // block * size)
-        self.before = np.full_like(bytes_, 0xFF)
-        self.before[filled] = bytes_[filled]
+        others = np.ones(n_cells, bool)
+        others[filled] = False
+        values = rng.standard_normal((n_cells, width)).astype(np.float32)
+        values[others] = elsewhere or 0.0
+        self.before = (
+            np.ascontiguousarray(quantize(values, kind)).view(np.uint8).reshape(n_cells, width // block * size)
+        )
+        if elsewhere is None:
+            self.before[others] = 0xFF
         self.tensor = bench.tensor(self.before, kind, (n_cells, width))
 
     def values(self) -> np.ndarray:

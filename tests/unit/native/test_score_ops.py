@@ -1,6 +1,6 @@
 """Representative scores, of a chunk and of one token, against plain numpy.
 
-Cells of the window's arena that no query may score hold NaN; the lanes of no token hold large numbers.
+Large numbers stand in the lanes of no token, and in cells of the window's arena that no query may score.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def one(kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float
 def arena_of(kind: str, step: Step, bench: Bench, cache: str, rng: np.random.Generator, n_own: int) -> Arena:
     begin = step.scored(kind, step.first).start - step.base
     n_filled = step.first + n_own - step.base
-    return Arena(bench, rng, fitting_cache(cache, bench.config.head_dim), n_filled + 3, slice(begin, n_filled))
+    return Arena(bench, rng, fitting_cache(cache, bench.config.head_dim), n_filled + 3, slice(begin, n_filled), 1e3)
 
 
 def run(bench: Bench, step: Step, make, want: np.ndarray) -> Scores:
@@ -137,6 +137,15 @@ def test_one_token_scores_the_keys_before_it(kind, step, partly, n_head_kv, grou
     )
     got, want = one(kind, step, bench, cache, seed, sharp)
     assert_close(got, want, 2e-5 * sharp)
+
+
+@pytest.mark.parametrize("kind", [DOT, PROBABILITY])
+@pytest.mark.parametrize("local", range(98, 136))
+def test_a_window_begins_at_any_lane_of_a_panel(kind, local):
+    """Its first key is the oldest that a query scores, for one query of the 33 after another."""
+    bench = Bench(config(n_head=2, n_head_kv=1, head_dim=16), 1)
+    got, want = chunk(kind, Step(first=200, n_tokens=33, n_score=100, local=local, base=97), bench, "f32", local)
+    assert_close(got, want, 2e-5)
 
 
 @pytest.mark.parametrize("form", [chunk, one])
