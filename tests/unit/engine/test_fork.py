@@ -1,5 +1,8 @@
 """A fork has read what its parent has, and neither sees what the other reads."""
 
+import gc
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv import Model
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 700).tolist()
@@ -25,9 +28,9 @@ MEMORIES = {
     "on disk": replace(REPKV, kv_ram=2**17),
     "on disk, late": replace(REPKV, kv_ram=2**17, sticky=1.0, late=True),
     "file": replace(REPKV, kv=EXAMPLE),
-    # It outgrows the trained context after the fork, so that what both share is rewritten.
-    "goes far": replace(REPKV, n_ctx=0),
-    "goes far on disk": replace(REPKV, n_ctx=0, kv_ram=2**17),
+    # It outgrows the trained context after the fork, so that what both share is rewritten: more than a page of it.
+    "goes far": replace(REPKV, n_ctx=0, n_local=32),
+    "goes far on disk": replace(REPKV, n_ctx=0, n_local=32, kv_ram=2**17),
 }
 
 
@@ -66,6 +69,54 @@ def test_a_fork_says_what_a_fresh_session_says(model, memory):
                 assert equal(go_on(second, 500, 60), go_on(third, 500, 60))
 
 
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
+def test_a_later_fork_is_one_of_what_there_is_then(model, memory):
+    """Also where the first that either reads is a token, so that it holds on to what the last one selected."""
+
+    def token_first(session):
+        return [session.decode(7).copy(), *go_on(session, 200)]
+
+    with model.session(memory) as session, model.session(memory) as fresh:
+        for s in (session, fresh):
+            s.prefill(TOKENS[:200])
+            s.decode(7)
+        first = session.fork()
+        want = token_first(fresh)
+        assert equal(token_first(session), want)
+        with session.fork() as second, first.fork() as third:
+            assert equal(token_first(third), want)
+            third.prefill(TOKENS[600:660])
+            assert equal(token_first(first), want)
+            more = go_on(fresh, 400, 60)
+            assert equal(go_on(second, 400, 60), more)
+            assert equal(go_on(session, 400, 60), more)
+        first.close()
+
+
+def test_rows_that_are_shared_can_be_written_again_by_either(model):
+    """A full memory goes back and reads something else into the rows that a fork has."""
+    memory = MemoryConfig(n_ctx=640, n_batch=48)
+    other = TOKENS[::-1]
+    with model.session(memory) as session, model.session(memory) as fresh:
+        session.prefill(TOKENS[:300])
+        fork = session.fork()
+        fork.rewind(96)
+        fork.prefill(other[:150])
+        session.rewind(192)
+        session.prefill(TOKENS[192:300])
+        fresh.prefill(TOKENS[:300])
+        assert equal(go_on(session, 300), go_on(fresh, 300))
+        with fork.fork() as second:
+            fork.rewind(0)
+            fork.prefill(other[:200])
+            fresh.rewind(0)
+            fresh.prefill(other[:200])
+            assert equal(go_on(fork, 300), go_on(fresh, 300))
+            second.rewind(96)
+            second.prefill(other[:150])
+        fork.close()
+
+
 def test_a_fork_outlives_its_parent(model):
     for memory in (REPKV, replace(REPKV, kv_ram=2**17), MEMORIES["full"]):
         session = model.session(memory)
@@ -92,6 +143,67 @@ def test_a_fork_of_a_kept_session_is_kept_nowhere(model, tmp_path):
         assert equal(go_on(kept, 300), want)
 
 
+def test_a_fork_may_evict_while_the_directory_is_another_s(model, tmp_path):
+    session = model.session(REPKV, directory=tmp_path)
+    session.prefill(TOKENS[:300])
+    fork = session.fork()
+    session.close()
+    with model.session(REPKV) as fresh:
+        fresh.prefill(TOKENS[:300])
+        with model.resume(tmp_path) as again, fresh.fork() as third:
+            mine, others = go_on(again, 300), go_on(fork, 400)
+            assert equal(mine, go_on(fresh, 300))
+            assert equal(others, go_on(third, 400))
+            again.save()
+        with model.resume(tmp_path) as again:
+            assert again.n_past == 405
+            assert equal(go_on(again, 500, 60), go_on(fresh, 500, 60))
+    fork.close()
+
+
+def test_closing_forks_gives_everything_back(model, tmp_path):
+    def held():
+        # Addresses of the arenas: mappings, whatever of them is resident.
+        maps = Path("/proc/self/maps").read_text()
+        return len(os.listdir("/proc/self/fd")), maps.count("memfd:repkv")
+
+    for memory, folder in ((MEMORIES["full"], None), (REPKV, None), (MEMORIES["on disk, late"], None), (REPKV, "kept")):
+        before = held()
+        session = model.session(memory, directory=None if folder is None else tmp_path / folder)
+        session.prefill(TOKENS[:300])
+        forks = [session.fork() for _ in range(3)]
+        forks += [f.fork() for f in forks]
+        for fork in forks:
+            fork.decode(3)
+        session.close()
+        for fork in forks:
+            fork.close()
+        del session, forks, fork
+        gc.collect()
+        assert held() == before
+
+
+def test_a_fork_is_made_between_two_steps(model):
+    """While another thread reads on."""
+    with model.session(REPKV) as session:
+        session.prefill(TOKENS[:200])
+        reader = threading.Thread(target=lambda: [session.decode(t) for t in TOKENS[200:300]])
+        reader.start()
+        forks = []
+        while reader.is_alive():
+            forks.append(session.fork())
+        reader.join()
+        assert len({fork.n_past for fork in forks}) > 1
+        want = session.decode(5)
+        for fork in forks[:: max(1, len(forks) // 4)]:
+            assert fork.tokens == TOKENS[: fork.n_past]
+            for t in TOKENS[fork.n_past : 300]:
+                fork.decode(t)
+            assert np.array_equal(fork.decode(5), want)
+        for fork in forks:
+            fork.close()
+
+
 def test_a_fork_that_loses_a_block_reads_its_tokens_again(model):
     from pyggml_repkv.ffi.library import native
 
@@ -102,6 +214,44 @@ def test_a_fork_that_loses_a_block_reads_its_tokens_again(model):
             want = go_on(session, 300)
             fork.policy.store.io.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_CHECKSUM)
             assert equal(go_on(fork, 300), want)
+
+
+def test_reading_again_that_is_stopped_is_done_before_the_next_step(model, tmp_path, monkeypatch):
+    """No token is lost by it: not of the session, and not in the directory."""
+    from pyggml_repkv.engine.step import Stepper
+    from pyggml_repkv.ffi.library import native
+
+    compute = Stepper._compute
+
+    def stopped(self, tokens, n_past, outputs):
+        if n_past == 96 and self.lost:
+            raise KeyboardInterrupt
+        return compute(self, tokens, n_past, outputs)
+
+    memory = replace(REPKV, kv_ram=2**17)
+    with model.session(memory) as fresh:
+        fresh.prefill(TOKENS[:300])
+        want = [fresh.decode(7).copy(), *go_on(fresh, 300)]
+    for folder in (None, tmp_path / "kept"):
+        with model.session(memory, directory=folder) as session:
+            session.prefill(TOKENS[:300])
+            session.policy.store.io.inject(read_at=1, keep=1, read_kind=native.REPKV_IO_CHECKSUM)
+            with monkeypatch.context() as patched:
+                patched.setattr(Stepper, "_compute", stopped)
+                with pytest.raises(KeyboardInterrupt):
+                    session.decode(7)
+            assert session.n_past == 300
+            assert session.tokens == TOKENS[:300]
+            with pytest.raises(ComputeError, match="lost a block"):
+                session.fork()
+            if folder is not None:
+                with pytest.raises(StoreError, match="what was saved before is kept"):
+                    session.save()
+            assert equal([session.decode(7).copy(), *go_on(session, 300)], want)
+            if folder is not None:
+                session.save()
+    with model.resume(tmp_path / "kept", memory) as again:
+        assert again.n_past == 406
 
 
 def test_what_cannot_be_forked_says_so(model):

@@ -1,5 +1,6 @@
 """What a directory with a session says when something about it is wrong: one line, and nothing lost."""
 
+import contextlib
 import json
 import os
 import re
@@ -207,6 +208,59 @@ def test_what_is_lost_is_read_again(model, folder, caplog, name, what):
         path.write_bytes(data)
     assert np.array_equal(goes_on(model, folder), logits_after(model, 10))
     assert "reading its 300 tokens again" in caplog.text
+
+
+FORGED = {
+    "a token that is not there": ("tokens", "ids", np.array([10**6] * 48, np.int32).tobytes()),
+    "a negative token": ("tokens", "ids", np.array([-1] * 48, np.int32).tobytes()),
+    "a step of no token": ("tokens", "steps", np.array([0, 48], np.int32).tobytes()),
+    "a step that is too long": ("tokens", "steps", np.array([10**6], np.int32).tobytes()),
+    "steps of other tokens": ("tokens", "steps", np.array([47], np.int32).tobytes()),
+    "half a token": ("tokens", "ids", b"abc"),
+    "text for tokens": ("tokens", "ids", "abc"),
+    "text for a position": ("checkpoints", "sealed_end", "abc"),
+    "a position far away": ("checkpoints", "sealed_end", 2**40),
+    "a negative position": ("checkpoints", "sealed_end", -5),
+    "more blocks than there are": ("checkpoints", "n_blocks", 2**30),
+    "fewer blocks than there are": ("checkpoints", "n_blocks", 1),
+    "far positions from the future": ("checkpoints", "far_at", 2**30),
+    "a window that is not there": ("checkpoints", "window", 5),
+    "a number for a window that is none": ("checkpoints", "window", -1),
+    "scores that are none": ("checkpoints", "scores", b"abcd"),
+    "no scores": ("checkpoints", "scores", b""),
+    "blocks worth reading that are none": ("checkpoints", "warm", np.array([2**30, -7] * 2, np.int32).tobytes()),
+    "few logits": ("checkpoints", "logits", b"abcd"),
+    "extra that is none": ("checkpoints", "extra", "[1]"),
+    "extra that is no JSON": ("checkpoints", "extra", "{"),
+    "a block before the file": ("blocks", "offset", -4096),
+    "a block beyond every file": ("blocks", "offset", 2**63 - 1),
+    "a block without tokens": ("blocks", "n_tokens", 0),
+    "a ring of nothing": ("meta", "n_ring", "0"),
+    "a ring that is too large": ("meta", "n_ring", str(10**30)),
+    "a ring that is text": ("meta", "n_ring", '"x"'),
+}
+
+
+@pytest.mark.parametrize(("table", "column", "value"), FORGED.values(), ids=FORGED.keys())
+def test_a_forged_session_is_one_line_or_goes_on(model, folder, table, column, value):
+    """Its checksums are right, as whoever can write a file can make them."""
+    with contextlib.closing(sqlite3.connect(folder / "session.db")) as db:
+        if table == "meta":
+            db.execute("UPDATE meta SET value = ? WHERE key = ?", (value, column))
+        else:
+            db.execute(f"UPDATE {table} SET {column} = ?", (value,))
+        sums = {"tokens": ("first", "ids, steps"), "checkpoints": ("n_past", "scores, warm, kept, logits")}
+        key, blobs = sums.get(table, ("", ""))
+        for row in db.execute(f"SELECT {key}, {blobs} FROM {table}").fetchall() if key else ():
+            bits = [b.encode() if isinstance(b, str) else b for b in row[1:]]
+            db.execute(f"UPDATE {table} SET checksum = ? WHERE {key} = ?", (_checksum(*bits), row[0]))
+        db.commit()
+    try:
+        with model.resume(folder, MEMORY) as session:
+            assert np.array_equal([session.decode(t) for t in TOKENS[300:310]], logits_after(model, 10))
+    except InputError as error:
+        assert str(folder) in str(error)
+        assert "\n" not in str(error)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
