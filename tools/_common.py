@@ -1,4 +1,4 @@
-"""What the developers' scripts share: options, plain tables, one-line errors."""
+"""Options, plain tables and one-line errors for the developers' scripts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_TOKENS = 2**20
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """-m, -t, --seed, --llama-python, --json."""
+    """Adds -m, -t, --seed, --llama-python and --json."""
     parser.add_argument("-m", "--model", metavar="FILE", type=Path, help="GGUF file (default: the demo model)")
     parser.add_argument(
         "-t",
@@ -30,28 +30,28 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=integer(1, MAX_THREADS),
         default=default_threads(),
-        help="compute threads of each engine (default: %(default)s, the physical cores at hand)",
+        help="compute threads of each engine (default: %(default)s, the available physical cores)",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="of the random tokens (default: %(default)s)"
+        "--seed", metavar="N", type=integer(0, MAX_SEED), default=1, help="seed of random tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--llama-python",
         metavar="FILE",
         default=sys.executable,
-        help="interpreter that has llama-cpp-python and numpy (default: the one that runs this)",
+        help="interpreter that has llama-cpp-python and numpy (default: this one)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
 def integers(low: int, high: int = MAX_TOKENS) -> Callable[[str], tuple[int, ...]]:
-    """An argparse type: whole numbers with commas between; none at all for an empty text."""
+    """Returns an argparse type: whole numbers between commas; an empty text gives none."""
     parse = integer(low, high)
     return lambda text: tuple(dict.fromkeys(map(parse, text.split(",")))) if text else ()
 
 
 def memory_of(text: str) -> MemoryConfig:
-    """The options of `run` that say what ours remembers -> its MemoryConfig."""
+    """Returns the MemoryConfig of --ours, which takes `run`'s flags of context and memory. Raises InputError."""
     parser = Parser(prog="--ours", add_help=False)
     add_context_options(parser)
     add_memory_options(parser)
@@ -62,12 +62,14 @@ def memory_of(text: str) -> MemoryConfig:
         reason = str(error).removesuffix(f" (see {parser.prog} --help)")
         raise InputError(f"--ours {text!r}: {reason}") from None
     if memory.n_ctx:
-        raise InputError(f"--ours {text!r}: -c follows from the text and cannot be given")
+        raise InputError(f"--ours {text!r}: the text decides the context; leave -c out")
     return memory
 
 
 def run_tool(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """The exit code of main(argv), by default the process's own; an error that a user can cause becomes one line."""
+    """Runs main(argv) (default: the arguments of the process) and returns its exit code. A user's error becomes one
+    line.
+    """
     try:
         output.prepare()
         code = main(sys.argv[1:] if argv is None else argv)
@@ -84,17 +86,17 @@ def run_tool(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = 
 
 
 def say(line: str) -> None:
-    """One line to stderr."""
+    """Writes one line to stderr."""
     output.log(f"{line}\n")
 
 
 def model_path(args: argparse.Namespace) -> Path:
-    """-m, or the demo model."""
+    """Returns the path of -m, or of the demo model."""
     return args.model or demo_model_path(say)
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_left: int = 1) -> None:
-    """Columns as wide as what is in them: the first n_left to the left, the others to the right."""
+    """Writes aligned columns, the first n_left aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         sized = zip(row, widths, strict=True)

@@ -1,4 +1,4 @@
-"""A copy of the package and its tests with native code that is compiled in another way."""
+"""Copies the package and its tests, and compiles the native code there in another way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_copy(folder: Path, **environment: str) -> None:
-    """Copies them into a folder and compiles there with these variables (native/build.py). Raises SystemExit."""
+    """Copies into `folder` and compiles there with these variables set (native/build.py). Raises SystemExit."""
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.o", "_native.c")
     for name in ("pyggml_repkv", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
@@ -23,8 +23,8 @@ def make_copy(folder: Path, **environment: str) -> None:
 
 
 def run_tests(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
-    """pytest's exit code and output for tests of a copy."""
-    # Nothing is captured, so that what ends a process may say why.
+    """Returns pytest's exit code and output for tests of a copy."""
+    # Without capture (-s), a crash can say its reason.
     return _run(folder, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *arguments, **environment)
 
 

@@ -1,4 +1,4 @@
-"""docs/RESULTS.md from stored JSON. What is not stored is left out."""
+"""The text of docs/RESULTS.md, from stored JSON. It omits what is not stored."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FIDELITY = ("window", "4", "8", "16", "32")
 
 def page(stored: Stored, commands: Sequence[str]) -> str:
     parts = [
-        "# Results\n\nWritten by `make report TEXT=FILE` from the JSON in `results/`, by the commands at the end.\n",
+        "# Results\n\n`make report TEXT=FILE` writes this page from the commands' output in `results/`.\n",
         *(_about(stored), _speed(stored), _retrieval(stored), _perplexity(stored)),
         *(_fidelity(stored), _recall(stored), _stability(stored), _disk(stored)),
-        "## Commands\n\nEach result is the output of one of these.\n\n```\n" + "\n".join(commands) + "\n```\n",
+        "## Commands\n\n```\n" + "\n".join(commands) + "\n```\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -40,8 +40,8 @@ def _about(stored: Stored) -> str:
         return "\n".join([*lines, ""]) if lines else ""
     lines.append(
         f"Machine: {machine['cpu_info']}, {machine['n_threads']} threads: {stored.peak_gbytes_per_second:.1f} GB/s "
-        f"from memory (the most that any run measured), {machine['peak_gflops']:.0f} GFLOP/s of F32 multiply-adds. "
-        "ggml's own products by weight type:\n\n"
+        f"from memory (the best of all runs), {machine['peak_gflops']:.0f} GFLOP/s of F32 multiply-adds. ggml's own "
+        "matrix products by weight type:\n\n"
     )
     rows = [(t["type"], f"{t['gflops']:.0f}", f"{t['gbytes_per_second']:.1f}") for t in machine["types"]]
     return "\n".join(lines) + table(("weights", "GFLOP/s, 512 tokens", "GB/s, one token"), rows)
@@ -51,11 +51,11 @@ def _speed(stored: Stored) -> str:
     if not stored.speed:
         return ""
     text = (
-        "## Speed at depth\n\nMedians of the rounds; tokens of a prompt are read 512 at a time. `of memory`: the "
-        "bytes that a token must read at least over those that memory delivers in its time, at its best. In the "
-        "last two columns, how many times as fast as llama.cpp's better of `-fa on` and `-fa off` (median of rounds, "
-        "least to most). Contexts marked * are 512 tokens' keys and values repeated; `window` and `repkv` always "
-        "read their prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
+        "## Speed at depth\n\nNumbers are medians of the rounds; a prompt is read in chunks of 512 tokens. `of "
+        "memory`: the bytes that a token must read, over the bytes that memory can deliver in its time. The last two "
+        "columns say how many times as fast the policy is as the better of llama.cpp's `-fa on` and `-fa off` (median "
+        "of the rounds, least to most). Contexts marked * repeat the keys and values of 512 tokens; `window` and "
+        "`repkv` always read their prompt.\n\n![Cost against the length of the context](results_cost.png)\n\n"
     )
     rows = []
     for depth in sorted({r["n_depth"] for r in stored.speed}):
@@ -108,9 +108,9 @@ def _retrieval(stored: Stored) -> str:
             if any(cells):
                 rows.append((f"`{task}`", f"`{policy}`", *("" if c is None else f"{c[0]} of {c[1]}" for c in cells)))
     return (
-        "## What is found\n\nQuestions answered with the whole answer, at evenly spaced depths. Empty: not asked "
-        "(`full` attends everything, at a cost that grows with the square of the length; the demo model was trained "
-        "on 8,192 tokens).\n\n![Answers by task and length](results_retrieval.png)\n\n"
+        "## What is found\n\nHow many questions, at evenly spaced depths, got the whole answer. Empty cells were not "
+        "measured: `full` attends everything, so its cost grows with the square of the length. The demo model was "
+        "trained on 8,192 tokens.\n\n![Answers by task and length](results_retrieval.png)\n\n"
         + table(("task", "policy", *(f"{n:,}" for n in lengths)), rows)
     )
 
@@ -128,8 +128,8 @@ def _perplexity(stored: Stored) -> str:
         (f"{b:,} to {ends[b]:,}", *(_perplexity_of(by_begin[p].get(b)) for p in policies)) for b in begins
     ]  # fmt: skip
     return (
-        "## Perplexity of a long text\n\nOf the text's first tokens, read in one piece in chunks of 512, by "
-        "position. `full` goes on past the 8,192 tokens that the model was trained on, as llama.cpp would.\n\n"
+        "## Perplexity of a long text\n\nPerplexity of the text's first tokens by position, read in one session in "
+        "chunks of 512. `full` reads on past the 8,192 tokens that the model was trained on, as llama.cpp would.\n\n"
         + table(("tokens", *(f"`{p}`" for p in policies)), rows)
     )
 
@@ -156,9 +156,9 @@ def _fidelity(stored: Stored) -> str:
     heads = [f"KL, {s['begin']:,} to {s['end']:,}" for s in last]
     return (
         "## Distance from full attention\n\nKL divergence of the next-token distribution from that of `--kv full` "
-        "(nats), and how often both find the same token most likely, within the trained context, where `full` is "
-        "right. Attended, at most: the first 64 tokens, the last 1,024, and the blocks; positions of older "
-        "tokens are far ones.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
+        "(nats), and how often both find the same token most likely. All positions are within the trained context, "
+        "where `full` is right. A token attends at most the first 64 tokens, the last 1,024, and the blocks; older "
+        "tokens have far positions.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
     )
 
 
@@ -173,9 +173,9 @@ def _recall(stored: Stored) -> str:
         for k, s in by_k.items()
     ]
     return (
-        "## Attention mass in the selected blocks\n\nOf the attention that the best k blocks get, how much the k get "
-        "that rank first; of that of all blocks; and the first as a mean over layers.\n\n![By "
-        "layer](results_recall.png)\n\n"
+        "## Attention mass in the selected blocks\n\nThe attention mass of the k blocks that rank first, as a share of "
+        "the mass of the best k blocks (`of the best`) and of all blocks (`of all`); `mean of layers` averages the "
+        "first share over layers.\n\n![By layer](results_recall.png)\n\n"
         + table(("tokens", "step", "k", "of the best", "of all", "mean of layers"), rows)
     )
 
@@ -194,13 +194,13 @@ def _stability(stored: Stored) -> str:
         "tokens",
         "step",
         "k",
-        "among the k of the step before",
+        "among the k of the previous step",
         "among 2k of it",
-        "among the k of the layer before",
+        "among the k of the previous layer",
     )
     return (
-        "## How stable selections are\n\nHow much of a layer's first k blocks a predictor could have fetched that "
-        "knows the last step, or the layer before. Steps: the text's last two chunks, so one pair, and 48 tokens after "
+        "## How stable selections are\n\nHow many of a layer's first k blocks the previous step or the previous layer "
+        "had selected too. The steps are the text's last two chunks, which make one pair, and the 48 tokens after "
         "them.\n\n![Overlap of selections](results_stability.png)\n\n" + table(header, rows)
     )
 
@@ -221,13 +221,12 @@ def _disk(stored: Stored) -> str:
     if not rows:
         return ""
     header = (
-        "selection", "all in RAM, ms a token", "on disk, ms", "there when asked for", "RAM store", "on disk",
+        "selection", "all in RAM, ms a token", "on disk, ms", "in RAM when needed", "RAM store", "on disk",
         "peak RSS, all in RAM", "peak RSS",
     )  # fmt: skip
     return (
-        "## Blocks on disk\n\nA token after 32,768, with `--kv-ram 75M` for the older ones. The picture has a token of "
-        "each: what is computed, layer by layer, what is waited for, and what is read meanwhile. The runs "
-        "were not in turn, so their times differ by the machine's noise too; [disk.md](disk.md) has such runs in turn, "
-        "at 65,536.\n\n"
+        "## Blocks on disk\n\nThe cost of a token after 32,768 others, with `--kv-ram 75M` for the older ones. The "
+        "picture shows a token of each selection: compute by layer, waits, and reads. The runs did not take turns, so "
+        "their times include the machine's drift; [disk.md](disk.md) has runs in turn, at 65,536 tokens.\n\n"
         "![Reads beside compute](results_prefetch.png)\n\n" + table(header, rows)
     )

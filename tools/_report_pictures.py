@@ -1,4 +1,4 @@
-"""The pictures of docs/RESULTS.md, from stored JSON. What is not stored is left out."""
+"""The pictures of docs/RESULTS.md, from stored JSON. They omit what is not stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLOURS = {
 
 
 def draw(stored: Stored, folder: Path) -> list[str]:
-    """The names of the pictures that there was something to draw in. Raises InputError without matplotlib."""
+    """Draws every picture that has data, and returns their names. Raises InputError without matplotlib."""
     pyplot, drawn = plotting.pyplot(), []
     for name, paint in zip(PICTURES, _PAINTERS, strict=True):
         figure = paint(pyplot, stored)
@@ -121,7 +121,7 @@ def _draw_stability(pyplot: Any, stored: Stored) -> Any:
     return figure
 
 
-# Of a trace (lab/inspect/trace.py): the threads of layers, waits and the first disk lane.
+# Thread ids in a trace (lab/inspect/trace.py): layers, waits, and the first disk lane.
 LAYERS, WAITS, DISK = 2, 4, 10
 
 

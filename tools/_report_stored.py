@@ -1,4 +1,4 @@
-"""What `make report` has measured: the JSON in docs/results/."""
+"""The results of `make report`: the JSON in docs/results/."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Stored:
         self._folder = folder
 
     def get(self, name: str) -> Any:
-        """None where it was not measured yet. Raises InputError for what is no JSON."""
+        """Returns a result, or None if it is not measured yet. Raises InputError if the file is not JSON."""
         path = self._folder / f"{name}.json"
         return _parsed(path, path.read_text("utf-8", errors="replace")) if path.exists() else None
 
     def policies(self, task: str, length: int, n_depths: int) -> list[str]:
-        """Of which there is an answer."""
+        """Returns the policies that have an answer."""
         asked = {
             e["result"]["kv"] for e in self.answers
             if (e["result"]["task"], e["result"]["length"], e["settings"]["asked"]["n_depths"])
@@ -45,7 +45,7 @@ class Stored:
 
     @cached_property
     def peak_gbytes_per_second(self) -> float:
-        """The most that any run measured: on a machine that is shared it varies. 0: nobody measured."""
+        """The best of all runs, because it varies on a shared machine; 0 if no run measured it."""
         machine = self.get("machine")
         found = [r["peak_gbytes_per_second"] for r in self.speed]
         if machine is not None:
@@ -54,8 +54,9 @@ class Stored:
 
     @cached_property
     def answers(self) -> list[Record]:
-        """Of each question and policy the last. Those of another model, seed, text or version than a file's last one,
-        of other options than the policy's last one, and of other depths than the last ones of a length are left out.
+        """The last answer to each question by each policy. It omits answers whose model, seed, text or version differs
+        from the file's last one, whose options differ from the policy's last ones, or whose depths differ from the last
+        ones of their length.
         """
         found: dict[tuple[Any, ...], Record] = {}
         for task in TASKS:
@@ -72,7 +73,7 @@ class Stored:
     def _entries(self, task: str) -> list[Record]:
         path = self._folder / f"{task}.jsonl"
         text = path.read_text("utf-8", errors="replace") if path.exists() else ""
-        # A line that is not whole yet is none.
+        # The last part ends no line: it is empty or incomplete.
         return [_parsed(path, line) for line in text.split("\n")[:-1]]
 
 
@@ -80,11 +81,11 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{path}: is no JSON; move it away, and it is measured again") from None
+        raise InputError(f"{path} is not JSON; move it away, and it is measured again") from None
 
 
 def _decisive(entry: Record) -> dict[Any, Any]:
-    """What must be the same: in a file, for a policy, for a length."""
+    """Returns the settings that must agree: within a file, for a policy, and for a length."""
     settings, kv = entry["settings"], entry["result"]["kv"]
     options = ("asked", "memory", "policy_file", "task")
     return {

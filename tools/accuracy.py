@@ -1,6 +1,7 @@
-"""How far each form of the graph is from the demo model in float64: `python tools/accuracy.py FILE` (a minute or two).
+"""Measures how far each form of the graph is from the demo model in float64: `python tools/accuracy.py FILE`.
 
-Run from the repository's root: the float64 model is the tests' oracle. FILE is a text; its first tokens are read.
+It takes a minute or two. Run it from the repository's root: the float64 model is the tests' oracle. FILE is a text; it
+reads the first tokens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Measure what it costs that evicted blocks live on disk: decode deep in a text, against all of them in RAM.
+"""Measure the cost of evicted blocks on disk, against all blocks in RAM: decode deep in a text.
 
-The text is read once with all in RAM; that session is saved into a directory, which later runs take up. Then every way
-of foreseeing blocks decodes the same tokens from the same place, in turn with the run that has all in RAM, --rounds
-times; their logits must be equal bit for bit. Reads are direct where the file system allows it: the page cache hides
-nothing.
+The first run reads the text with all blocks in RAM and saves the session to a directory, which later runs resume. Then
+each --prefetch decodes the same tokens from the same place, in turn with the session in RAM, --rounds times; their
+logits must be equal bit for bit. Reads bypass the page cache if the file system allows it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ HEADER = (
     "prefetch",
     "ms/token",
     "of all in RAM",
-    "there when asked",
+    "in RAM when needed",
     "reads hidden",
     "MB read/token",
     "logits",
@@ -50,14 +49,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--text", metavar="FILE", required=True, help="a text of more than --tokens tokens")
-    parser.add_argument("--session", metavar="DIR", required=True, help="where the blocks are; taken up if it is there")
+    parser.add_argument("--session", metavar="DIR", required=True, help="the saved session; made if it is missing")
     parser.add_argument(
-        "--ours", metavar="FLAGS", default="--kv repkv", help="what is remembered, in RAM and on disk: flags of `run`"
+        "--ours", metavar="FLAGS", default="--kv repkv", help="`run`'s flags for the memory, in RAM and on disk"
     )
     parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536)
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, help="default: a tenth of the keys and values")
     parser.add_argument(
-        "-n", metavar="N", type=integer(1, 4096), default=64, help="tokens timed (default: %(default)s)"
+        "-n", metavar="N", type=integer(1, 4096), default=64, help="tokens to time (default: %(default)s)"
     )
     parser.add_argument("--rounds", metavar="N", type=integer(1, 99), default=3, help="(default: %(default)s)")
     parser.add_argument("--prefetch", metavar="NAME,...", default=",".join(PREFETCH), help="(default: %(default)s)")
@@ -66,10 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def memory_in_ram(flags: str) -> MemoryConfig:
-    """Flags of `run` -> what they say, without a length. Raises InputError where it is not repkv, or not in RAM."""
+    """Returns the memory of these flags of `run`, without a length. Raises InputError unless it is repkv in RAM."""
     memory = memory_of(flags)
     if memory.kv != "repkv" or memory.on_disk or memory.kv_disk_max or memory.type_evicted:
-        raise InputError(f"--ours {flags!r}: it must say --kv repkv, and nothing of disks")
+        raise InputError(f"--ours {flags!r} must say --kv repkv, and nothing about disks")
     return memory
 
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     predictors = args.prefetch.split(",")
     if not set(predictors) <= set(PREFETCH):
-        raise InputError(f"--prefetch {args.prefetch}: it must be some of {', '.join(PREFETCH)}")
+        raise InputError(f"--prefetch {args.prefetch} must be some of {', '.join(PREFETCH)}")
     memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
         tokens = _tokens(args, model)
@@ -107,10 +106,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _tokens(args: argparse.Namespace, model: Model) -> list[int]:
     n_needed = args.tokens + args.rounds * (N_WARM + args.n)
-    # More than enough characters; tokenizing a library would take minutes.
+    # So many characters are more than enough; tokenizing a library would take minutes.
     tokens = model.tokenizer.encode(read_text_file(args.text, "--text")[: 16 * n_needed])
     if len(tokens) < n_needed:
-        raise InputError(f"--text {args.text} has {len(tokens)} tokens, {n_needed} are needed")
+        raise InputError(f"--text {args.text} has {len(tokens)} tokens and {n_needed} are needed")
     return tokens[:n_needed]
 
 
@@ -123,7 +122,7 @@ def _read(session: Session, tokens: list[int]) -> float:
 def _prepare(
     args: argparse.Namespace, model: Model, memory: MemoryConfig, in_ram: Session, tokens: list[int]
 ) -> None:  # fmt: skip
-    """Makes sure that the session directory has the tokens."""
+    """Saves the session if the directory has none, and checks that it holds the tokens. Raises InputError."""
     if not (Path(args.session) / "session.db").exists():
         say(f"saving the session into {args.session}")
         in_ram.save(args.session)
@@ -162,7 +161,7 @@ def _measure(
 
 
 def _decode(session: Session, tokens: list[int], run: dict[str, Any]) -> np.ndarray:
-    """Decodes; puts milliseconds and what the store counted meanwhile into `run`."""
+    """Decodes and returns the logits [n, n_vocab]; adds milliseconds and the store's counters to `run`."""
     logits = [session.decode(token).copy() for token in tokens[:N_WARM]]
     before = _counters(session)
     milliseconds = []
@@ -202,7 +201,7 @@ def _print(result: dict[str, Any]) -> None:
         f"{result['ours']}: {result['tokens']} tokens, {result['kv_bytes'] / 1e6:.0f} MB of keys and values, --kv-ram "
     )
     output.write(f"{result['kv_ram'] / 1e6:.0f} MB; read at {result['prefill_per_second']:.0f} tokens/s; ")
-    output.write(f"taken up in {median(result['resume_s']):.2f} s\n\n")
+    output.write(f"resumed in {median(result['resume_s']):.2f} s\n\n")
     write_table(HEADER, rows, n_left=2)
 
 

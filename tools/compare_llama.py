@@ -1,8 +1,8 @@
-"""Compare the logits with llama.cpp's on the same machine, model and threads.
+"""Compare this project's logits with llama.cpp's on the same machine, model and threads.
 
-Per attention kernel and prompt length: the logits after the prompt and after each token decoded from there. With
---exact-graph they must be equal to llama.cpp's, which chooses the tokens; of the default graph the table says how near
-it comes. Prompts are random token ids, or those of a text (-f).
+It compares the logits after a prompt and after each token decoded from there, for each attention kernel and prompt
+length. llama.cpp chooses the tokens. With --exact-graph the logits must equal llama.cpp's; for the default graph the
+table says how near they are. Prompts are random token ids, or those of a text (-f).
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ HEADER = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Ours against llama.cpp for one prompt. Differences are the largest absolute ones of any logit.
+    """A comparison with llama.cpp for one prompt. Differences are the largest absolute ones of any logit.
 
-    exact_*: with --exact-graph, after the prompt and over the decoded tokens; exact_equal counts the equal of the
-    n_outputs vectors. default_*: without; the smallest cosine, and in how many vectors the same token is first.
+    exact_*: with --exact-graph, after the prompt and over the decoded tokens; exact_equal: how many of the n_outputs
+    vectors are equal. default_*: without it, also the smallest cosine, and how many vectors have the same top token.
     """
 
     n_prompt: int
@@ -89,11 +89,11 @@ class Row:
 
 
 class Engines:
-    """llama.cpp and both graphs of ours, the model loaded in each; they compute one after the other."""
+    """llama.cpp and this project's two graphs, each with the model loaded; they compute one after the other."""
 
     def __init__(self, stack: ExitStack, args: argparse.Namespace) -> None:
         options = {"model": str(args.model), "n_threads": args.threads}
-        # Ours first: what it says about a bad file is more than llama.cpp does.
+        # llama.cpp starts last: it says less about a bad file.
         self.exact = start_repkv(stack, "ours --exact-graph", **options, exact_graph=True)
         self.default = start_repkv(stack, "ours", **options)
         self.llama = start_llama(stack, "llama.cpp", args.llama_python, **options)
@@ -109,7 +109,9 @@ class Engines:
             engine.ask("open", n_ctx=n_ctx, flash_attn=flash_attn)
 
     def logits(self, prompt: list[int], n_decode: int) -> list[np.ndarray]:
-        """Of llama.cpp, ours exact and ours by default, each float32 [1 + n_decode, n_vocab], for the same tokens."""
+        """Returns the logits of llama.cpp, --exact-graph and the default graph, each float32 [1 + n_decode, n_vocab],
+        for the same tokens.
+        """
         results: list[np.ndarray] = []
         feed: list[int] = []
         for engine in self.all:
@@ -123,7 +125,7 @@ class Engines:
 
 
 def compare(n_prompt: int, flash_attn: bool, llama: np.ndarray, exact: np.ndarray, default: np.ndarray) -> Row:
-    """The row of three arrays of logits [n_outputs, n_vocab], of which the first is after the prompt."""
+    """Returns the row for three arrays of logits [n_outputs, n_vocab]; their first vectors come after the prompt."""
     diffs = np.abs(llama - exact).max(axis=1)
     wide, other = llama.astype(np.float64), default.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1) * np.linalg.norm(other, axis=1)
@@ -165,24 +167,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="greedy tokens after each prompt (default: %(default)s)",
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", type=Path, help="take the tokens of this text (UTF-8), over and over if short"
+        "-f", "--file", metavar="FILE", type=Path, help="take the tokens of this text (UTF-8), repeated if too few"
     )
     args = parser.parse_args(argv)
     if not args.lengths:
-        raise InputError("--lengths is empty; it must hold at least one prompt length")
+        raise InputError("--lengths is empty; give at least one prompt length")
     args.model = model_path(args)
     return args
 
 
 def text_tokens(args: argparse.Namespace) -> list[int]:
-    """The tokens of -f, repeated to the longest prompt."""
+    """Returns the tokens of -f, repeated to the longest prompt. Raises InputError."""
     try:
         text = args.file.read_text("utf-8")
     except (OSError, UnicodeError) as error:
         raise InputError(f"{args.file}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     tokens = Tokenizer.from_metadata(GGUFFile.open(args.model).metadata).encode(text)
     if not tokens:
-        raise InputError(f"{args.file}: no tokens in it; give a text")
+        raise InputError(f"{args.file} has no tokens; give a text")
     return tokens * -(-max(args.lengths) // len(tokens))
 
 

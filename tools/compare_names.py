@@ -1,7 +1,7 @@
-"""List the nodes of llama.cpp's graph and of ours with --exact-graph side by side.
+"""List the nodes of llama.cpp's graph and of --exact-graph side by side.
 
-llama.cpp's are taken from a run, by a callback of ggml's scheduler; ours from `graph dump`. Nodes that compute nothing,
-views and their like, are left out, and where llama.cpp gives a node no name, ours may have one.
+A callback of ggml's scheduler sees llama.cpp's nodes in a run; those of --exact-graph are the nodes of `graph dump`.
+The list omits nodes that compute nothing, such as views. Where llama.cpp gives a node no name, any name matches.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_WORK = {"none", "view", "reshape", "permute", "transpose"}
 # Name and op.
 Node = tuple[str, str]
 
-# What ggml describes more closely than it names.
+# Ops for which ggml's description is more specific than its name of the op.
 DESCRIBED = {"swiglu": "glu"}
 UNNAMED = re.compile(r"node_\d+")
 HEADER = ("llama.cpp", "op", "--exact-graph", "op", "")
@@ -67,12 +67,12 @@ def llama_nodes(args: argparse.Namespace) -> list[Node]:
 
 
 def same(theirs: Node, ours: Node) -> bool:
-    """A node without a name of its own is told by its op and place."""
+    """Returns whether two nodes are the same. A node that llama.cpp left unnamed matches by op and place alone."""
     return theirs[1] == ours[1] and (theirs[0] == ours[0] or bool(UNNAMED.fullmatch(theirs[0])))
 
 
 def aligned(theirs: list[Node], ours: list[Node]) -> Iterator[tuple[str, ...]]:
-    """Rows of HEADER: what only one of them has stands alone."""
+    """Yields the rows under HEADER; a node that only one graph has stands alone."""
     ops = [op for _, op in theirs], [op for _, op in ours]
     for _, a0, a1, b0, b1 in SequenceMatcher(None, *ops, autojunk=False).get_opcodes():
         for a, b in zip_longest(theirs[a0:a1], ours[b0:b1], fillvalue=("", "")):
@@ -90,9 +90,9 @@ def main(argv: Sequence[str]) -> int:
         suffix = "" if args.layer is None else f"-{args.layer}"
         shown = [r for r in rows if args.layer is None or r[0].endswith(suffix) or r[2].endswith(suffix)]
         write_table(HEADER, shown)
-        output.write(f"{len(theirs)} nodes of llama.cpp, {len(ours)} of ours; {n_off} differ\n")
+        output.write(f"{len(theirs)} nodes of llama.cpp, {len(ours)} of --exact-graph; {n_off} differ\n")
     if n_off:
-        say(f"error: {n_off} nodes are not llama.cpp's")
+        say(f"error: {n_off} nodes differ from llama.cpp's")
     return 1 if n_off else 0
 
 

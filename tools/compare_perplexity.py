@@ -1,7 +1,7 @@
-"""Perplexity of a text by llama.cpp beside ours, chunk for chunk as llama-perplexity has it.
+"""Compare a text's perplexity with llama.cpp's, over the chunks of llama-perplexity.
 
---exact-graph must have llama.cpp's (but for CPUs on which ggml itself is compiled to other sums); our own nodes round
-less.
+--exact-graph must give llama.cpp's number, except on CPUs where the two ggml builds sum differently. The default graph
+rounds less.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pyggml_repkv.lab.bench.engines import start_llama
 from pyggml_repkv.lab.eval.likelihood import MIN_CHUNK, chunk_perplexity, chunks_of
 from pyggml_repkv.memory.config import MemoryConfig
 
-# Relative; llama-perplexity prints four decimals.
+# A relative difference; llama-perplexity prints four decimals.
 TOLERANCE = 1e-5
 HEADER = ("engine", "tokens", "perplexity")
 
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=HelpFormatter,
     )
     add_common_options(parser)
-    parser.add_argument("--text", metavar="FILE", required=True, help="what is predicted")
+    parser.add_argument("--text", metavar="FILE", required=True, help="the text to predict")
     parser.add_argument(
         "-c", "--chunk", metavar="N", type=integer(MIN_CHUNK, 2048), default=512,
         help="tokens of a chunk, of which the second half is judged (default: %(default)s)",
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def ours(args: argparse.Namespace, text: str, *, exact: bool) -> tuple[int, float]:
-    """-> tokens judged, perplexity."""
+    """Returns the number of judged tokens and their perplexity, by this project."""
     memory = MemoryConfig(n_ctx=args.chunk, n_batch=min(512, args.chunk))  # as llama.cpp's n_ubatch
     with Model.load(args.model, threads=args.threads, exact_graph=exact) as model:
         *_, last = chunk_perplexity(model, memory, model.tokenizer.encode(text), args.chunk)
@@ -54,7 +54,7 @@ def ours(args: argparse.Namespace, text: str, *, exact: bool) -> tuple[int, floa
 
 
 def llama(args: argparse.Namespace, text: str) -> tuple[int, float]:
-    """-> tokens judged, perplexity."""
+    """Returns the number of judged tokens and their perplexity, by llama.cpp."""
     with Model.load(args.model, threads=args.threads) as model:
         chunks = list(chunks_of(model.tokenizer, model.tokenizer.encode(text), args.chunk))
     first = args.chunk // 2

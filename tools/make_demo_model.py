@@ -1,4 +1,4 @@
-"""Re-express SmolLM2 as a qwen2 model: from a file of yours, or the cached demo model when none is given."""
+"""Convert SmolLM2 to a qwen2 model: from a given file, or by default the cached demo model."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from pyggml_repkv.model.demo import convert_smollm2, demo_model_path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert, print the path of the result, return the exit code."""
+    """Converts, prints the path of the result, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--from", dest="source", metavar="FILE", type=Path, help="SmolLM2 in GGUF format")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to write the qwen2 model")

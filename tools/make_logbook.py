@@ -2,7 +2,7 @@
 
     python tools/make_logbook.py > docs/examples/logbook.txt
 
-Longer than the demo model was trained for (8,192 tokens). One entry, early in the book, says what nobody repeats.
+It is longer than the demo model's trained context (8,192 tokens). One early entry tells the secret, and no other does.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ EVENTS = [
 
 
 def entry(day: datetime.date, rng: random.Random) -> str:
-    """One day, some forty words."""
+    """Returns the entry of one day, some forty words."""
     hour = rng.choice(["at first light", "at nine", "at noon", "toward four", "at dusk", "an hour after midnight"])
     parts = [
         f"{day.day} {day:%B %Y}. Wind {rng.choice(WINDS)}, {rng.choice(FORCES)}, {rng.choice(SKIES)}.",
@@ -64,7 +64,7 @@ def entry(day: datetime.date, rng: random.Random) -> str:
 
 
 def logbook() -> str:
-    """The whole book, one paragraph a day."""
+    """Returns the whole book, one paragraph a day."""
     rng = random.Random(SEED)
     days = [FIRST_DAY + datetime.timedelta(n) for n in range(N_DAYS)]
     entries = [entry(day, rng) for day in days]

@@ -1,8 +1,8 @@
-"""Draw where the time of a chunk and of a token goes: layers that compute, waits for blocks, and reads under them.
+"""Draw where the time of a chunk and of a token goes: compute by layer, waits for blocks, and reads.
 
-Takes up a session that bench_disk.py made (or `run --session`), reads on from a text without keeping it, and records
-what the store does meanwhile. A layer's bar goes from the choice of its blocks to that of the next layer; layers whose
-blocks were known before the step and are asked for together share one.
+It resumes a session of bench_disk.py (or of `run --session`), reads on in the text without saving, and records the
+store's events. A layer's bar reaches from the selection of its blocks to that of the next layer; layers whose blocks
+are known before the step, and asked for together, share a bar.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pyggml_repkv.memory.store.block_store import Event
 
 N_WARM_CHUNKS, N_WARM_TOKENS = 2, 16
 
-# A layer takes longer.
+# Every layer takes longer than this.
 MAX_APART_MS = 0.05
 
 
@@ -39,9 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--session", metavar="DIR", required=True, help="a session that has read some of the text")
-    parser.add_argument("--ours", metavar="FLAGS", default="--kv repkv", help="with which flags of `run` it was read")
+    parser.add_argument("--ours", metavar="FLAGS", default="--kv repkv", help="the flags of `run` that made it")
     parser.add_argument("--text", metavar="FILE", required=True, help="the text")
-    parser.add_argument("--tokens", metavar="N", type=integer(4096, 2**20), default=65536, help="where it goes on")
+    parser.add_argument(
+        "--tokens", metavar="N", type=integer(4096, 2**20), default=65536, help="tokens that it has read"
+    )
     parser.add_argument("--kv-ram", metavar="SIZE", type=byte_size, default=byte_size("144M"), help="(default: 144M)")
     parser.add_argument("--prefetch", choices=PREFETCH, default="on", help="(default: %(default)s)")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="a PNG or SVG file")
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
-    plotting.pyplot()  # refuses before the work where it is not installed
+    plotting.pyplot()  # Raises before the work if matplotlib is missing.
     memory = memory_in_ram(args.ours)
     with Model.load(model_path(args), threads=args.threads, repack=False) as model:
         text = read_text_file(args.text, "--text")[: 16 * (args.tokens + 4096)]
@@ -91,7 +93,7 @@ def _traced(session: Session, step: Any) -> list[Event]:
 
 
 def _asked_together(selected: list[Event]) -> list[list[Event]]:
-    """In groups: layers that are asked for within MAX_APART_MS of one another have nothing computed between them."""
+    """Returns groups of layers. Nothing is computed between layers that are asked for within MAX_APART_MS."""
     groups: list[list[Event]] = []
     for event in selected:
         if groups and event.begin_ms - groups[-1][-1].begin_ms < MAX_APART_MS:
@@ -136,7 +138,7 @@ def _draw(path: str, traces: dict[str, list[Event]]) -> None:
     handles = [Patch(color=c, label=f"layers {i}, {i + 5}, ...") for i, c in enumerate(colours)]
     handles += [
         Patch(color="black", label="compute waits"),
-        Patch(facecolor="white", edgecolor="black", label="read when asked for"),
+        Patch(facecolor="white", edgecolor="black", label="read when needed"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(path, dpi=110)

@@ -1,8 +1,8 @@
-"""Measure everything that docs/RESULTS.md says, and write it: `make report TEXT=FILE`.
+"""Measure everything in docs/RESULTS.md and write that page: `make report TEXT=FILE`.
 
-Each result is stored as JSON in docs/results/ as soon as it is there; what is stored is not measured again, so that a
-report that was stopped goes on where it was, and one file taken away is measured anew. It takes hours. Speed is
-measured last, for an idle machine.
+It takes hours. It stores each result as JSON in docs/results/ and never measures a stored one again: an interrupted
+report continues where it stopped, and removing a file measures that result again. Speed comes last, when the machine
+should be idle.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from pyggml_repkv.errors import InputError, RepkvError
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROGRAM = ("-m", "pyggml_repkv")
 
-# Task, length, depths and policies. `full` attends everything at a cost that grows with the square of the length, and
-# the demo model was trained on 8,192 tokens.
+# Task, length, depths and policies. The cost of `full` grows with the square of the length, and the demo model was
+# trained on 8,192 tokens.
 RETRIEVAL = (
     *((task, 8000, 3, "full,window,repkv") for task in TASKS),
     *((task, 16000, 2, "full,window,repkv") for task in TASKS),
@@ -44,22 +44,22 @@ BUDGETS = (4, 8, 16, 32)
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A command of the program. file: where its JSON goes; flag: how the program is told of it, where it writes itself:
-    "--out" adds to what is there, "-o" writes a new one.
+    """A command of the program. file: the name of its JSON; flag: the option that makes the program write that file:
+    "--out" appends to it, "-o" replaces it, "" leaves the JSON on stdout.
     """
 
     file: str
     command: tuple[str, ...]
     flag: str = ""
-    # Of a task: its name, length and number of depths.
+    # A retrieval task: its name, length and number of depths.
     asked: tuple[str, int, int] | None = None
 
     def line(self) -> str:
-        """As a user would type it."""
+        """Returns the command as a user would type it."""
         return f"python -m pyggml_repkv {shlex.join(self.command)}"
 
     def of_what_is_stored(self, stored: Stored) -> Step | None:
-        """This, of the policies whose answers are stored; None where nothing is."""
+        """Returns this step with only the policies whose answers are stored; None if nothing is."""
         if self.asked is None:
             return None if stored.get(self.file.removesuffix(".json")) is None else self
         policies = stored.policies(*self.asked)
@@ -91,7 +91,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
         )  # fmt: skip
     recall = ("--kv", "repkv", "--positions", "far", "--json")
     found.append(Step("recall.json", ("eval", "recall", *prose, "--lengths", "6200,24600", *recall)))
-    # A tenth of the keys and values of 32,768 tokens; as it is by default, and with a whole token's time to read.
+    # A tenth of the keys and values of 32,768 tokens, by default and with a whole token's time to read.
     disk = ("--kv", "repkv", "--kv-ram", "75M")
     late = ("--sticky", "1.4", "--late")
     trace = ("graph", "trace", "-f", text, *disk, "-c", "1000000", "-d", "32768", "-n", "2")
@@ -115,7 +115,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
 
 
 def measure(todo: Sequence[Step], results: Path, extra: Sequence[str]) -> None:
-    """Runs what is not stored yet. extra: options for every `bench` that is compared."""
+    """Runs the steps that are not stored yet. extra: options for every `bench --vs`. Raises RepkvError."""
     results.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(todo, 1):
         path = results / step.file
@@ -141,7 +141,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Files by their names alone: where they lay on one machine says nothing to others."""
+    """Returns the value with bare file names: folders of one machine mean nothing elsewhere."""
     if isinstance(value, dict):
         return {
             k: Path(v).name if k in ("text", "model_filename") and isinstance(v, str) else without_folders(v)
@@ -159,12 +159,12 @@ def about_text(path: Path) -> dict[str, Any]:
 
 
 def check_same_text(text: dict[str, Any], results: Path) -> None:
-    """What is stored must be of the same text. Raises InputError where it is not."""
+    """Raises InputError if the stored results are of another text."""
     path = results / "text.json"
     if path.exists():
         stored = Stored(results).get("text")
         if not isinstance(stored, dict) or not text.keys() <= stored.keys():
-            raise InputError(f"{path}: does not say which text it was; move the results away")
+            raise InputError(f"{path} does not say which text it was; move the results away")
         if stored["sha256"] != text["sha256"]:
             raise InputError(f"the results in {results} are of another text ({stored['name']}): move them away first")
         return
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
     results = args.docs / "results"
     if not args.page_only:
         if args.text is None:
-            raise InputError("a text is needed: --text FILE (`make report TEXT=FILE`)")
+            raise InputError("give a text: --text FILE (`make report TEXT=FILE`)")
         check_same_text(about_text(args.text), results)
         extra = ("--llama-python", args.llama_python) if args.llama_python else ()
         measure(steps(str(args.text), llama=not args.no_llama), results, extra)
@@ -200,13 +200,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_report(results: Path, docs: Path) -> list[str]:
-    """RESULTS.md and its pictures, from what is stored -> their names."""
+    """Writes RESULTS.md and its pictures from the stored results; returns their names."""
     stored, path = Stored(results), docs / "RESULTS.md"
     try:
         drawn = draw(stored, docs)
         text = (stored.get("text") or {"name": "TEXT"})["name"]
         known = (step.of_what_is_stored(stored) for step in steps(text, llama=stored.has_llama))
-        # Two steps that ask the same of different policies are one command.
+        # Steps that became equal are one command.
         commands = dict.fromkeys(step.line() for step in known if step is not None)
         path.write_text(page(stored, list(commands)), encoding="utf-8")
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Run tests of the native code with sanitizers: memory and undefined behaviour, and data races of the block store.
+"""Run tests of the native code with sanitizers: for memory errors, undefined behaviour, and races in the block store.
 
-The package and its tests are copied, compiled there (native/build.py) and run with the sanitizer's library loaded
-first. ggml is not compiled again: what it does itself is not watched, and it computes with one thread where races are
-looked for, since the barriers of OpenMP are unknown to the sanitizer.
+A copy of the package and its tests is compiled with a sanitizer (native/build.py) and tested with the sanitizer's
+library loaded first. ggml is not compiled again, so its own errors are not seen. The check for races computes with one
+thread, because the sanitizer does not know OpenMP's barriers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from _native_copy import make_copy, run_tests
 
 @dataclass(frozen=True)
 class Check:
-    """sanitizers: as -fsanitize takes them; library: what must be loaded before Python; options: variables for it."""
+    """A run of tests. sanitizers: for -fsanitize; library: loaded before Python; options: its environment variables."""
 
     sanitizers: str
     library: str
@@ -32,7 +32,7 @@ CHECKS = (
     Check(
         "address,undefined",
         "libasan.so",
-        # What Python leaves to the end of the process is no leak.
+        # Python leaves memory to the end of the process: not a leak.
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
         ("tests/unit/native", "tests/properties/test_block_store.py", "tests/properties/test_repkv_oracle.py"),
     ),
@@ -61,7 +61,7 @@ def run(check: Check) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Both at once; 1 if one found something."""
+    """Runs both checks at once; returns 1 if one fails."""
     with ThreadPoolExecutor(len(CHECKS)) as pool:
         results = list(pool.map(run, CHECKS))
     for check, (_, output) in zip(CHECKS, results, strict=True):

@@ -1,4 +1,4 @@
-"""Python functions that ggml calls: kept alive, and their exceptions carried past C to the caller."""
+"""Custom ops written in Python, with their exceptions carried past C to the caller."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ PythonOpFunction = Callable[..., np.ndarray]
 class PythonOps:
     """Custom ops written in Python, for tests and inspection only: each call costs tens of microseconds.
 
-    ctypes prints and drops an exception raised inside a callback, and ggml would report success. Here the first one is
-    kept, compute is stopped, and `reraise` raises it.
+    ctypes prints and drops an exception inside a callback, and ggml would report success. This class keeps the first
+    exception and stops the compute; `reraise` raises it.
     """
 
     def __init__(self, backend: Backend) -> None:
-        """backend: where the graphs are computed."""
+        """backend: the one that computes the graphs."""
         self._backend = backend
         self._error: BaseException | None = None
 
     def add(
         self, context: GraphContext, shape: tuple[int, ...], sources: list[Tensor], function: PythonOpFunction
     ) -> Tensor:
-        """A node whose value is function(*source arrays) -> float32 array of `shape`; runs on one thread."""
+        """Returns a node of `shape` (F32) whose value is function(*source arrays); it runs on one thread."""
 
         def run(dst: Any, ith: int, nth: int, userdata: Any) -> None:
             if ith != 0 or self._error is not None:
@@ -38,7 +38,7 @@ class PythonOps:
             try:
                 arrays = [tensor_array(dst.contents.src[i]) for i in range(len(sources))]
                 tensor_array(dst)[...] = np.reshape(function(*arrays), shape)
-            except BaseException as error:  # carried to the caller by reraise()
+            except BaseException as error:  # reraise() carries it to the caller
                 self._error = error
                 self._backend.stop()
 
@@ -50,7 +50,7 @@ class PythonOps:
         return g.ggml_custom_4d(context.pointer, g.GGML_TYPE_F32, *ne, args, len(sources), callback, 1, None)
 
     def reraise(self) -> None:
-        """Call after compute, also when compute raised."""
+        """Raises the first exception of an op, if any. Call it after compute, also if compute raised."""
         error, self._error = self._error, None
         if error is not None:
             raise error

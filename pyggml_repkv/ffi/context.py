@@ -12,12 +12,12 @@ from pyggml_repkv.ffi.handles import Handle
 from pyggml_repkv.ffi.library import g, native_ffi
 
 Tensor = Any
-"""A ctypes pointer to a ggml_tensor; valid as long as the context it was made in."""
+"""A ctypes pointer to a ggml_tensor, valid as long as the context that made it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """What ggml_rope_ext needs besides the positions (names and meaning are ggml's)."""
+    """The parameters of ggml_rope_ext besides the positions, with ggml's names and meanings."""
 
     n_dims: int
     n_ctx_orig: int
@@ -41,8 +41,8 @@ class TensorContext(Handle):
         self._capacity = mem_size
 
     def reserve(self) -> None:
-        """Room for one more tensor. Raises ComputeError where there is none."""
-        # A full context makes ggml abort, so the last places are never used.
+        """Raises ComputeError if there is no room for one more tensor."""
+        # ggml aborts when a context is full, so the last places stay empty.
         if g.ggml_used_mem(self.pointer) + 4 * g.ggml_tensor_overhead() > self._capacity:
             raise ComputeError(f"a ggml context of {self._capacity} bytes is full")
 
@@ -56,15 +56,15 @@ class TensorContext(Handle):
 
 
 class GraphContext(TensorContext):
-    """Builds one graph node by node. Nothing is computed or allocated here."""
+    """Builds one graph node by node. It computes and allocates nothing."""
 
     def __init__(self, max_nodes: int) -> None:
-        # ggml aborts when a graph is full. It holds tensors of this context and what they take as sources, at most
-        # GGML_MAX_SRC each, so a graph of this size cannot be full before the context is, which raises.
+        # ggml aborts when a graph is full. A graph holds tensors of this context and their sources, at most
+        # GGML_MAX_SRC each, so with this size the context is full first, which raises.
         size = max_nodes * g.GGML_MAX_SRC
         overhead = g.ggml_graph_overhead_custom(size, False)
         super().__init__(max_nodes, extra_bytes=overhead + 4096)
-        # Nodes and inputs are tensors of this context; weights and arenas that they read are fewer than it can hold.
+        # Nodes and inputs are tensors of this context; the weights and arenas that they read are fewer than max_nodes.
         self.max_tensors = 2 * max_nodes
         self.graph = g.ggml_new_graph_custom(self.pointer, size, False)
         graph_address = ctypes.cast(self.graph, ctypes.c_void_p).value
@@ -76,27 +76,27 @@ class GraphContext(TensorContext):
         return g.ggml_graph_n_nodes(self.graph)
 
     def keep_alive(self, thing: object) -> None:
-        """For what C will point to while the graph exists: op parameters, scratch, callbacks."""
+        """Keeps an object as long as the graph, because C points to it: op parameters, scratch, callbacks."""
         self._alive.append(thing)
 
     def input(self, type_: int, shape: Sequence[int], name: str) -> Tensor:
-        """A tensor that is filled before every compute: its memory is reused after its last use."""
+        """Returns a tensor to fill before every compute: ggml reuses its memory after the last use."""
         tensor = self.new(type_, shape, name)
         g.ggml_set_input(tensor)
         return tensor
 
     def output(self, tensor: Tensor) -> Tensor:
-        """Marks a result: it stays readable after compute."""
+        """Marks a result, which stays readable after compute, and adds it to the graph. Returns the tensor."""
         g.ggml_set_output(tensor)
         return self.expand(tensor)
 
     def expand(self, tensor: Tensor) -> Tensor:
-        """Adds the tensor and all it depends on to the graph, in order."""
+        """Adds the tensor and everything it depends on to the graph, in order. Returns the tensor."""
         g.ggml_build_forward_expand(self.graph, tensor)
         return tensor
 
     def view(self, a: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-        """`strides` in bytes for all dimensions but the innermost, which is contiguous."""
+        """Returns a view. strides: bytes for all dimensions but the innermost, which is contiguous; offset: bytes."""
         self.reserve()
         ne, nb = list(reversed(shape)), list(reversed(strides))
         if len(ne) == 2:
@@ -126,7 +126,7 @@ class GraphContext(TensorContext):
         return g.ggml_get_rows(self.pointer, a, rows)
 
     def set_rows(self, a: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-        """Writes b's rows into a at `rows` (I64), converting to a's type; the result is a view of a."""
+        """Writes b's rows to `rows` (I64) of a, converted to a's type; returns a view of a."""
         self.reserve()
         return g.ggml_set_rows(self.pointer, a, b, rows)
 
@@ -184,14 +184,14 @@ class GraphContext(TensorContext):
         return g.ggml_soft_max_ext(self.pointer, scores, mask, scale, 0.0)
 
     def contiguous(self, a: Tensor) -> Tensor:
-        """A copy in row-major order, or a itself where it is one already."""
+        """Returns a copy in row-major order, or `a` itself if it is in that order."""
         if g.ggml_is_contiguous(a):
             return a
         self.reserve()
         return g.ggml_cont(self.pointer, a)
 
     def custom(self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any) -> Tensor:
-        """An F32 tensor computed by a C op of the extension; `params` is a cffi struct and is kept alive."""
+        """Returns an F32 tensor that a native op computes. params: a cffi struct, kept alive."""
         self.reserve()
         if len(sources) >= g.GGML_MAX_SRC:
             raise ComputeError(f"a custom op takes fewer than {g.GGML_MAX_SRC} sources, not {len(sources)}")
@@ -204,5 +204,5 @@ class GraphContext(TensorContext):
 
 
 def set_name(tensor: Tensor, name: str, layer: int = -1) -> None:
-    """llama.cpp's naming: `name-layer`, or `name` outside the layers. It is the `cb` that graphs get by default."""
+    """Names a tensor as llama.cpp does: `name-layer`, or `name` outside the layers. It is the graphs' default `cb`."""
     g.ggml_set_name(tensor, (f"{name}-{layer}" if layer >= 0 else name).encode())

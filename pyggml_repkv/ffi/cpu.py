@@ -1,4 +1,4 @@
-"""Whether this CPU has what the extension was compiled for, known before any of its code runs (native/isa.c)."""
+"""Checks that this CPU can run the extension, before any of the extension's code runs (native/isa.c)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def needed_features(extension: Path) -> list[str]:
-    """What the extension's code may use, by names of /proc/cpuinfo; empty where nothing is said."""
+    """Returns the features that the extension's code may use, named as in /proc/cpuinfo; empty if it names none."""
     found = re.search(rb"repkv_isa:([^\0]*)", extension.read_bytes())
     return re.findall(r"(\w+)=1\b", found[1].decode()) if found else []
 
 
 def lacking_features(extension: Path) -> list[str]:
-    """What of this the CPU at hand lacks; empty too where there is no /proc/cpuinfo."""
+    """Returns the needed features that this CPU lacks; empty without /proc/cpuinfo."""
     try:
         with CPUINFO.open() as lines:
             features = next((line for line in lines if line.startswith(("flags", "Features"))), "")

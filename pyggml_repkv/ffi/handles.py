@@ -1,4 +1,4 @@
-"""Owners of ggml objects: each is freed once, after everything that was made from it."""
+"""Owners of ggml objects: each frees its object once, after everything that was made from it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pyggml_repkv.ffi.library import g, last_log, native, native_ffi
 class Handle:
     """One owned pointer.
 
-    Freed by `close()`, by garbage collection or at interpreter exit. It holds its parents, so they outlive it; closing
-    a parent closes what is left of its children first.
+    `close()`, garbage collection or the interpreter's exit frees it. It holds its parents, so they outlive it; closing
+    a parent closes its remaining children first.
     """
 
     def __init__(self, pointer: Any, free: Callable[[Any], object], *parents: Handle, keep: object = None) -> None:
         self._pointer = pointer
         self._parents = parents
         self._children: weakref.WeakSet[Handle] = weakref.WeakSet()
-        # `keep` rides with the finalizer: memory that C still points to must not die before the C object.
+        # The finalizer holds `keep`: memory that C still points to must not die before the C object.
         self._finalizer = weakref.finalize(self, _free_then_release, free, pointer, keep)
         for parent in parents:
             parent._children.add(self)
@@ -36,7 +36,7 @@ class Handle:
 
     @property
     def pointer(self) -> Any:
-        """What ggml takes. Raises ComputeError once the handle is closed."""
+        """The pointer for ggml. Raises ComputeError after `close`."""
         if self.closed:
             raise ComputeError(f"{type(self).__name__} was used after it was closed")
         return self._pointer
@@ -65,24 +65,24 @@ class Backend(Handle):
         self.n_threads = n_threads
         g.ggml_backend_cpu_set_n_threads(pointer, n_threads)
         self.compute_state = native_ffi.new("struct repkv_compute *")
-        """What nodes and hooks of graphs that run here ask whether they are to stop; lives as long as this object."""
-        # Sessions of one model share the threads, ggml's work buffer and our scratch: one step at a time.
+        """Tells the nodes and hooks of a graph to stop; lives as long as this object."""
+        # Sessions of one model share the threads, ggml's work buffer and the scratch: one step at a time.
         self.lock = threading.Lock()
 
     def compute(self, graph_address: Any, trace: Any = native_ffi.NULL) -> None:
         """Runs a graph (`GraphContext.native_graph`). trace: a struct repkv_node_trace that notes ggml's nodes.
 
-        Raises KeyboardInterrupt on Ctrl-C, which stops after the node that is running, and ComputeError on failure.
+        Raises KeyboardInterrupt on Ctrl-C, after the running node, and ComputeError on failure.
         """
         self._check(native.repkv_compute(self.compute_state, self._address, graph_address, trace))
 
     def compute_scheduled(self, scheduler_address: Any, graph_address: Any, trace: Any = native_ffi.NULL) -> None:
-        """The same through ggml's scheduler (`Scheduler`), which runs its eval callback between nodes."""
+        """Runs a graph through ggml's scheduler (`Scheduler`), which calls its eval callback between nodes."""
         state = self.compute_state
         self._check(native.repkv_compute_scheduled(state, self._address, scheduler_address, graph_address, trace))
 
     def stop(self) -> None:
-        """Stops the compute that is running, from any thread or from within: it raises ComputeError."""
+        """Stops the running compute, which then raises ComputeError. Any thread may call it, also the computing one."""
         native.repkv_request_abort(self.compute_state)
 
     @property
@@ -94,7 +94,7 @@ class Backend(Handle):
             return
         if status == g.GGML_STATUS_ABORTED:
             if native.repkv_was_interrupted(self.compute_state):
-                # Python's own handler saw the signal too; even if it did not raise, the result must not be used.
+                # Python's own handler saw the signal too. Even if it did not raise, the result is not valid.
                 raise KeyboardInterrupt
             raise ComputeError("the compute was stopped")
         reason = last_log() or g.ggml_status_to_string(status).decode(errors="replace")
@@ -102,7 +102,7 @@ class Backend(Handle):
 
 
 class Buffer(Handle):
-    """Memory that tensors live in; `base` is its address, `size` is in bytes."""
+    """Memory for tensors. base: its address; size: in bytes."""
 
     def __init__(self, pointer: Any, keep: object = None) -> None:
         super().__init__(pointer, g.ggml_backend_buffer_free, keep=keep)
@@ -111,7 +111,7 @@ class Buffer(Handle):
 
     @classmethod
     def over(cls, array: np.ndarray) -> Buffer:
-        """Wraps a C-contiguous, 32-byte aligned array without copying; the array is kept alive."""
+        """Wraps a C-contiguous, 32-byte aligned array without a copy and keeps it alive. Raises ComputeError."""
         address = array.ctypes.data
         assert address % 32 == 0
         assert array.flags.c_contiguous
@@ -128,7 +128,7 @@ class Buffer(Handle):
         return cls(pointer)
 
     def place(self, tensor: Any, offset: int) -> None:
-        """Puts a tensor at `offset` bytes; checked here because ggml would abort."""
+        """Puts a tensor at `offset` bytes. Raises ComputeError if it does not fit, where ggml would abort."""
         end = offset + g.ggml_backend_buffer_get_alloc_size(self.pointer, tensor)
         if offset < 0 or end > self.size:
             raise ComputeError(f"a tensor of {end - offset} bytes does not fit at {offset} of {self.size}")
@@ -137,7 +137,9 @@ class Buffer(Handle):
 
 
 def aligned_zeros(n_bytes: int) -> np.ndarray:
-    """Zeroed, 64-byte aligned memory (uint8 [n_bytes]) whose pages cost nothing until they are written."""
+    """Returns zeroed, 64-byte aligned memory (uint8 [n_bytes]), whose pages cost nothing until written. Raises
+    ComputeError.
+    """
     try:
         raw = np.zeros(n_bytes + 64, np.uint8)
     except MemoryError:
@@ -147,14 +149,14 @@ def aligned_zeros(n_bytes: int) -> np.ndarray:
 
 
 def return_free_memory() -> None:
-    """Gives the C heap's free pages back to the system, where the C library can."""
+    """Returns the C heap's free pages to the system, if the C library can."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 class GraphAllocator(Handle):
-    """Gives the intermediate tensors of graphs one shared buffer, reused from graph to graph and within each."""
+    """One buffer for the intermediate tensors of several graphs, reused from graph to graph and within each."""
 
     def __init__(self, *parents: Handle) -> None:
         super().__init__(g.ggml_gallocr_new(g.ggml_backend_cpu_buffer_type()), g.ggml_gallocr_free, *parents)
@@ -164,7 +166,9 @@ class GraphAllocator(Handle):
         return g.ggml_gallocr_get_buffer_size(self.pointer, 0)
 
     def allocate(self, graph: Any) -> bool:
-        """Places a graph. True if the buffer moved, so that graphs placed before are void."""
+        """Places a graph. Returns True if the buffer moved, which invalidates graphs placed before. Raises
+        ComputeError.
+        """
         before = self.size
         if not g.ggml_gallocr_alloc_graph(self.pointer, graph):
             raise ComputeError("not enough memory for the compute buffer; a smaller batch (-b) needs less")
@@ -172,7 +176,9 @@ class GraphAllocator(Handle):
 
 
 def tensor_array(tensor: Any) -> np.ndarray:
-    """A writable numpy view of a contiguous, allocated tensor, outermost dimension first. Not for quantised types."""
+    """Returns a writable numpy view of a contiguous, allocated tensor, outermost dimension first; not for quantised
+    types.
+    """
     t = tensor.contents
     assert g.ggml_is_contiguous(tensor)
     shape = tuple(t.ne[i] for i in reversed(range(g.ggml_n_dims(tensor))))

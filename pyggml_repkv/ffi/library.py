@@ -1,6 +1,6 @@
-"""Loads ggml through ggml-python, repairs its bindings, and hands its function addresses to the C extension.
+"""Loads ggml through ggml-python, repairs its bindings, and gives its function addresses to the C extension.
 
-Everything else in the package reaches ggml through this folder.
+The rest of the package reaches ggml only through this folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["describe", "g", "last_log", "native", "native_ffi"]
 GGML_PYTHON_VERSION = "0.0.45"
 GGML_VERSION = "0.15.3"
 
-# Bound as a NewType of int, which ctypes takes for a 32-bit int: the upper half of the pointer is lost.
+# ggml-python declares these results as a NewType of int. ctypes takes that for a 32-bit int and cuts the pointer.
 _POINTER_RESULTS = (
     "ggml_backend_cpu_buffer_type",
     "ggml_backend_cpu_buffer_from_ptr",
@@ -49,7 +49,7 @@ def _check_version() -> None:
 
 
 def _check_cpu() -> None:
-    """Speaks for ggml too, which is compiled for the same CPU."""
+    """Raises RepkvError if this CPU cannot run the extension, or ggml, which is compiled for the same CPU."""
     spec = importlib.util.find_spec("pyggml_repkv.native._native")
     lacking = lacking_features(Path(spec.origin)) if spec and spec.origin else []
     if lacking:
@@ -59,8 +59,8 @@ def _check_cpu() -> None:
         )
 
 
-# How long OpenMP threads spin at a barrier before they sleep. By default far longer than our nodes take, and spinning
-# steals the core from the thread that is waited for when anything else runs: decode went from 4 ms a token to 100.
+# How long OpenMP threads spin at a barrier before they sleep. The default is far longer than a node takes. If another
+# program runs, a spinning thread takes the core from the thread it waits for: decode took 100 ms a token instead of 4.
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 _check_version()
@@ -100,7 +100,7 @@ def _bind_native() -> None:
 
 
 def _self_test() -> None:
-    """Cheap proofs that the binary is the one the bindings and the extension were made for."""
+    """Raises RepkvError if the binary is not the one that the bindings and the extension were made for."""
     version = g.ggml_version().decode()
     if version != GGML_VERSION:
         raise RepkvError(f"ggml {version} is loaded but {GGML_VERSION} is needed; {_REINSTALL}")
@@ -119,7 +119,7 @@ g.ggml_cpu_init()
 
 
 def last_log() -> str:
-    """The last warning or error that ggml logged, and forgets it; empty if there was none."""
+    """Returns the last warning or error that ggml logged in this thread, or "", and clears it."""
     text = native_ffi.string(native.repkv_last_log()).decode(errors="replace")
     native.repkv_clear_log()
     return text
@@ -132,7 +132,7 @@ _CPU_FEATURES = [
 
 
 def describe() -> dict[str, str]:
-    """Versions and features of the native engine, for `--version` and reports."""
+    """Returns versions and features of the native engine, for `--version` and bug reports."""
     features = [name for name in _CPU_FEATURES if getattr(g, f"ggml_cpu_has_{name}")()]
     return {
         "ggml-python": GGML_PYTHON_VERSION,

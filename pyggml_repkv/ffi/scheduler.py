@@ -1,4 +1,4 @@
-"""ggml's scheduler around one graph: computes it range by range, and runs an eval callback between two ranges."""
+"""ggml's scheduler for one graph: it computes ranges of nodes and calls an eval callback between them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Observer = Callable[[Any, bool], bool]
 
 
 class Scheduler(Handle):
-    """Made of a graph whose tensors are placed; it dies with the graph.
+    """A scheduler for a graph whose tensors are placed; it dies with the graph.
 
-    callback, userdata: addresses of a C function `ggml_backend_sched_eval_callback` and of what it gets. For a node it
-    is asked first whether it wants to observe it; if so, it is called again as soon as the node is computed.
+    callback, userdata: addresses of a C function `ggml_backend_sched_eval_callback` and of its argument. ggml asks it
+    first whether it wants to observe a node; if so, ggml calls it again as soon as the node is computed.
     """
 
     def __init__(self, backend: Backend, context: GraphContext, callback: int, userdata: int, keep: object) -> None:
@@ -36,6 +36,6 @@ class Scheduler(Handle):
 
 
 def python_callback(observe: Observer) -> tuple[int, object]:
-    """observe(node, ask) -> bool, as the address of a C function and what keeps it alive: for inspection."""
+    """Returns the address of a C function that calls observe(node, ask) -> bool, and an object that keeps it alive."""
     function = g.ggml_backend_sched_eval_callback(lambda node, ask, _: bool(observe(node, bool(ask))))
     return ctypes.cast(function, ctypes.c_void_p).value or 0, function

@@ -1,6 +1,6 @@
-"""Every ggml function this package calls: looked for once at start, so that a wrong library fails there and clearly.
+"""Every ggml function that this package calls. The start checks them all, so that a wrong library fails early.
 
-ggml-python binds what a library lacks to a function that raises when it is first called, deep in a run.
+ggml-python binds a missing function to one that raises when it is first called, deep in a run.
 """
 
 SYMBOLS = (

@@ -72,7 +72,7 @@ static enum repkv_io_error read_once(struct repkv_file *file, const struct repkv
             return REPKV_IO_READ;
         }
         done += (size_t)got;
-        /* Nothing, or the end of a file that was cut at an odd place: a direct read cannot go on from there. */
+        /* The file ends here, perhaps at an odd place, from which a direct read cannot continue. */
         if (got % REPKV_ALIGN != 0 || got == 0) break;
     }
     if (done < n_bytes) return REPKV_IO_SHORT;
@@ -107,7 +107,7 @@ enum repkv_io_error repkv_write_bytes(struct repkv_file *file, struct repkv_faul
         }
         const ssize_t put = pwrite(file->fd, buffer + done, want, offset + (int64_t)done);
         if (put < 0 && errno == EINTR) continue;
-        /* What a nearly full disk takes may end between two pages: they are written again. */
+        /* On a nearly full disk a write may end within a page: that page is written again. */
         const size_t whole = put < 0 ? 0 : (size_t)put / REPKV_ALIGN * REPKV_ALIGN;
         if (whole == 0) {
             *error = put < 0 ? errno : ENOSPC;

@@ -1,7 +1,7 @@
-/* One record of a block on disk: reading, writing, checking, and conversion to and from rows of an arena.
+/* Reads, writes and checks a block's records on disk, and converts them to and from rows of an arena.
  *
- * A block is written at once, as header_bytes of header and then n_layer records; a record is the keys of the block's
- * tokens, then their values, padded to REPKV_ALIGN (docs/block_file.md). Nothing here allocates or locks. */
+ * A block is written at once: header_bytes of header, then n_layer records. A record is the keys of the block's tokens, then
+ * their values, padded to REPKV_ALIGN (docs/block_file.md). Nothing here allocates or locks. */
 #ifndef REPKV_BLOCK_FILE_H
 #define REPKV_BLOCK_FILE_H
 
@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 enum {
-    REPKV_ALIGN = 4096, /* of offsets, lengths and buffers, as O_DIRECT wants them */
+    REPKV_ALIGN = 4096, /* of offsets, lengths and buffers, for O_DIRECT */
     REPKV_READ_TRIES = 3,
 };
 
@@ -19,7 +19,7 @@ enum repkv_io_error {
     REPKV_IO_OK,
     REPKV_IO_READ,     /* pread failed: errno */
     REPKV_IO_SHORT,    /* the file ends before the record does */
-    REPKV_IO_CHECKSUM, /* what was read is not what was written */
+    REPKV_IO_CHECKSUM, /* the bytes read are not those written */
     REPKV_IO_WRITE,    /* pwrite failed: errno */
 };
 
@@ -31,14 +31,14 @@ struct repkv_record_layout {
     size_t header_bytes; /* a multiple of REPKV_ALIGN */
 };
 
-/* Faults for tests: the nth call of a kind since the store was opened, counted from 1, and with `keep` all after it. */
+/* Faults for tests: the nth call of a kind since the store opened fails, counted from 1, and with `keep` all after it. */
 struct repkv_faults {
     int64_t read_at, write_at; /* 0: never */
     int32_t keep;
-    int32_t read_kind; /* enum repkv_io_error: what becomes of that read */
+    int32_t read_kind; /* enum repkv_io_error: how that read fails */
     int32_t error;     /* errno of a failed read or write; 0 for a write makes it short */
     int32_t delay_us;  /* before every read, a random time up to this */
-    int32_t reorder;   /* queued reads are taken in random order */
+    int32_t reorder;   /* threads take queued reads in random order */
     uint32_t seed;
 };
 
@@ -51,19 +51,20 @@ static inline size_t repkv_aligned(size_t n) {
     return (n + REPKV_ALIGN - 1) / REPKV_ALIGN * REPKV_ALIGN;
 }
 
-/* Bytes of one record on disk, without and with padding, and of a whole block. */
+/* Return the bytes of a record on disk, without and with padding, and of a whole block. */
 size_t repkv_record_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 size_t repkv_block_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 
-/* Rows of the arenas -> the record, padded with zeros; returns its checksum. scratch: F32 [n_head_kv * head_dim]. */
+/* Encodes rows of the arenas as a record, padded with zeros, and returns its checksum. scratch: F32 [n_head_kv * head_dim]. */
 uint64_t repkv_encode(const struct repkv_record_layout *layout, char *record, const char *k, const char *v, int32_t n_tokens,
                       float *scratch);
 
-/* The record -> rows of the arenas. unrotate: NULL, or [n_tokens, rope_dim], rotates the keys. scratch: twice that of encode. */
+/* Decodes a record into rows of the arenas. unrotate: NULL, or [n_tokens, rope_dim] to rotate the keys. scratch: twice that
+ * of encode. */
 void repkv_decode(const struct repkv_record_layout *layout, char *k, char *v, const char *record, int32_t n_tokens,
                   const float *unrotate, float *scratch);
 
-/* Reads a record into an aligned buffer and checks it, REPKV_READ_TRIES times if need be. error: errno. */
+/* Reads a record into an aligned buffer and checks it; tries up to REPKV_READ_TRIES times. error: errno. */
 enum repkv_io_error repkv_read_record(struct repkv_file *file, struct repkv_faults faults, char *buffer, size_t n_bytes,
                                       int64_t offset, uint64_t checksum, int *error, int64_t *n_retries);
 

@@ -30,7 +30,7 @@ static bool open_tables(struct repkv_store *s) {
     }
     struct queue *queues[2] = {&s->required, &s->ahead};
     for (int i = 0; i < 2; i++) {
-        /* One for each slot, and room for those whose slot was taken back meanwhile. */
+        /* One request for each slot, and room for requests whose slot was taken back. */
         queues[i]->capacity = (int32_t)(2 * n_layer * n_slots + 64);
         queues[i]->items = malloc((size_t)queues[i]->capacity * sizeof *queues[i]->items);
         if (queues[i]->items == NULL) return false;
@@ -92,7 +92,7 @@ void repkv_store_close(struct repkv_store *s) {
 
 static int32_t free_staging(const struct repkv_store *s) {
     for (int32_t i = 0; i < s->config.n_staging; i++) {
-        /* One that was put and never committed is as good as free. */
+        /* A block that was put and never committed does not count. */
         if (s->staging[i].state == STAGING_FREE || s->staging[i].state == STAGING_FILLING) return i;
     }
     return -1;
@@ -158,7 +158,7 @@ int repkv_store_flush(struct repkv_store *s) {
 }
 
 int repkv_store_read(struct repkv_store *s, int32_t layer, int32_t block, char *k, char *v, struct repkv_store_error *error) {
-    /* Buffers of this call: the caller may be another thread than the one that computes, whose own are in use. */
+    /* This call needs its own buffers: another thread may call it while the computing thread uses its own. */
     struct worker reader = {0};
     *error = (struct repkv_store_error){REPKV_IO_READ, layer, block, ENOMEM};
     if (worker_open(s, &reader)) {

@@ -1,7 +1,7 @@
-/* What the files of the block store share: its state, all of it under `lock` unless said otherwise.
+/* The block store's state, all of it under `lock` if nothing else is said, and the functions that its files share.
  *
- * block_store.c opens it and takes blocks; block_store_slots.c decides which of them lie in slots, block_store_threads.c reads
- * and writes, block_store_trace.c counts. Functions here that have a store want its lock held. */
+ * block_store.c opens it and takes blocks; block_store_slots.c decides which of them lie in slots; block_store_threads.c reads
+ * and writes; block_store_trace.c counts. The caller of a function with a store holds its lock. */
 #ifndef REPKV_BLOCK_STORE_PRIVATE_H
 #define REPKV_BLOCK_STORE_PRIVATE_H
 
@@ -50,10 +50,10 @@ struct repkv_store {
     struct block *blocks;
     uint64_t *checksums; /* [max_blocks, n_layer] */
     struct staging *staging;
-    int32_t n_waiting; /* staged blocks that are not written */
+    int32_t n_waiting; /* staged blocks to write */
     int32_t filling;   /* staging buffer of the last put */
     struct queue required, ahead;
-    struct worker *workers; /* the last one is of the thread that computes */
+    struct worker *workers; /* the last one belongs to the computing thread */
     int32_t n_started;
     pthread_t writer;
     bool has_writer, stopping;
@@ -61,8 +61,8 @@ struct repkv_store {
     pthread_cond_t work, done, to_write, written;
     const float *unrotate;
     struct repkv_store_stats stats;
-    int32_t requiring;                   /* layer whose requirement is running, -1: none */
-    struct repkv_store_error read_error; /* what fails that requirement, or failed the last one */
+    int32_t requiring;                   /* layer of the running requirement, -1: none */
+    struct repkv_store_error read_error; /* of that requirement, or of the last one */
     struct repkv_store_error write_error;
     int32_t n_reading;
     double reading_since;
@@ -79,29 +79,29 @@ static inline double now_ms(void) {
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
-/* Waits for the condition, but only some milliseconds. */
+/* Waits for the condition, at most some milliseconds. */
 void store_wait(pthread_cond_t *condition, pthread_mutex_t *lock);
 
-/* Buffers to read with; worker_close also after a failure. */
+/* Allocates a worker's buffers; false without memory. Call worker_close also after a failure. */
 bool worker_open(struct repkv_store *s, struct worker *w);
 void worker_close(struct worker *w);
 
 /* Starts the threads; false if one could not be started. */
 bool store_start_threads(struct repkv_store *s);
 
-/* Ends those that were started and waits for them. Without the lock. */
+/* Stops the started threads and waits for them. The caller does not hold the lock. */
 void store_stop_threads(struct repkv_store *s);
 
-/* Asks for a queued slot to be read. */
+/* Adds a request to read a queued slot. */
 void queue_push(struct repkv_store *s, struct queue *q, int32_t layer, int32_t slot);
 
-/* The next request whose slot still waits for it; false if there is none. */
+/* Takes the next request whose slot still waits for it; false if there is none. */
 bool queue_pop(struct repkv_store *s, struct queue *q, struct request *r);
 
-/* Reads what a request asks for into its slot. The lock is free meanwhile. */
+/* Reads the block of a request into its slot. The lock is free meanwhile. */
 void store_serve(struct repkv_store *s, const struct worker *w, struct request r);
 
-/* A block's rows of one layer into k and v; error: errno. The lock is free meanwhile. */
+/* Reads a block's rows of one layer into k and v; error: errno. The lock is free meanwhile. */
 enum repkv_io_error store_load(struct repkv_store *s, const struct worker *w, int32_t layer, int32_t block, char *k, char *v,
                                int *error);
 

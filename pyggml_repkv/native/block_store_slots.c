@@ -18,7 +18,7 @@ static bool ask(struct repkv_store *s, struct queue *q, int32_t layer, int32_t b
     return true;
 }
 
-/* Blocks that score less than `limit` give way. */
+/* Queues reads of blocks; resident blocks that score less than `limit` give way. */
 static void read_ahead(struct repkv_store *s, int32_t layer_index, const int32_t *blocks, int32_t n, double limit) {
     struct slots *layer = s->layers + layer_index;
     layer->n_prefetches++;
@@ -53,7 +53,7 @@ void repkv_store_fetch(struct repkv_store *s, int32_t layer, const int32_t *bloc
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Reads that were queued ahead for a layer and are not wanted by its requirement are no longer worth anything. */
+/* Drops reads that were queued ahead for a layer and that its requirement does not want. */
 static void drop_stale(struct slots *layer) {
     for (int32_t i = 0; i < layer->n_used; i++) {
         struct slot *slot = layer->slot + i;
@@ -73,7 +73,7 @@ static int32_t count_pending(const struct slots *layer, const int32_t *selected,
     return n;
 }
 
-/* Counts and raises what is there, queues what is not; -1 if a slot must become free first. */
+/* Counts and raises the resident blocks, and queues the others; -1 if a slot must become free first. */
 static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t *selected, int32_t n_rows, int64_t stride) {
     struct slots *layer = s->layers + layer_index;
     int32_t n_queued = 0;
@@ -102,7 +102,7 @@ static int ask_for_all(struct repkv_store *s, int32_t layer_index, const int32_t
                 if (pass == 0 && slot->state == SLOT_QUEUED) queue_push(s, &s->required, layer_index, layer->slot_of[b]);
                 s->stats.used += slot->ahead;
                 slot->ahead = false;
-                /* What was fetched ahead counts as if it came now. */
+                /* A block read ahead counts as if it came now. */
                 slot->score += layer->weight;
                 slot->last = layer->now;
             }
@@ -167,7 +167,7 @@ int repkv_store_audit(struct repkv_store *s, int32_t layer_index) {
 
 void repkv_store_unrotate(struct repkv_store *s, const float *table) {
     pthread_mutex_lock(&s->lock);
-    /* With nothing queued no thread begins to read while this one waits. */
+    /* With empty queues, no thread begins a read while this one waits. */
     s->required.n = s->ahead.n = 0;
     for (int32_t l = 0; l < s->config.layout.n_layer; l++) {
         struct slots *layer = s->layers + l;

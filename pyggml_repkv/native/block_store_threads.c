@@ -19,7 +19,7 @@ void store_wait(pthread_cond_t *condition, pthread_mutex_t *lock) {
     pthread_cond_timedwait(condition, lock, &t);
 }
 
-/* Forgets requests that nobody waits for any more. */
+/* Drops requests whose slot no longer waits for them. */
 static void compact(struct repkv_store *s, struct queue *q) {
     int32_t n = 0;
     for (int32_t i = 0; i < q->n; i++) {
@@ -133,7 +133,7 @@ void store_serve(struct repkv_store *s, const struct worker *w, struct request r
         place->n_tokens = s->blocks[b].n_tokens;
         slot->state = SLOT_READY;
     } else {
-        /* A block that nobody waits for is not lost yet: whoever asks for it will try again. */
+        /* A failed read ahead is no error: the next requirement of the block tries again. */
         if (s->requiring == r.layer && slot->last == layer->now && s->read_error.kind == REPKV_IO_OK) {
             s->read_error = (struct repkv_store_error){(int32_t)result, r.layer, b, error};
         }
@@ -142,9 +142,9 @@ void store_serve(struct repkv_store *s, const struct worker *w, struct request r
     pthread_cond_broadcast(&s->done);
 }
 
-/* Asks for a short time slice, where the kernel knows it (Linux 6.12): compute threads keep every core busy, and a thread
- * that has only to start a read or to take one in must not wait for the end of their slices. The policy that the process
- * was given (SCHED_BATCH, say) stays. */
+/* Asks for a short time slice, if the kernel knows it (Linux 6.12): compute threads keep every core busy, and a thread that
+ * only starts or finishes a read must not wait for the end of their slices. The process's policy (such as SCHED_BATCH)
+ * stays. */
 static void be_prompt(void) {
 #if defined(__linux__) && defined(SYS_sched_setattr)
     enum { KEEP_POLICY = 8 }; /* SCHED_FLAG_KEEP_POLICY */
@@ -220,7 +220,7 @@ static void *write_loop(void *data) {
 
 bool store_start_threads(struct repkv_store *s) {
     bool ok = true;
-    /* Signals are for Python's threads. */
+    /* Python's threads handle the signals. */
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);

@@ -1,7 +1,7 @@
-"""How the C sources of this folder become `pyggml_repkv.native._native` (cffi, API mode).
+"""Compiles the C sources of this folder to `pyggml_repkv.native._native` (cffi, API mode).
 
-setup.py calls `ffibuilder`; while working on the C, `python pyggml_repkv/native/build.py` rebuilds in place.
-Nothing links to ggml: its functions reach the C code as pointers at run time, so only headers are needed.
+setup.py calls `ffibuilder`; after a change of the C, `python pyggml_repkv/native/build.py` rebuilds in place. The
+extension does not link to ggml: it gets ggml's functions as pointers at run time, so the build needs only headers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MODULE = "pyggml_repkv.native._native"
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 
-# Which CPUs it is for: this one, unless a variable names others (vendor/ggml/README.md).
+# The CPU to compile for: this one, or the one that the variable names (vendor/ggml/README.md).
 MARCH = os.environ.get("REPKV_MARCH") or "native"
 
 COMPILE_FLAGS = [
@@ -25,7 +25,7 @@ COMPILE_FLAGS = [
     f"-march={MARCH}",
     "-Wall",
     "-Wextra",
-    # Our 64-byte vectors never cross a call that is not inlined, so their calling convention on AVX2 is no matter.
+    # No 64-byte vector crosses a call that is not inlined, so its calling convention on AVX2 does not matter.
     "-Wno-psabi",
     # Not -ffast-math: it lets the compiler drop the -inf of masked keys. These two change only rounding.
     "-fno-math-errno",
@@ -33,7 +33,7 @@ COMPILE_FLAGS = [
 ]
 LINK_FLAGS = ["-lm", "-lpthread"]
 
-# For tools/sanitize.py: what -fsanitize takes. The first error ends the process.
+# tools/sanitize.py sets the argument of -fsanitize. The first error ends the process.
 if SANITIZERS := os.environ.get("REPKV_SANITIZE"):
     COMPILE_FLAGS += [
         "-O1",
@@ -45,12 +45,12 @@ if SANITIZERS := os.environ.get("REPKV_SANITIZE"):
     ]
     LINK_FLAGS.append(f"-fsanitize={SANITIZERS}")
 
-# The C that cffi generates leaves `self` unused in every wrapper; our own files are compiled without this.
+# The C that cffi generates has an unused `self` in every wrapper; the other files do not get this pragma.
 GENERATED_PREAMBLE = '#pragma GCC diagnostic ignored "-Wunused-parameter"\n'
 
 
 def c_sources() -> list[Path]:
-    """Our C files; `_native.c` is generated."""
+    """Returns the C files of this folder, without the generated `_native.c`."""
     return sorted(path for path in FOLDER.glob("*.c") if path.name != "_native.c")
 
 
@@ -59,13 +59,13 @@ def own_headers() -> list[Path]:
 
 
 def ggml_include_dir() -> Path:
-    """ggml's headers: those of the wheel that the build backend unpacked, else those installed here."""
+    """Returns the folder of ggml's headers: of the wheel that the build backend unpacked, else of the installed one."""
     given = os.environ.get("GGML_INCLUDE_DIR")
     return Path(given) if given else Path(sysconfig.get_path("platlib"), "ggml", "include")
 
 
 def ffibuilder() -> FFI:
-    """The extension module, ready to be compiled from the repository root."""
+    """Returns the extension module, to be compiled from the repository root."""
     ffi = FFI()
     ffi.cdef((FOLDER / "cdef.h").read_text(encoding="utf-8"))
     includes = "".join(f'#include "{header.name}"\n' for header in own_headers())
@@ -79,7 +79,7 @@ def ffibuilder() -> FFI:
         define_macros=[("_GNU_SOURCE", "1")],
         extra_compile_args=COMPILE_FLAGS,
         extra_link_args=LINK_FLAGS,
-        # One file name for both ways of building: an old module of the other name would be imported instead.
+        # Both ways of building give one file name: Python might import an old module of another name.
         py_limited_api=False,
     )
     return ffi

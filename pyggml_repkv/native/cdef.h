@@ -1,4 +1,4 @@
-/* What Python sees of the extension (cffi API mode). The meaning of each entry stands in the .h beside its .c file. */
+/* The declarations that Python sees (cffi API mode). The .h of each .c file documents them. */
 
 struct repkv_ggml_api {
     void *get_type_traits_cpu;

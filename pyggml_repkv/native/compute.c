@@ -11,12 +11,12 @@ static int n_running;
 static bool installed;
 static struct sigaction previous;
 
-/* How many SIGINT came while something computed. Each compute compares it with what it was before: so the handler needs no
- * list of computes, which might change under it. */
+/* How many SIGINTs came during computes. Each compute compares it with its value at the start, so the handler needs no list
+ * of computes, which might change under it. */
 static atomic_uint n_interrupts;
 
 static void on_sigint(int signal_number, siginfo_t *info, void *context) {
-    /* The other handler first: compute may end as soon as this one counts, and must then have been told of the signal. */
+    /* The previous handler goes first: a compute may return as soon as the count rises, and Python must know of the signal. */
     if (previous.sa_flags & SA_SIGINFO) {
         previous.sa_sigaction(signal_number, info, context);
     } else {
@@ -34,7 +34,7 @@ bool repkv_abort_requested(const struct repkv_compute *compute) {
     return atomic_load_explicit(&compute->abort_requested, memory_order_relaxed) || interrupted(compute);
 }
 
-/* Called by ggml's first thread, after each node. */
+/* ggml's first thread calls it after each node. */
 static bool should_abort(void *data) {
     const struct repkv_compute *compute = data;
     if (compute->trace != NULL) repkv_node_trace_end(compute->trace);
@@ -45,7 +45,7 @@ static void enter(void) {
     pthread_mutex_lock(&lock);
     if (n_running++ == 0) {
         sigaction(SIGINT, NULL, &previous);
-        /* The default action kills and "ignore" ignores; only a real handler (Python's) wants company. */
+        /* Add to a real handler (Python's) only: the default action must still kill, and "ignore" must still ignore. */
         installed = (previous.sa_flags & SA_SIGINFO) || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
         if (installed) {
             struct sigaction action = {.sa_sigaction = on_sigint, .sa_flags = SA_SIGINFO | SA_RESTART};
@@ -74,7 +74,7 @@ static void begin(struct repkv_compute *compute, void *backend, struct repkv_nod
 }
 
 static int finish(struct repkv_compute *compute, int status) {
-    /* ggml's first thread may have polled for the last time before another returned early from the last node. */
+    /* Another thread may have returned early from the last node after ggml's first thread asked for the last time. */
     if (status == GGML_STATUS_SUCCESS && repkv_abort_requested(compute)) status = GGML_STATUS_ABORTED;
     compute->interrupted = interrupted(compute);
     leave();

@@ -2,12 +2,12 @@
 
 #include "one_token.h"
 
-/* A quantised row never takes more bytes than the F32 row, but for block headers on very short rows. */
+/* A quantised row never takes more bytes than the F32 row, except for block headers on very short rows. */
 static size_t quantized_size(size_t n) {
     return n + 128;
 }
 
-/* A row, and the same quantised. */
+/* Holds a row, and the same row quantised. */
 static size_t linear_scratch(size_t n) {
     return repkv_piece(n) + repkv_piece(quantized_size(n));
 }
@@ -127,7 +127,7 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     if (ith == nth - 1) attend_new(&a, a.q, src->k_arena, src->v_arena, cells[0], qkv, cosine, sine);
 }
 
-/* The threads' partial sums of one head become its output [d]. */
+/* Merges the threads' partial sums of one head to its output y [d]. */
 static void merge_head(float *y, const float *partials, int nth, int n_head, int h, int d) {
     const size_t stride = (size_t)n_head * (size_t)(2 + d);
     const float *first = partials + (size_t)h * (size_t)(2 + d);

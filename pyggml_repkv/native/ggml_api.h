@@ -1,5 +1,5 @@
-/* The few ggml functions the extension calls, resolved at run time from the library that ggml-python has loaded:
- * the extension links to nothing, so it works from any environment whose headers it was compiled against. */
+/* The few ggml functions that the extension calls. Python passes their addresses at run time, from the library that
+ * ggml-python has loaded: the extension links to nothing, so it works wherever ggml matches its headers. */
 #ifndef REPKV_GGML_API_H
 #define REPKV_GGML_API_H
 
@@ -31,10 +31,10 @@ struct repkv_ggml {
 
 extern struct repkv_ggml repkv_ggml;
 
-/* Takes the addresses; returns 0, or -1 when one is NULL. Call once, before anything else. ggml's log is captured from then on. */
+/* Takes the addresses and captures ggml's log from then on. Returns 0, or -1 if one is NULL. Call it once, first of all. */
 int repkv_bind(const struct repkv_ggml_api *api);
 
-/* The last warning or error that ggml logged in this thread ("" if none), to be quoted in our own error. */
+/* Returns the last warning or error that ggml logged in this thread, or "". */
 const char *repkv_last_log(void);
 void repkv_clear_log(void);
 

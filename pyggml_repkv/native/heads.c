@@ -2,12 +2,12 @@
 #include "ops.h"
 #include "packed.h"
 
-/* Where value i of a head goes. */
+/* Returns the place of value i of a head. */
 static inline int place_of(int i, int pairs, int d) {
     return pairs ? i / 2 + i % 2 * (d / 2) : i;
 }
 
-/* The norm of head h, NULL where there is none; both ops have the same sources. */
+/* Returns the norm of head h, or NULL; both ops have the same sources. */
 static const float *norm_of(const struct repkv_op_params *p, const struct ggml_tensor *dst, int64_t h) {
     const struct repkv_qk_norm_sources *s = SOURCES(dst, qk_norm);
     const struct ggml_tensor *norm = h < p->n_head ? s->q_norm : s->k_norm;

@@ -9,7 +9,7 @@ void repkv_hooks_begin(struct repkv_hooks *h) {
     h->next = h->status = h->n_asked = 0;
 }
 
-/* Starts to read one half of kept-l, each block once. What does not fit the list is read when it is asked for. */
+/* Starts to read the blocks of one half of kept-l, each once. Those that do not fit the list are read when required. */
 static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *kept, int half, int32_t layer) {
     int32_t blocks[REPKV_MAX_AHEAD], n = 0;
     for (int64_t r = 0; r < kept->ne[1]; r++) {
@@ -34,7 +34,7 @@ static int check_asked(const struct repkv_hooks *h) {
     return 0;
 }
 
-/* Layers whose points were passed have kept by now what the next token attends. */
+/* Reads ahead for the layers of the last point: by now they have kept what the next token attends. */
 static void fetch_asked(const struct repkv_hooks *h) {
     for (int32_t i = h->asked; i < h->asked + h->n_asked; i++) fetch_kept(h, h->kept[i], h->half, i);
 }

@@ -1,8 +1,8 @@
-/* For which CPU this file, and so every other one, was compiled.
+/* The CPU features that this file, and so every other one, was compiled for.
  *
- * A text in the extension's file, which ffi/cpu.py reads before it loads it: even loading may run instructions that another
- * CPU lacks. Features have their names of /proc/cpuinfo; `avx2=1` is in use, as a macro that the compiler did not define
- * leaves its own name there instead of 1. Only features that compilers use by themselves, or this project or ggml does. */
+ * ffi/cpu.py finds this text in the extension's file before it loads it: even loading may run instructions that another CPU
+ * lacks. Features are named as in /proc/cpuinfo. `avx2=1` means in use: an undefined macro leaves its own name there instead
+ * of 1. The list has the features that compilers use by themselves, and those that this project or ggml uses. */
 #define TEXT(macro) #macro
 #define FEATURE(name, macro) " " #name "=" TEXT(macro)
 

@@ -40,7 +40,7 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     }
 }
 
-/* The runs of rows that a key head attends: [0] how many, then (first row, number of rows) of each. */
+/* Returns the runs of rows that a key head attends: [0] how many, then (first row, number of rows) of each. */
 static const int32_t *runs_of(const struct ggml_tensor *runs, int kv) {
     return (const int32_t *)runs->data + (runs->ne[1] > 1 ? kv * runs->ne[0] : 0);
 }
@@ -72,7 +72,7 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
     }
 }
 
-/* The part of a run of rows [begin, end) that falls into a thread's share [mine_begin, mine_end) of all rows, for one key
+/* Attends the part of a run of rows [begin, end) that is in the thread's share [mine_begin, mine_end) of all rows, for one key
  * head or (kv < 0) for all; moves `offset` past the run. */
 static void attend_part(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
                         const struct ggml_tensor *v_arena, int64_t begin, int64_t end, int kv, int64_t *offset,
@@ -138,7 +138,7 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     attend_new(&a, a.q, k_local, v_local, regions->first - base, qkv, near, near + half);
     const int64_t store_row = regions->first - store_base;
     if (store_row >= k_store->ne[1]) return;
-    /* The store keeps what `local` keeps, or the key before RoPE. */
+    /* The store gets the same key as `local`, or with far positions the key before RoPE. */
     const float *key = regions->far ? qkv + p->n_head * d : a.keys;
     if (!regions->far) to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
     from_f32(k_store->type, key, row(k_store, store_row), p->n_head_kv * d);

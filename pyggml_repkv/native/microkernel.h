@@ -51,7 +51,7 @@ static inline __attribute__((always_inline)) void product_rows(const int n_rows,
     }
 }
 
-/* Any number of rows, in register tiles. */
+/* As product_rows for any number of rows, in register tiles. */
 static inline void product(int n_rows, float *c, size_t c_stride, const float *a, size_t row_stride, size_t k_stride,
                            const float *b, int n_k, const int accumulate) {
     int r = 0;

@@ -5,9 +5,9 @@
 #include "convert.h"
 #include "ops.h"
 
-enum { TILE = 32 /* cells whose keys and values, of all heads, are converted at once: rows are read in the order they lie */ };
+enum { TILE = 32 /* cells to convert at once, with the keys and values of all heads: rows are read in order */ };
 
-/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout: families with another come through qk_norm. */
+/* Rotates pairs (i, i + rope_dim / 2), the "neox" layout; qk_norm converts other layouts to it. */
 static inline void rope(float *y, const float *x, const float *cosine, const float *sine, int rope_dim, int head_dim) {
     const int half = rope_dim / 2;
     for (int i = 0; i < half; i++) {
@@ -42,7 +42,7 @@ static inline void fold(float *partial, float *scores, const float *q, const flo
     weighted_rows_f32(partial + 2, scores, values, n_cells, stride, d);
 }
 
-/* One thread's share of attention for all heads, over as many runs of rows as are fed to it. */
+/* One thread's share of attention for all heads, over any number of runs of rows. */
 struct attention {
     const struct repkv_op_params *p;
     float *q, *keys, *values, *scores, *partials; /* q: room for the rotated queries */
@@ -70,7 +70,7 @@ static inline struct attention attention_begin(const struct repkv_op_params *p, 
     return a;
 }
 
-/* Rows [first, first + n_cells) of the arenas, at most TILE of them, with rotated queries q. */
+/* Attends rows [first, first + n_cells) of the arenas, at most TILE of them, with rotated queries q. */
 static inline void attend_rows(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
                                const struct ggml_tensor *v_arena, int64_t first, int n_cells) {
     const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv, width = a->p->n_head_kv * d;
@@ -90,7 +90,7 @@ static inline void attend_range(const struct attention *a, const float *q, const
     }
 }
 
-/* Rows [begin, end) with the query heads of one key head only. */
+/* Attends rows [begin, end) with the query heads of one key head only. */
 static inline void attend_range_of_head(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
                                         const struct ggml_tensor *v_arena, int64_t begin, int64_t end, int kv) {
     const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
@@ -109,7 +109,7 @@ static inline void attend_range_of_head(const struct attention *a, const float *
     }
 }
 
-/* The new token: written to its row first and read back, so that it is attended with the cache's precision. */
+/* Attends the new token. Writes it to its row and reads it back, so that it is attended with the cache's precision. */
 static inline void attend_new(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
                               const struct ggml_tensor *v_arena, int64_t cell, const float *qkv, const float *cosine,
                               const float *sine) {

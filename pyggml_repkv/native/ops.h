@@ -1,9 +1,9 @@
-/* What all custom ops of the extension share: their table, their parameters and sources.
+/* The table, parameters and sources of all custom ops.
  *
- * Common rules: every op is called by all `nth` threads of ggml and splits its work itself, without barriers; tensors are
- * contiguous and F32 unless said; weights are [n_rows, n_in] of any type with a vec_dot (decode) or to_float (prefill);
- * `userdata` is a struct repkv_op_params that outlives the graph, with scratch for n_threads >= nth threads, 64-byte
- * aligned, of repkv_scratch_size() bytes each. Shapes are in numpy order. Python has checked all sizes. */
+ * Rules for all ops: all `nth` threads of ggml call an op, which splits its work itself, without barriers; tensors are
+ * contiguous, and F32 if nothing else is said; weights are [n_rows, n_in] of any type with a vec_dot (decode) or to_float
+ * (prefill); `userdata` is a struct repkv_op_params that outlives the graph, with scratch for n_threads >= nth threads,
+ * 64-byte aligned, of repkv_scratch_size() bytes each. Shapes are in numpy order. Python has checked all sizes. */
 #ifndef REPKV_OPS_H
 #define REPKV_OPS_H
 
@@ -23,10 +23,10 @@ struct repkv_op_params {
     int32_t rope_dim;
     int32_t pairs; /* qk_norm: whether heads come with pairs side by side */
     float sticky;  /* block_topk: advantage of a block that the last token selected, in nats */
-    int32_t late;  /* block_topk: what is attended is what the last token selected */
+    int32_t late;  /* block_topk: whether the last token's selection is attended */
     int32_t n_score; /* score_acc: how many later queries score a key */
     int32_t n_repr;  /* relevance: representatives per block and key head */
-    int32_t n_top;   /* block_topk: most blocks that can be selected */
+    int32_t n_top;   /* block_topk: most blocks that it can select */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
     int32_t per_head;  /* block_topk: whether every key head selects its own blocks */
     int32_t n_threads;
@@ -37,9 +37,9 @@ struct repkv_op_params {
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };
 
-/* What an op does with a source besides reading it whole. */
+/* How an op uses a source, other than to read it whole. */
 enum repkv_source_use {
-    REPKV_MAYBE = 1, /* may be missing, with all that follow */
+    REPKV_MAYBE = 1, /* may be missing, with all sources after it */
     REPKV_MANY = 2,
     REPKV_ROWS = 4, /* reads only some rows */
     REPKV_WRITES = 8, /* writes some rows */
@@ -53,10 +53,10 @@ struct repkv_op_source {
 struct repkv_op_info {
     const char *name, *cost;
     ggml_custom_op_t function;
-    struct repkv_op_source sources[GGML_MAX_SRC]; /* those that there are, then zeros */
+    struct repkv_op_source sources[GGML_MAX_SRC]; /* zeros after the last one */
 };
 
-/* repkv_NAME, and its sources by name: struct repkv_NAME_sources. */
+/* Declares each repkv_NAME, and its sources by name: struct repkv_NAME_sources. */
 #define OP(name, cost, sources)                                                                         \
     void repkv_##name(struct ggml_tensor *dst, int ith, int nth, void *userdata);                       \
     struct repkv_##name##_sources {                                                                     \
@@ -84,16 +84,16 @@ enum {
 };
 extern const struct repkv_op_info repkv_ops[REPKV_N_OPS];
 
-/* Any op, with a note of when it ran; `traced` of its parameters says which. Costs two looks at the clock. */
+/* Runs the op `traced` of its parameters and notes when. Reads the clock twice. */
 void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
-/* Bytes of scratch per thread that the ops need for a model of these sizes. */
+/* Returns the bytes of scratch that a thread needs for a model of these sizes. */
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 
-/* 1 if the prefill ops were compiled for vectors wide enough to outrun ggml's own multiplication. */
+/* Returns 1 if the prefill ops were compiled for vectors that make them faster than ggml's own multiplication. */
 int repkv_has_fast_prefill(void);
 
-/* What thread ith takes in one call: n_bytes of scratch. */
+/* Returns the n_bytes of scratch that thread ith may take in one call. */
 static inline struct repkv_scratch repkv_thread_scratch(const struct repkv_op_params *p, int ith, size_t n_bytes) {
     return repkv_scratch_begin(p->scratch + (size_t)ith * p->scratch_stride, p->scratch_stride, n_bytes);
 }

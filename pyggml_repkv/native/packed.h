@@ -6,7 +6,7 @@
 #include "microkernel.h"
 #include "ops.h"
 
-/* Where a running maximum begins: below any score, and finite, so that differences with a masked score are -inf, not NaN. */
+/* The start of a running maximum: below any score, and finite, so that a masked score less it is -inf, not NaN. */
 #define LEAST (-1e30f)
 
 enum {
@@ -28,7 +28,7 @@ static inline void rope_panel(float *y, const float *x, const float *rope, float
     for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
 }
 
-/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena, as far as it has rows. */
+/* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena, up to its last row. */
 static inline void scatter_panel(const struct ggml_tensor *arena, const float *x, int64_t first_cell, int n_tokens, int head,
                           size_t head_bytes, int d, float *buffer) {
     for (int t = 0; t < n_tokens && first_cell + t < arena->ne[1]; t++) {
@@ -37,7 +37,7 @@ static inline void scatter_panel(const struct ggml_tensor *arena, const float *x
     }
 }
 
-/* One tile of cells into the running softmax of one head and panel: out [d][PANEL], max and sum [PANEL]. */
+/* Adds one tile of cells to the running softmax of one head and panel: out [d][PANEL], max and sum [PANEL]. */
 static inline void attend_tile(float *out, float *max, float *sum, float *scores, const float *q, const float *keys,
                         const float *values, int n_cells, int d, int64_t first_cell, int64_t last_visible_of_lane_0) {
     product(n_cells, scores, PANEL, keys, (size_t)d, 1, q, d, 0);
@@ -67,7 +67,7 @@ static inline void attend_tile(float *out, float *max, float *sum, float *scores
     product(d, out, PANEL, values, 1, (size_t)d, scores, n_cells, 1);
 }
 
-/* Attention of one panel of queries with one key/value head, over as many runs of cells as are fed to it. */
+/* Attention of one panel of queries with one key/value head, over any number of runs of cells. */
 struct panel_attention {
     const struct repkv_op_params *p;
     int kv;
@@ -113,7 +113,8 @@ static inline void attend_gathered(struct panel_attention *a, const struct ggml_
     a->n_cells = 0;
 }
 
-/* Takes in cells that every lane sees; runs shorter than a tile share one. After the last run: attend_gathered. */
+/* Gathers cells that every lane sees and attends whole tiles of them, so that short runs share a tile. Call attend_gathered
+ * after the last run. */
 static inline void gather_cells(struct panel_attention *a, const struct ggml_tensor *queries,
                                 const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
                                 int64_t end) {
@@ -127,7 +128,7 @@ static inline void gather_cells(struct panel_attention *a, const struct ggml_ten
     }
 }
 
-/* Cells [first, end) of the arenas with packed, scaled queries. Lane t sees cells up to visible_of_lane_0 + t. */
+/* Attends cells [first, end) of the arenas with packed, scaled queries. Lane t sees cells up to visible_of_lane_0 + t. */
 static inline void attend_cells(struct panel_attention *a, const struct ggml_tensor *queries,
                                 const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
                                 int64_t end, int64_t visible_of_lane_0) {

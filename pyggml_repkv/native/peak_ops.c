@@ -41,7 +41,7 @@ void repkv_peak_fma(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)userdata;
     const struct repkv_peak_fma_sources *src = SOURCES(dst, peak_fma);
     const int32_t n = *(const int32_t *)src->repetitions->data;
-    /* As many independent chains as hide the latency of a multiply-add on two ports. */
+    /* So many independent chains hide the latency of a multiply-add on two ports. */
     enum { N = REPKV_PEAK_CHAINS };
     wide x[N];
     for (int i = 0; i < N; i++) x[i] = SPLAT(1.0f + (float)i);

@@ -7,12 +7,12 @@ enum {
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
 };
 
-/* Rows of a weight as F32; matmul_gate_up's second product. */
+/* Holds rows of a weight as F32, and matmul_gate_up's second product. */
 static size_t matmul_scratch(void) {
     return repkv_piece(BLOCK_ROWS * BLOCK_K) + repkv_piece(BLOCK_ROWS * PANEL);
 }
 
-/* One token's head, and a panel's head after rotation. */
+/* Holds a token's head, and a panel's head after rotation. */
 static size_t store_scratch(int head_dim) {
     return repkv_piece((size_t)head_dim) + repkv_piece((size_t)head_dim * PANEL);
 }
@@ -66,7 +66,7 @@ void repkv_norm_packed(struct ggml_tensor *dst, int ith, int nth, void *userdata
     }
 }
 
-/* Rows [r0, r0 + n_rows) and columns [k0, k0 + n_k) of a weight as F32 [n_rows, n_k]. */
+/* Converts rows [r0, r0 + n_rows) and columns [k0, k0 + n_k) of a weight to F32 [n_rows, n_k]. */
 static void convert_block(float *to, const struct ggml_tensor *w, int64_t r0, int n_rows, int64_t k0, int n_k) {
     const size_t offset = (size_t)k0 / (size_t)repkv_ggml.get_type_traits(w->type)->blck_size * repkv_ggml.get_type_traits(w->type)->type_size;
     for (int r = 0; r < n_rows; r++) to_f32(w->type, row(w, r0 + r) + offset, to + (size_t)r * (size_t)n_k, n_k);
@@ -95,7 +95,7 @@ static void multiply(const struct repkv_op_params *p, struct ggml_tensor *dst, c
     }
 }
 
-/* The rows a thread does, in whole register tiles. */
+/* Sets [begin, end) to the rows of a thread, in whole register tiles. */
 static void share_rows(int64_t n_rows, int ith, int nth, int64_t *begin, int64_t *end) {
     share((n_rows + ROWS - 1) / ROWS, ith, nth, begin, end);
     *begin *= ROWS;
@@ -151,7 +151,7 @@ void repkv_matmul_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userd
     int64_t begin, end;
     share_rows(n_out, ith, nth, &begin, &end);
     multiply(p, dst, x, gate, begin, end, 0, block);
-    /* `up` needs its whole sum before it meets the gate, so its rows go by blocks that are as long as fits. */
+    /* A sum of `up` must be complete before it meets the gate, so blocks have whole rows, as many as fit. */
     const int64_t rows_per_block = n_in <= BLOCK_K ? BLOCK_ROWS : (int64_t)BLOCK_ROWS * BLOCK_K / n_in;
     const int64_t step = rows_per_block < 1 ? 1 : rows_per_block;
     for (int64_t r0 = begin; r0 < end; r0 += step) {

@@ -1,4 +1,4 @@
-/* The parts of a sequence that a step of a bounded memory sees, as its ops get them.
+/* The parts of a sequence that a step of a bounded memory sees, as the ops get them.
  *
  * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds sinks at
  * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and blocks where
@@ -21,7 +21,7 @@ struct repkv_regions {
     int32_t far;        /* 1: far positions */
     int32_t n_select;   /* blocks to select, if there are as many */
     int32_t store_base; /* position less row in `store` */
-    int32_t kept;       /* half of kept-l with the last token's selection; -1: there is none */
+    int32_t kept;       /* half of kept-l with the last token's selection; -1: none */
 };
 
 static inline const struct repkv_regions *regions_of(const struct ggml_tensor *t) {
@@ -33,12 +33,12 @@ static inline int32_t *kept_row(const struct ggml_tensor *kept, int half, int64_
     return (int32_t *)kept->data + (half * kept->ne[1] + row_index) * kept->ne[0];
 }
 
-/* The half that a step writes, if it finds the last selection in half `last` (-1: nowhere). */
+/* Returns the half that a step writes; `last` is the half with the last selection (-1: none). */
 static inline int kept_half(int last) {
     return last == 0;
 }
 
-/* Where a block lies in the store. */
+/* The place of a block in the store. */
 struct place {
     int32_t row, n_tokens;
 };

@@ -5,7 +5,7 @@
 #include "packed.h"
 #include "regions.h"
 
-/* Scores of up to so many keys are kept from the pass that finds their sum to the one that adds them. */
+/* So many keys' scores are kept from the pass that finds their sum for the pass that adds them. */
 enum { KEPT_SCORES = 1024 };
 
 static size_t acc_scratch(int head_dim) {
@@ -33,7 +33,7 @@ size_t repkv_score_scratch(int group, int n_head_kv, int head_dim) {
     return most > most_attention ? most : most_attention;
 }
 
-/* sum[d] += sign * token t's query, summed over the heads that share key head kv. */
+/* sum[d] += sign * the query of token t, summed over the heads that share key head kv. */
 static void add_query(float *sum, const struct ggml_tensor *queries, const struct repkv_op_params *p, int kv, int64_t t,
                       float sign) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
@@ -61,7 +61,7 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     int64_t begin, end;
     share(first + n_tokens - from, ith, nth, &begin, &end);
     for (int kv = 0; kv < p->n_head_kv; kv++) {
-        /* A sum of the queries in (m, m + n_score] that slides along with m. */
+        /* The sum of the queries in (m, m + n_score] slides along with m. */
         memset(sum, 0, (size_t)d * sizeof(float));
         int64_t low = 0, high = 0; /* tokens of this step in the sum: [low, high) */
         for (int64_t m = from + begin; m < from + end; m++) {
@@ -102,7 +102,7 @@ void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     }
 }
 
-/* Keys a query gives probability to: the last n_score before it, as far as they are in the window, and its own. */
+/* Returns the first key that a query scores: it scores the last n_score keys before it in the window, and its own. */
 static int64_t first_scored(const struct repkv_op_params *p, const struct repkv_regions *regions, int64_t position) {
     const int64_t first = position - p->n_score;
     return first > regions->local ? first : regions->local;
@@ -120,7 +120,7 @@ static void masked_scores(const struct repkv_op_params *p, float *scores, const 
     }
 }
 
-/* Adds to the scores of one key head what the query heads that share it give to each key, for one panel. */
+/* Adds the probabilities of one panel's queries to the scores of a key head, for the query heads that share it. */
 static void add_probabilities(const struct repkv_op_params *p, const struct ggml_tensor *score, const struct ggml_tensor *queries,
                               const struct ggml_tensor *k_local, const struct repkv_regions *regions, int kv, int64_t panel,
                               struct repkv_scratch s) {
@@ -167,7 +167,7 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
     }
 }
 
-/* A key head belongs to one thread, so that two never add to the same score. */
+/* Each key head belongs to one thread, so that two threads never add to the same score. */
 void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_score_attention_sources *src = SOURCES(dst, score_attention);
@@ -181,7 +181,7 @@ void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *user
     }
 }
 
-/* Scaled products of a group's queries with the n keys from c0 on, -inf beyond: to [group][stride]. */
+/* Sets `to` [group][stride] to the scaled products of a group's queries with n keys from first_row on, and -inf beyond. */
 static void tile_scores(const struct repkv_op_params *p, float *to, size_t stride, const float *q, float *keys,
                         const struct ggml_tensor *k_local, int64_t first_row, int n, int kv) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
@@ -243,7 +243,7 @@ void repkv_score_attention_one(struct ggml_tensor *dst, int ith, int nth, void *
     for (int kv = ith; kv < p->n_head_kv; kv += nth) {
         rope(own_key, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
         for (int g = 0; g < group; g++) rope(q + g * d, qkv + (kv * group + g) * d, cosine, sine, p->rope_dim, d);
-        /* Rows of a short tile hold what was there before: finite from the first on. */
+        /* A short tile keeps old rows at its end: they must be finite from the start. */
         memset(keys, 0, TILE * (size_t)d * sizeof(float));
         add_probabilities_one(p, src->score, q, own_key, src->k_local, regions_of(src->regions), kv, keys, s);
     }

@@ -1,4 +1,4 @@
-/* Representative scores: how strongly later queries ask for each recent key. */
+/* Representative scores: how strongly later queries attend each recent key. */
 #ifndef REPKV_SCORE_OPS_H
 #define REPKV_SCORE_OPS_H
 

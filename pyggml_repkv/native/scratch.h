@@ -1,7 +1,7 @@
 /* A thread's scratch memory, which an op takes piece by piece.
  *
- * Every op says how much a call takes: the sum of repkv_piece() of what it takes. With REPKV_DEBUG a call that takes more, or
- * more than there is, ends the process, and AddressSanitizer sees what is read or written beside a piece. */
+ * Every op declares how much a call takes: the sum of repkv_piece() over its pieces. With REPKV_DEBUG the process ends if a
+ * call takes more than that, or more than there is, and AddressSanitizer finds reads and writes beside a piece. */
 #ifndef REPKV_SCRATCH_H
 #define REPKV_SCRATCH_H
 
@@ -27,12 +27,12 @@ struct repkv_scratch {
     char *next, *end;
 };
 
-/* Bytes that a piece of n numbers takes: pieces begin at multiples of 64. */
+/* Returns the bytes of a piece of n numbers; pieces begin at multiples of 64. */
 static inline size_t repkv_piece(size_t n) {
     return (n * sizeof(float) + 63) / 64 * 64 + REPKV_PIECE_GAP;
 }
 
-/* The n_bytes that a call takes, of `size` at `data`. */
+/* Returns the scratch of a call that takes n_bytes, of `size` at `data`. */
 static inline struct repkv_scratch repkv_scratch_begin(char *data, size_t size, size_t n_bytes) {
 #ifdef REPKV_DEBUG
     if (n_bytes > size) {
@@ -47,7 +47,7 @@ static inline struct repkv_scratch repkv_scratch_begin(char *data, size_t size, 
     return (struct repkv_scratch){data, data + n_bytes};
 }
 
-/* The next n numbers. */
+/* Returns the next n numbers. */
 static inline float *repkv_take(struct repkv_scratch *s, size_t n) {
     float *piece = (float *)s->next;
     s->next += repkv_piece(n);

@@ -6,7 +6,7 @@
 
 enum {
     MAX_HEADS_AT_ONCE = 4,
-    MAX_SELECTED = 4096, /* where blocks are chosen and not all taken */
+    MAX_SELECTED = 4096, /* if blocks are chosen, and not all taken */
 };
 
 static size_t relevance_scratch(int n_head, int head_dim) {
@@ -22,11 +22,11 @@ size_t repkv_select_scratch(int n_head, int head_dim) {
     return relevance > topk ? relevance : topk;
 }
 
-/* Below any relevance: what is not a number, and lanes beyond the last block. */
+/* The value of a NaN, and of lanes beyond the last block: below any relevance. */
 #define LOWEST (-3.0e38f)
 
 #if defined(REPKV_HALVES)
-/* Eight blocks at a time: the accumulators of sixteen would not fit the registers. */
+/* Eight blocks at a time: the accumulators of sixteen would not fit into the registers. */
 typedef __m256 lanes;
 
 static inline lanes load_lanes(enum ggml_type type, const void *index, int64_t i) {
@@ -83,7 +83,7 @@ static inline __attribute__((always_inline)) void dot_lanes(const int n_heads, f
 
 /* Folds one more representative's scores into x (and for REPKV_LSE the sum of exp(score - x)). */
 static inline void fold_representative(int kind, f32x16 *x, f32x16 *sum, f32x16 score, int first) {
-    /* Finite, so that no difference is NaN: what is not a number counts as lowest. */
+    /* A NaN becomes LOWEST, which is finite, so that no difference is NaN. */
     score = select16(above16(score, splat16(LOWEST)), score, splat16(LOWEST));
     score = select16(above16(score, splat16(-LOWEST)), splat16(-LOWEST), score);
     if (kind == REPKV_MEAN) {
@@ -97,7 +97,7 @@ static inline void fold_representative(int kind, f32x16 *x, f32x16 *sum, f32x16 
     *x = max;
 }
 
-/* Of 16 blocks, for the n_heads query heads from the first on that share key head kv: x[h][16]. */
+/* Sets x[h][16] to the relevance of 16 blocks for the n_heads query heads that share key head kv. */
 static void relevance_of_group(const struct repkv_op_params *p, f32x16 *x, const float *q, int n_heads, enum ggml_type type,
                                const void *index, int64_t first) {
     f32x16 sum[MAX_HEADS_AT_ONCE], scores[MAX_HEADS_AT_ONCE];
@@ -117,8 +117,8 @@ static void relevance_of_group(const struct repkv_op_params *p, f32x16 *x, const
     }
 }
 
-/* q [n_head, d] is scaled, scratch [n_head][2][16]. Each thread does its share of the groups of 16 blocks, in the order in
- * which they lie: this op is bound by reading the index. */
+/* q [n_head, d] is scaled, scratch [n_head][2][16]. Each thread reads its share of the groups of 16 blocks in order, because
+ * reading the index takes most of the time. */
 static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, const struct ggml_tensor *index,
                       const float *q, float *scratch, int n_blocks, int ith, int nth) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
@@ -144,7 +144,7 @@ static void relevance(struct ggml_tensor *dst, const struct repkv_op_params *p, 
                 if (p->relevance != REPKV_LSE) continue;
                 float *max = scratch + 2 * head * LANES, *sum = max + LANES;
                 const f32x16 old = load16(max), most = max16(old, y);
-                /* Not 1 while there is nothing but the lowest. */
+                /* LOWEST has weight 0, also while it is the maximum. */
                 const f32x16 weight = select16(above16(y, splat16(LOWEST)), exp16(y - most), splat16(0.0f));
                 store16(sum, load16(sum) * exp16(old - most) + weight);
                 store16(max, most);
@@ -165,7 +165,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct repkv_relevance_sources *src = SOURCES(dst, relevance);
     const struct repkv_regions *regions = regions_of(src->regions);
     const int width = p->n_head * p->head_dim, n_tokens = regions->n_tokens;
-    /* The mean query of the chunk: padded lanes are left out. */
+    /* The mean query of the chunk, without padded lanes. */
     struct repkv_scratch s = repkv_thread_scratch(p, ith, relevance_scratch(p->n_head, p->head_dim));
     float *mean = repkv_take(&s, (size_t)width);
     memset(mean, 0, (size_t)width * sizeof(float));
@@ -197,7 +197,7 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
 }
 
-/* Of each head: 0 for REPKV_MEAN and REPKV_MAX, else the maximum of x and 1 / sum of exp(x - maximum) over all blocks. */
+/* Sets max and scale of each head, which REPKV_LSE needs: the maximum of x, and 1 / sum of exp(x - maximum) over all blocks. */
 static void head_totals(const struct repkv_op_params *p, float *max, float *scale, const float *seen, int nth) {
     for (int h = 0; h < p->n_head; h++) {
         float sum = 0.0f;
@@ -213,14 +213,14 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
     }
 }
 
-/* One row of a selection: the weights of its heads [h0, h1), and where it goes. */
+/* One row of a selection: its heads [h0, h1), their weights, and its place. */
 struct row_of_blocks {
     const float *x, *max, *scale;
     int64_t n_padded;
     int n_blocks, h0, h1;
     int32_t *selected;
     int n_top;
-    const int32_t *kept; /* what the last token selected, ascending; NULL: nothing */
+    const int32_t *kept; /* the last token's selection, ascending; NULL: none */
 };
 
 static inline f32x16 weights_of(const struct repkv_op_params *p, const struct row_of_blocks *r, int first) {
@@ -232,7 +232,7 @@ static inline f32x16 weights_of(const struct repkv_op_params *p, const struct ro
     return weight;
 }
 
-/* selected[0] = how many, then the best blocks, ascending. */
+/* Sets selected[0] to the number of blocks, then the best blocks, ascending. */
 static void select_blocks(const struct repkv_op_params *p, const struct row_of_blocks *r, float *best) {
     int32_t *selected = r->selected;
     const float factor = p->relevance == REPKV_LSE ? expf(p->sticky) : 1.0f;
@@ -246,7 +246,7 @@ static void select_blocks(const struct repkv_op_params *p, const struct row_of_b
             weight[b] = weight[b] * factor + bonus;
         }
         for (int b = 0; b < n_lanes; b++) {
-            /* A short sorted list, best first; an equal later block comes after. */
+            /* A short sorted list, best first; of equals the earlier block first. */
             if (n == r->n_top && !(weight[b] > best[n - 1])) continue;
             int at = n < r->n_top ? n++ : n - 1;
             for (; at > 0 && weight[b] > best[at - 1]; at--) {
@@ -258,7 +258,7 @@ static void select_blocks(const struct repkv_op_params *p, const struct row_of_b
         }
     }
     selected[0] = n;
-    /* Ascending, so that memory is read in order and sums do not depend on the ranking. */
+    /* Sort the blocks, so that memory is read in order and sums do not depend on the ranking. */
     for (int i = 1; i < n; i++) {
         const int32_t b = selected[1 + i];
         int j = i;
@@ -326,7 +326,7 @@ void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t en
         for (int64_t m = begin; m < end; m++) {
             const float s = score[m * n_head_kv + kv];
             int at = n;
-            /* Strictly greater, or a number over NaN: of equals the earlier token stays ahead, and NaN never leads. */
+            /* Only a greater score, or a number over NaN, moves ahead: of equals the earlier token stays first. */
             while (at > 0) {
                 const float other = score[out[at - 1] * n_head_kv + kv];
                 if (!(s > other || (other != other && s == s))) break;

@@ -1,4 +1,4 @@
-/* Sixteen-float vectors through GCC's vector extensions: one source for AVX-512, AVX2, NEON and whatever comes next. */
+/* Vectors of sixteen floats through GCC's vector extensions: one source for AVX-512, AVX2, NEON and others. */
 #ifndef REPKV_SIMD_H
 #define REPKV_SIMD_H
 
@@ -13,7 +13,7 @@ typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef float f32x8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 
-/* Through a type that may alias: memcpy of a vector wider than the CPU's goes in small pieces through the stack. */
+/* Loads and stores use a type that may alias: memcpy of a vector wider than the CPU's goes through the stack in pieces. */
 typedef f32x16 stored16 __attribute__((may_alias));
 
 static inline f32x16 load16(const float *p) {
@@ -29,7 +29,7 @@ static inline f32x16 splat16(float x) {
 }
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512F__)
-/* GCC takes comparisons, conversions and long-lived variables of vectors wider than the CPU's apart; these stay whole. */
+/* GCC takes apart comparisons, conversions and long-lived variables of vectors wider than the CPU's; halves stay whole. */
 #define REPKV_HALVES 1
 union halves {
     f32x16 whole;
@@ -182,7 +182,7 @@ static inline void scale_f32(float *y, float s, int n) {
 }
 
 #if defined(__F16C__)
-/* n half-precision values to F32; n is a multiple of 8. */
+/* Converts n half-precision values to F32; n is a multiple of 8. */
 static inline void f16_to_f32(const void *x, float *y, int n) {
     for (int i = 0; i < n; i += 8) {
         _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
@@ -190,7 +190,7 @@ static inline void f16_to_f32(const void *x, float *y, int n) {
 }
 #endif
 
-/* Lanes of a where the mask is set (all ones), of b where it is clear. */
+/* Returns the lanes of a where the mask is all ones, and those of b where it is zero. */
 static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
     i32x16 ai, bi;
     memcpy(&ai, &a, sizeof ai);
@@ -200,7 +200,7 @@ static inline f32x16 select16(i32x16 mask, f32x16 a, f32x16 b) {
     return a;
 }
 
-/* All ones where a > b; nothing is above what is not a number. */
+/* Returns all ones where a > b; with a NaN on either side, zero. */
 static inline i32x16 above16(f32x16 a, f32x16 b) {
 #if defined(REPKV_HALVES)
     const union halves x = {.whole = a}, y = {.whole = b};

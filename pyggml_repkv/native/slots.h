@@ -1,4 +1,4 @@
-/* Which block lies in which slot of one layer. Used by the block store only, under its lock. */
+/* Which block lies in which slot of a layer. Only the block store uses it, under its lock. */
 #ifndef REPKV_SLOTS_H
 #define REPKV_SLOTS_H
 
@@ -7,18 +7,18 @@
 
 enum slot_state {
     SLOT_FREE,
-    SLOT_QUEUED,  /* a read was asked for */
-    SLOT_READING, /* a thread is at it */
+    SLOT_QUEUED,  /* waits for a thread to read it */
+    SLOT_READING, /* a thread reads it */
     SLOT_READY,
 };
 
 struct slot {
-    double score;   /* times `weight` of its layer when it was last raised: comparable without decaying every slot */
-    int64_t last;   /* requirement that last wanted it */
-    int64_t kept;   /* prefetch that last wanted it */
+    double score;   /* in units of the layer's `weight` at its last raise, so that no slot needs to decay */
+    int64_t last;   /* the last requirement that wanted it */
+    int64_t kept;   /* the last prefetch that wanted it */
     int32_t block;
     uint8_t state;
-    bool ahead; /* fetched ahead, not required yet */
+    bool ahead; /* read ahead, not required yet */
     bool listed;
 };
 
@@ -27,16 +27,16 @@ struct slots {
     int32_t *slot_of; /* [max_blocks], -1: none */
     int32_t n, n_used; /* slots from n_used on were never used */
     int32_t n_free;    /* below n_used */
-    double weight;     /* what 1 is worth now */
+    double weight;     /* what a score of 1 is worth now */
     int64_t now, n_prefetches;
 };
 
 static const double SLOT_DECAY = 0.9, SLOT_PREFETCH_SCORE = 0.5;
 
-/* Limits for slots_take: any score may give way to a block that is probably wanted, or to one that is required now. */
+/* Limits for slots_take, above any score: for a block that is probably wanted, and for one that is required now. */
 static const double SLOT_ANY = 1e300, SLOT_REQUIRED = 1e301;
 
-/* Another requirement: all scores decay, by raising what new ones are worth. */
+/* Begins another requirement. All scores decay, because new ones are worth more. */
 static inline void slots_tick(struct slots *s) {
     s->now++;
     s->weight /= SLOT_DECAY;
@@ -51,8 +51,8 @@ static inline void slots_release(struct slots *s, int32_t i) {
     s->n_free++;
 }
 
-/* A slot for a block: the lowest free one, else the lowest in score below `limit` that is ready and neither required now nor
- * kept by the present prefetch. -1: none. The slot is queued, its score 0. */
+/* Returns a slot for a block, queued and with score 0: the lowest free one, else the one with the lowest score below `limit`
+ * that is ready and neither required now nor kept by the present prefetch. -1: none. */
 static inline int32_t slots_take(struct slots *s, int32_t block, double limit) {
     int32_t best = -1;
     if (s->n_free > 0) {

@@ -1,8 +1,8 @@
-"""The build backend of this project: setuptools, after making sure of the pinned ggml-python wheel.
+"""The build backend of this project: builds the pinned ggml-python wheel, then calls setuptools.
 
-pip has no way to pass CMake flags to a dependency: a plain `ggml-python==0.0.45` would be compiled with other
-flags, or come from pip's cache with other flags. So the wheel is built first, and the metadata of our own
-wheel names it by its file URL. Our wheel is as machine-specific as the file it names.
+pip cannot pass CMake flags to a dependency: a plain `ggml-python==0.0.45` would be compiled with other flags, or come
+from pip's cache with other flags. So this backend builds that wheel first and names its file URL in the metadata of the
+project's wheel, which is therefore as machine-specific as the file it names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _wheel: Path | None = None
 
 
 def requirements() -> list[str]:
-    """The runtime requirements, for setup.py. An sdist names a version of ggml-python, a wheel a file."""
+    """Returns the runtime requirements for setup.py. An sdist names a version of ggml-python, a wheel a file."""
     table = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))
     pin = Pin.load()
     ggml = f"{pin.name}=={pin.version}" if _wheel is None else f"{pin.name} @ {_wheel.as_uri()}"
@@ -45,7 +45,7 @@ def requirements() -> list[str]:
 
 @contextmanager
 def _pinned_ggml() -> Iterator[None]:
-    """Provide the wheel, its headers for native/build.py, and a build folder outside the tree."""
+    """Provides the wheel, its headers for native/build.py, and a build folder outside the tree."""
     global _wheel
     try:
         _wheel = ensure_wheel()
@@ -55,7 +55,7 @@ def _pinned_ggml() -> Iterator[None]:
         with zipfile.ZipFile(_wheel) as archive:
             archive.extractall(folder, [name for name in archive.namelist() if name.startswith("ggml/include/")])
         os.environ["GGML_INCLUDE_DIR"] = os.path.join(folder, "ggml", "include")
-        # A build folder that is kept would put modules deleted since into the next wheel.
+        # A permanent build folder would put deleted modules into the next wheel.
         config = Path(folder, "build.cfg")
         config.write_text(f"[build]\nbuild_base = {folder}/build\n", encoding="utf-8")
         os.environ["DIST_EXTRA_CONFIG"] = str(config)

@@ -1,4 +1,4 @@
-"""The pinned ggml-python wheel of this machine: taken from the user's cache, or built there once.
+"""Provides this machine's pinned ggml-python wheel: from the user's cache, or built there once.
 
 `python vendor/ggml/ggml_wheel.py` prints the path of the wheel; progress and errors go to stderr.
 """
@@ -24,11 +24,11 @@ from pathlib import Path
 
 PIN_FILE = Path(__file__).with_name("pin.toml")
 FLAG_VARIABLES = ("CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS")
-# The CPUs that ggml and the extension are compiled for, as the compilers' -march takes it; unset: this one.
+# The CPU that ggml and the extension are compiled for, as -march names it; unset: this CPU.
 MARCH_VARIABLE = "REPKV_MARCH"
-# ggml's own switches for x86, which are on where GGML_NATIVE is off; -march says them all.
+# ggml's switches for x86 are on if GGML_NATIVE is off; -march decides instead of them.
 X86_SWITCHES = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C")
-# The last two tell a pip inside a build which backend to load: ours, where it needs ggml-python's.
+# The last two would make a pip inside the build load this project's backend instead of ggml-python's.
 OUTER_BUILD = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PEP517_", "_PYPROJECT_HOOKS_")
 LOG_TAIL_LINES = 25
 
@@ -70,7 +70,7 @@ Builder = Callable[[Pin, Path, Path], None]
 
 
 def compiler_macros(variable: str, default: str, language: str) -> str:
-    """The compiler's predefined macros under -march: its version and the CPU features it will use."""
+    """Returns the compiler's predefined macros under -march: its version and the CPU features it will use."""
     command = shlex.split(os.environ.get(variable, "")) or [default]
     if shutil.which(command[0]) is None:
         raise WheelError(
@@ -86,7 +86,7 @@ def compiler_macros(variable: str, default: str, language: str) -> str:
 
 
 def machine() -> dict[str, str]:
-    """Everything besides the pin that decides what the compiled code is and where it runs."""
+    """Returns everything besides the pin that decides what the compiled code is and where it runs."""
     return {
         "platform": sysconfig.get_platform(),
         # One home directory may serve containers with different C libraries.
@@ -98,20 +98,20 @@ def machine() -> dict[str, str]:
 
 
 def wheel_key(pin: Pin, machine: Mapping[str, str]) -> str:
-    """The name of the wheel's cache folder: 16 hex digits."""
+    """Returns the name of the wheel's cache folder: 16 hex digits."""
     inputs = json.dumps([asdict(pin), dict(machine)], sort_keys=True)
     return hashlib.sha256(inputs.encode()).hexdigest()[:16]
 
 
 def cache_root() -> Path:
-    """The folder that holds one folder per key."""
+    """Returns the folder that holds one folder per key."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
     return base / "pyggml_repkv" / "wheels"
 
 
 def sound_wheel(folder: Path) -> Path | None:
-    """The one wheel in `folder`, or None where it is missing or damaged."""
+    """Returns the one wheel in `folder`, or None if it is missing or damaged."""
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1 or not zipfile.is_zipfile(wheels[0]):
         return None
@@ -120,28 +120,28 @@ def sound_wheel(folder: Path) -> Path | None:
 
 
 def build_environment(pin: Pin, constraints: Path) -> dict[str, str]:
-    """The environment of the pip that builds: the pin's CMake flags, and nothing of an outer make or pip."""
+    """Returns the environment of the pip that builds: the pin's CMake flags, and nothing of an outer make or pip."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(OUTER_BUILD)}
     env["CMAKE_ARGS"] = pin.cmake_args
     if march() != "native":
         for name in ("CFLAGS", "CXXFLAGS"):
             env[name] = f"{env.get(name, '')} -march={march()}".strip()
-    # scikit-build-core takes `make` where there is no ninja, and make alone compiles one file at a time.
+    # Without ninja, scikit-build-core uses make, which compiles one file at a time by default.
     env.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(len(os.sched_getaffinity(0))))
-    # pip reads build constraints from the first of these up to 25.2, from the second since 25.3.
-    # A path with spaces would be read as several; a URL is one word.
+    # pip up to 25.2 reads build constraints from the first of these, pip since 25.3 from the second.
+    # It would split a path with spaces; a URL is one word.
     env["PIP_CONSTRAINT"] = env["PIP_BUILD_CONSTRAINT"] = constraints.as_uri()
     return env
 
 
 def build_with_pip(pin: Pin, folder: Path, log: Path) -> None:
-    """Compile the sdist, checked against the pinned hash, into one wheel in `folder`. Raises WheelError."""
+    """Compiles the sdist, checked against the pinned hash, into one wheel in `folder`. Raises WheelError."""
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{pin.name}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
     constraints = folder / "constraints.txt"
     constraints.write_text("\n".join(pin.constraints) + "\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-binary", pin.name]
-    # pip's own cache does not know CMake flags: it would hand out a wheel that was built with others.
+    # pip's own cache does not know CMake flags: it may hold a wheel that was built with others.
     command += ["--no-cache-dir", "--require-hashes", "-r", str(requirement), "-w", str(folder)]
     with log.open("w", encoding="utf-8") as output:
         env = build_environment(pin, constraints)
@@ -156,7 +156,7 @@ def build_with_pip(pin: Pin, folder: Path, log: Path) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; the kernel frees it if this process dies."""
+    """Holds an exclusive lock, which the kernel frees if this process dies."""
     with path.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,10 +167,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def ensure_wheel(pin: Pin | None = None, root: Path | None = None, build: Builder = build_with_pip) -> Path:
-    """The cached wheel for this pin and machine, built if there is none.
+    """Returns the cached wheel for this pin and machine, and builds it if there is none.
 
-    Safe to call from several processes at once; an interrupted build leaves nothing that counts as a wheel.
-    Raises WheelError where a compiler is missing, the build fails or the cache cannot be written.
+    Several processes may call it at once; an interrupted build leaves nothing that counts as a wheel.
+    Raises WheelError if a compiler is missing, the build fails or the cache cannot be written.
     """
     pin = pin or Pin.load()
     root = root or cache_root()

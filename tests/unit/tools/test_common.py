@@ -40,7 +40,7 @@ def test_memory_of_options():
     assert (memory.kv, memory.top_blocks, memory.n_ctx) == ("repkv", 3, 0)
     for bad, message in (
         ("--kv nothing", r"^--ours '--kv nothing': argument --kv: 'nothing' is none of"),
-        ("-c 4096", "-c follows from the text"),
+        ("-c 4096", "the text decides the context; leave -c out"),
         ("--kv 'repkv", "No closing quotation"),
     ):
         with pytest.raises(InputError, match=message):

@@ -39,7 +39,7 @@ def test_the_exit_code_says_it(demo_model, monkeypatch, capsys, extra, code):
     monkeypatch.setattr(compare_names, "llama_nodes", lambda _: [*theirs, *extra])
     assert run_tool(compare_names.main, ["-m", str(demo_model), "-t", "1", "--layer", "1"]) == code
     out, err = capsys.readouterr()
-    assert f"{len(theirs)} of ours; {len(extra)} differ" in out
+    assert f"{len(theirs)} of --exact-graph; {len(extra)} differ" in out
     assert "Qcur-1 " in out
     assert "Qcur-2 " not in out
     assert bool(err) == bool(code)

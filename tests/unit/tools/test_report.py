@@ -88,7 +88,7 @@ def test_the_page_says_what_is_stored(stored, capsys):
     for line in (
         "ours 1; m.gguf (qwen2 1M F32), 2 threads, 2026-01-02.",
         "Text: book.txt, 1,234,567 bytes, SHA-256 abababababababab...",
-        "Machine: A CPU, 2 threads: 20.0 GB/s from memory (the most that any run measured), 300 GFLOP/s",
+        "Machine: A CPU, 2 threads: 20.0 GB/s from memory (the best of all runs), 300 GFLOP/s",
         "| Q4_1 | 123 | 5.7 |",
         # 42 % of 16 GB/s, of 20.04; the ratio is to the better llama.cpp, -fa off.
         "| 0 | `repkv` | 500 | 10.0 | 34 % | 5 MB | 9 MB | 2.00 (1.50 to 2.50) | 2.00 (1.50 to 2.50) |",
@@ -144,8 +144,8 @@ def test_commands_are_those_of_stored_results(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("recall.json", "{", "recall.json: is no JSON"),
-        ("number.jsonl", "x\n", "number.jsonl: is no JSON"),
+        ("recall.json", "{", "recall.json is not JSON"),
+        ("number.jsonl", "x\n", "number.jsonl is not JSON"),
         ("number.jsonl", "{}\n", "a result is not what this version writes (KeyError"),
         ("number.jsonl", '{"settings": [], "result": {"kv": "full"}}\n', "a result is not what this version writes"),
         ("number.jsonl", '{"settings": {}, "result": []}\n', "a result is not what this version writes"),
@@ -227,7 +227,7 @@ def test_results_of_another_text_are_not_mixed(stored, tmp_path, capsys):
     assert "are of another text (book.txt)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("argv", "message"), [([], "a text is needed"), (["--text", "/no/file"], "No such file")])
+@pytest.mark.parametrize(("argv", "message"), [([], "give a text"), (["--text", "/no/file"], "No such file")])
 def test_bad_usage_is_one_line(argv, message, tmp_path, capsys):
     assert run_tool(report.main, [*argv, "--docs", str(tmp_path)]) == 2
     err = capsys.readouterr().err
