@@ -26,6 +26,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pyggml_repkv"):
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in FILES else node.module for name in whole}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
     return found & FILES.keys()
 
 
@@ -34,6 +36,16 @@ def room(module: str) -> str:
 
 
 GRAPH = {module: imported(path) for module, path in FILES.items()}
+
+
+def test_imports_name_the_whole_path():
+    relative = [
+        module
+        for module, path in FILES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.level
+    ]
+    assert relative == []
 
 
 def test_every_room_is_known():

@@ -1,5 +1,8 @@
 """Policies by name and from a file."""
 
+import contextlib
+import json
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,12 @@ def test_the_example_in_the_documentation_is_a_policy(model):
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("def make_policy(): pass", "TypeError: .*positional argument"),
-        ("def make_policy(inputs): pass", r"it must define make_policy\(inputs\) -> Policy"),
+        (
+            "def make_policy(inputs): pass",
+            r"it must define make_policy\(inputs\) -> Policy .*lacks begin_step, bounded",
+        ),
+        ("class make_policy:\n    forms = 'one'", "forms is 'one'; it must be a frozenset"),
+        ("class make_policy:\n    evicts = None", "evicts is None; it must be a bool"),
     ],
 )
 def test_a_file_without_a_policy_is_one_line(model, tmp_path, source, message):
@@ -60,3 +68,42 @@ def test_a_file_without_a_policy_is_one_line(model, tmp_path, source, message):
         path.write_text(source, encoding="utf-8")
     with pytest.raises(InputError, match=f"--kv .*policy.py: .*{message}"):
         model.session(memory(path))
+
+
+def test_a_file_that_has_changed_is_another_policy(model, tmp_path):
+    """Also where it keeps its name; and it does not matter from where it is given."""
+    path = tmp_path / "mine.py"
+    path.write_bytes(EXAMPLE.read_bytes())
+    with model.session(memory(path), directory=tmp_path / "kept") as session:
+        session.prefill(TOKENS[:200])
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "mine.py")
+    with model.resume(tmp_path / "kept", memory(moved)) as session:
+        assert session.n_past == 200
+    moved.write_text(moved.read_text(encoding="utf-8") + "# something else", encoding="utf-8")
+    with pytest.raises(InputError, match="--kv was mine.py .* and is mine.py"):
+        model.resume(tmp_path / "kept", memory(moved))
+
+
+def test_a_program_that_a_directory_names_is_not_run(model, tmp_path):
+    ran = tmp_path / "ran"
+    path = tmp_path / "evil.py"
+    path.write_text(f"open({str(ran)!r}, 'w')", encoding="utf-8")
+    with model.session(memory("repkv"), directory=tmp_path / "kept") as session:
+        session.prefill(TOKENS[:200])
+    with contextlib.closing(sqlite3.connect(tmp_path / "kept" / "session.db")) as db:
+        settings = json.loads(db.execute("SELECT value FROM meta WHERE key = 'settings'").fetchone()[0])
+        db.execute("UPDATE meta SET value = ? WHERE key = 'settings'", (json.dumps(settings | {"--kv": str(path)}),))
+        db.commit()
+    with pytest.raises(InputError, match="give that memory to take it up"):
+        model.resume(tmp_path / "kept")
+    assert not ran.exists()
+
+
+def test_a_policy_that_cannot_be_kept_says_so(model, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        EXAMPLE.read_text(encoding="utf-8") + "\n\nMeanKeyBlocks.checkpoint = lambda self: None\n", encoding="utf-8"
+    )
+    with pytest.raises(InputError, match="--kv mean-key cannot be kept in a directory"):
+        model.session(memory(path), directory=tmp_path / "kept")
