@@ -96,7 +96,7 @@ def kept_settings(folder: Path) -> MemoryConfig:
 def _unusable(where: str, error: Exception) -> InputError:
     return InputError(
         f"{where}: session.db cannot be used ({error}); check permissions and the disk, or move the directory away to "
-        "start anew"
+        "start a new one"
     )
 
 

@@ -44,7 +44,7 @@ class Tracer(Protocol):
     """Who wants to know when nodes are computed, or what they hold (lab/inspect/node_trace.py, recorder.py)."""
 
     traces_ops: bool
-    """Whether nodes of ours note themselves when they are computed."""
+    """Whether the project's own nodes note themselves when they are computed."""
 
     def hook_of(self, plan: Plan) -> EvalHook | None:
         """What runs between the nodes of a plan instead of its own hook, which it calls."""

@@ -1,4 +1,4 @@
-"""The forms in which `full` attends: ggml's flash attention, plain softmax, and our fused ops.
+"""The forms in which `full` attends: ggml's flash attention, plain softmax, and the fused ops.
 
 Shapes: T tokens, H query heads, K key/value heads, d head size, n_kv attended rows (a multiple of the padding).
 """

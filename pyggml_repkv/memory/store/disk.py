@@ -31,7 +31,7 @@ from pyggml_repkv.memory.store.block_store import N_STAGING, BlockStore, RecordL
 from pyggml_repkv.memory.store.ram import floats
 from pyggml_repkv.model.config import ModelConfig
 
-# Threads that read blocks: measured in docs/disk.md.
+# Threads that read blocks: so many reads are under way at once.
 N_IO_THREADS = 4
 
 

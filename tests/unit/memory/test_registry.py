@@ -81,7 +81,7 @@ def test_a_file_that_has_changed_is_another_policy(model, tmp_path):
     with model.resume(tmp_path / "kept", memory(moved)) as session:
         assert session.n_past == 200
     moved.write_text(moved.read_text(encoding="utf-8") + "# something else", encoding="utf-8")
-    with pytest.raises(InputError, match="--kv was mine.py .* and is mine.py"):
+    with pytest.raises(InputError, match=r"--kv was mine\.py .* and is mine\.py"):
         model.resume(tmp_path / "kept", memory(moved))
 
 
