@@ -42,6 +42,7 @@ CHECKS = (
         {"TSAN_OPTIONS": "halt_on_error=1", "OMP_THREAD_LIMIT": "1"},
         (
             "tests/unit/native/test_block_store.py",
+            "tests/unit/native/test_hooks.py",
             "tests/properties/test_block_store.py",
             "tests/properties/test_disk_memory.py",
         ),

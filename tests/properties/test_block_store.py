@@ -133,7 +133,7 @@ def test_what_is_fetched_ahead_changes_nothing_but_time(data, seed, delay, reord
         stats = bench.store.stats
         assert stats.required == stats.hits + stats.late + stats.missed
         assert stats.used <= stats.issued
-        assert stats.written_bytes <= bench.store.file.end
+        assert stats.written_bytes <= bench.store.n_bytes
 
 
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
