@@ -80,7 +80,7 @@ class MemoryConfig:
     next one; late: a token attends what the one before it selected; positions: exact, far, or auto (exact until the
     sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
 
-    Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default one if kv_ram is given;
+    Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
     limit; type_evicted: their type on disk, "" as in RAM; prefetch: off reads no block before a layer asks for it, on
     reads what is certain to be asked for, which `late` makes known a token earlier; kv_debug: for tests, poisons slots

@@ -13,8 +13,8 @@ TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0]
 
 
 def tolerance(kind: QT) -> float:
-    """ggml rounds the input row to F16, BF16 or 8 bits before the dot product. Of 80,000 random rows, 8 bits move one by
-    0.042, and one in a thousand by 0.028.
+    """ggml rounds the input row to F16, BF16 or 8 bits before the dot product. Of 80,000 random rows, 8 bits move one
+    by 0.042, and one in a thousand by 0.028.
     """
     return {QT.F32: 1e-5, QT.F16: 2e-3, QT.BF16: 1e-2}.get(kind, 6e-2)
 
