@@ -19,7 +19,7 @@ settings.register_profile("dev", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-# A shell starts background jobs with Ctrl-C ignored, and children inherit that; the tests of interrupts need it heard.
+# A shell starts background jobs with Ctrl-C ignored, and children inherit that; tests of interrupts need the signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -33,7 +33,7 @@ def golden_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_dir: Path) -> dict[str, Any]:
-    """What llama.cpp says of the demo model."""
+    """llama.cpp's answers for the demo model."""
     return json.loads((golden_dir / "demo_model.json").read_text())
 
 

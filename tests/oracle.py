@@ -1,4 +1,4 @@
-"""Qwen2, Qwen3 and Llama in plain numpy, float64, all tokens at once: what the engine must equal."""
+"""Qwen2, Qwen3 and Llama in plain numpy, float64, all tokens at once. The engine must equal them."""
 
 import math
 
@@ -23,7 +23,7 @@ def oracle_logits(spec: TinySpec, weights: dict[str, Array], tokens: list[int]) 
 
 
 def layer_weights(w: dict[str, Array], layer: int) -> dict[str, Array]:
-    """By names without the layer; with the divisors of RoPE's frequencies, where the model has them."""
+    """Returns a layer's weights by name without the layer, with the divisors of RoPE's frequencies if there are any."""
     prefix = f"blk.{layer}."
     block = {name.removeprefix(prefix): value for name, value in w.items() if name.startswith(prefix)}
     return block | {name: w[name] for name in ("rope_freqs.weight",) if name in w}
@@ -100,7 +100,7 @@ def rotate(spec: TinySpec, x: Array, positions: Array, factors: Array | None = N
 
 
 def yarn(spec: TinySpec, frequency: Array, n: int) -> tuple[Array, float]:
-    """Slow dimensions are interpolated, fast ones kept, those between 1 and 32 turns blended."""
+    """Interpolates slow dimensions, keeps fast ones, and blends those between 1 and 32 turns."""
     original = spec.scaling_orig_ctx or spec.n_ctx
 
     def dimension(turns: float) -> float:

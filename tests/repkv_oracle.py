@@ -1,6 +1,6 @@
-"""Representative-token memory in plain numpy, float64: every step as the method's description says, nothing clever.
+"""Representative-token memory in plain numpy, float64: every step as the description of the method says.
 
-Of `window` too, which is the same without blocks: what is neither first nor recent is not attended.
+It serves `window` too, which is the same without blocks: only first and recent tokens are attended.
 """
 
 from dataclasses import dataclass, field
@@ -20,11 +20,11 @@ class Layer:
     values: list[Array] = field(default_factory=list)
     scores: list[Array] = field(default_factory=list)  # [K] per token
     representatives: list[list[list[int]]] = field(default_factory=list)  # per block, per key head
-    kept: list[list[int]] = field(default_factory=list)  # what the last token chose, per key head or once
+    kept: list[list[int]] = field(default_factory=list)  # the last token's selection, per key head or once
 
 
 class RepKVOracle:
-    """`bounds`: where the blocks lie, for schemes that depend on the text; n_ctx_train: beyond it `auto` goes far."""
+    """bounds: of the blocks, for schemes that depend on the text; n_ctx_train: beyond it `auto` becomes far."""
 
     def __init__(
         self, spec: TinySpec, weights: dict[str, Array], memory: MemoryConfig, bounds: list[int] | None = None
@@ -41,7 +41,7 @@ class RepKVOracle:
         if bounds is None:
             bounds = [*range(memory.n_sink, 1024, int(memory.block.split(":")[1]))]
         self.bounds = bounds
-        # A block is cut when all places where it may end have left the window.
+        # A block is cut when all its possible ends have left the window.
         self.max_size = parse_block(memory.block).max_size
         self.blocks: list[range] = []
         self.n_past = 0
@@ -81,7 +81,7 @@ class RepKVOracle:
         q_near, k_near = turned(q, positions), turned(k, positions)
         q_far = turned(q, np.full(n, m.n_local)) if self.far else q_near
         for t in range(n):
-            # At position 0, which for YaRN is not the key itself: it puts a factor on both sides of a product.
+            # A key at position 0 is not the key itself with YaRN, which puts a factor on both sides of a product.
             layer.keys.append(turned(k[:, t : t + 1], np.zeros(1, int))[:, 0])
             layer.rotated.append(k_near[:, t])
             layer.values.append(v[:, t])
@@ -113,7 +113,7 @@ class RepKVOracle:
         return out.reshape(n, -1)
 
     def score(self, layer: Layer, q: Array, position: int, start: int, kv: int) -> None:
-        """What the queries [G, d] of one token add to the scores of the keys before it."""
+        """Adds to the scores of the keys before a token, for its queries [G, d]."""
         m = self.memory
         if m.score == "dot":
             for t in range(max(0, position - m.n_scoring), position):
@@ -126,8 +126,8 @@ class RepKVOracle:
             layer.scores[t][kv] += share
 
     def select(self, layer: Layer, keys: list[Array], q: Array, n_top: int, kept: list[list[int]]) -> list[list[int]]:
-        """Per key head, or once for all: the blocks with the highest sum over heads of their relevance; those that were
-        kept have an advantage.
+        """Returns the blocks with the highest sum of relevance over heads, per key head or once for all. Blocks in
+        `kept` have an advantage.
         """
         n_blocks, n_head_kv = len(self.blocks), self.spec.n_head_kv
         if n_blocks <= n_top:

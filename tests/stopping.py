@@ -1,4 +1,4 @@
-"""What stops a compute without a signal, which would hit the test runner too."""
+"""Stops computes without a signal, which would reach the test runner too."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from pyggml_repkv.ffi.handles import Backend
 
 @contextmanager
 def endless_requests(backend: Backend, seconds: float) -> Iterator[None]:
-    """A thread that stops the backend every so many seconds: the next compute that takes longer is stopped."""
+    """Runs a thread that stops the backend every `seconds`, and so every compute that takes longer."""
     end = threading.Event()
 
     def ask() -> None:

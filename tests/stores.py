@@ -15,7 +15,7 @@ N_LAYER, MAX_TOKENS, MAX_BLOCKS, FIRST_ROW = 2, 24, 64, 5
 
 @dataclass
 class StoreBench:
-    """Layers with arenas [FIRST_ROW + n_slots * MAX_TOKENS, row]; `blocks[b]` [layer][k or v] is what it should be."""
+    """A store whose layers have arenas [FIRST_ROW + n_slots * MAX_TOKENS, row]. blocks[b][layer]: a block's (k, v)."""
 
     folder: Path
     n_slots: int = 4
@@ -58,7 +58,7 @@ class StoreBench:
         self.blocks.append(block)
 
     def attended(self, layer, block):
-        """What attention would find where the table says that the block lies: key rows, value rows."""
+        """Returns the key rows and value rows that attention finds at the block's place in the table."""
         row, n_tokens = self.places[layer][block]
         return [arena[row : row + n_tokens] for arena in self.arenas[layer]]
 

@@ -1,4 +1,4 @@
-"""Python in a process of its own, for what may kill it: C aborts, signals, broken installations."""
+"""Runs Python in another process, for code that may kill it: C aborts, signals, broken installations."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def run_python(source: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def printed(source: str, *arguments: str) -> list[str]:
-    """The lines that `source` prints; it must end by itself and without a word on stderr."""
+    """Returns the lines that `source` prints. It must end by itself and write nothing to stderr."""
     done = run_python(source, *arguments)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()

@@ -28,8 +28,8 @@ MERGES = ("t h", "Ġ t", "Ġt h", "Ġth e", "i n", "a n", "an d", "Ġ and", "e r
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MIN_VOCAB = 256 + len(MERGES) + len(SPECIAL_TOKENS)
 
-# gguf-py dequantises these types but cannot quantise to them, so their blocks are random bytes. For each:
-# where a block keeps its half-precision scale and minimum, and the mean quant: the minimum that centres it.
+# gguf-py dequantises these types but cannot quantise to them, so their blocks are random bytes. For each: the places of
+# a block's half-precision scale and minimum, and the mean quant, which gives the minimum that centres the block.
 _RANDOM_BLOCKS: dict[QT, tuple[int, int | None, float]] = {
     QT.Q2_K: (80, 82, 1.5),
     QT.Q3_K: (108, None, 0.0),
@@ -52,7 +52,7 @@ WEIGHT_TYPES = (*EXACT_TYPES, *QUANTISED_TYPES, *RANDOM_BLOCK_TYPES)
 
 
 QKV_BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
-# What the files of a family may have beside its matrices and norms.
+# Tensors that the files of a family may have besides its matrices and norms.
 OPTIONAL = {
     "qwen2": (*QKV_BIASES, "output.bias"),
     "qwen3": QKV_BIASES,
@@ -96,13 +96,13 @@ class TinySpec:
         return self.n_embd or self.n_head * self.head_dim
 
     def type_of(self, name: str) -> GGMLQuantizationType:
-        """Type in which the matrix `name` is written."""
+        """Returns the type of the matrix `name` in the file."""
         return next((t for pattern, t in self.weight_types if fnmatchcase(name, pattern)), self.weight_type)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One tensor as it goes into the file: `data` is the F32 array or the uint8 blocks, row by row."""
+    """A tensor of the file. data: the F32 array, or the uint8 blocks row by row."""
 
     data: np.ndarray
     type: GGMLQuantizationType
@@ -115,7 +115,7 @@ Tensors = dict[str, Packed]
 def write_tiny_model(
     path: str | PathLike[str], spec: TinySpec, edit: Callable[[Metadata, Tensors], None] | None = None
 ) -> dict[str, np.ndarray]:
-    """Write the model of `spec` to `path`; return its weights as F32 arrays in numpy order, by tensor name.
+    """Writes the model of `spec` to `path`; returns its weights as F32 arrays in numpy order, by tensor name.
 
     `edit` may change metadata and packed tensors in place before they are written (for bad files).
     """
@@ -274,7 +274,7 @@ def random_matrix(rng: np.random.Generator, shape: tuple[int, int], kind: GGMLQu
 
 
 def _set_scales(blocks: np.ndarray, kind: GGMLQuantizationType, scale: float) -> None:
-    """Set the super-block scale of random `blocks` (n_blocks, block bytes), in place."""
+    """Sets the super-block scale of random `blocks` [n_blocks, bytes of a block], in place."""
     half = np.float16(scale).view(np.uint16)
     if kind is QT.NVFP4:
         # Four unsigned e4m3 bytes, of which the standard 0x38 is 1.0 and each 8 more doubles it.
@@ -296,7 +296,7 @@ def _fitting_types(*row_sizes: int) -> list[GGMLQuantizationType]:
 
 @st.composite
 def families(draw: st.DrawFn) -> dict[str, Any]:
-    """Of a TinySpec: which family, and what of it the file has; mostly what published files have."""
+    """Draws the family of a TinySpec and the optional tensors of its file; mostly those of published files."""
     arch = draw(st.sampled_from(sorted(OPTIONAL)))
     usual = QKV_BIASES if arch == "qwen2" else ()
     optional = st.one_of(st.just(usual), st.sets(st.sampled_from(OPTIONAL[arch])).map(lambda names: (*sorted(names),)))

@@ -10,8 +10,8 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 LOGBOOK = Path(__file__).resolve().parents[2] / "docs" / "examples" / "logbook.txt"
 
-# Of its first four chunks of 512 tokens, by llama.cpp's logits (llama-cpp-python 0.3.36, AVX-512, -fa on). With -fa off
-# they give 8.7498: that far does rounding alone lead.
+# llama.cpp's perplexity of the first four chunks of 512 tokens (llama-cpp-python 0.3.36, AVX-512, -fa on). With -fa off
+# it is 8.7498: rounding alone makes that difference.
 LLAMA_CPP = 8.7997
 
 
@@ -27,7 +27,7 @@ def test_perplexity_is_llama_cpps(demo_model, exact):
 
 @pytest.mark.slow
 def test_what_each_memory_costs_in_likelihood(demo_model):
-    """A window forgets what the text says again; blocks bring it back."""
+    """A window forgets what the text repeats later; blocks bring it back."""
     settings = {"n_ctx": 4096, "n_local": 256, "n_dense": 0, "positions": "far", "chunk_blocks": 16}
     full = MemoryConfig(n_ctx=4096)
     with Model.load(demo_model, threads=2, repack=False) as model:

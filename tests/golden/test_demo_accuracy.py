@@ -1,4 +1,4 @@
-"""What the default graph gains over llama.cpp's: on a real model it is closer to what the weights say."""
+"""On a real model the default graph is closer to the weights in float64 than llama.cpp's graph."""
 
 from typing import Any
 
@@ -70,5 +70,5 @@ def test_a_prompt_is_read_closer_to_the_weights(truth, demo_model, tokens):
 
 
 def test_single_tokens_are_read_as_close_as_llama_cpp_reads_them(truth, demo_model, tokens):
-    """Both round to 8 bits here; either may be luckier."""
+    """Both round to 8 bits here, so either may come closer."""
     assert abs(kl(truth, demo_model, tokens, exact=False, one_by_one=True)) < 5e-3

@@ -1,4 +1,4 @@
-"""The demo model says what llama.cpp says, bit for bit with the exact graph, closely with the fused one."""
+"""The demo model gives llama.cpp's logits, bit for bit with the exact graph, and nearly with the fused one."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,7 @@ def log_probs(logits: np.ndarray) -> np.ndarray:
 
 
 def nll(logits: np.ndarray, tokens: list[int]) -> float:
-    """Mean over the prompt's tokens but the first."""
+    """Mean over all tokens of the prompt but the first."""
     return float(-log_probs(logits[:-1])[np.arange(len(tokens) - 1), tokens[1:]].mean())
 
 
@@ -44,14 +44,13 @@ def model(request, demo_model):
         yield loaded
 
 
-# The golden run was made on a CPU with AVX-512, and without the half-precision arithmetic that some have. Elsewhere
-# ggml's kernels round otherwise, in llama.cpp as here: the numbers are near those, and a greedy text may depart after
-# some tokens.
+# The golden run used a CPU with AVX-512 and without half-precision arithmetic. On other CPUs ggml's kernels round
+# differently, in llama.cpp too: the numbers are near, and a greedy text may differ after some tokens.
 HAS_FP16 = any("avx512_fp16" in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines())
 SAME_KERNELS = "avx512" in describe()["cpu"].split() and not HAS_FP16
 NLL_TOLERANCE, MIN_COSINE = (1e-3, 0.9999) if SAME_KERNELS else (2e-2, 0.999)
 
-# The golden run was made without flash attention.
+# The golden run had no flash attention.
 GOLDEN_MEMORY = MemoryConfig(n_ctx=1024, flash_attn=False)
 
 

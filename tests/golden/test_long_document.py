@@ -1,4 +1,4 @@
-"""What `make run` does: a document longer than the demo model was trained for, and a word from near its start."""
+"""`make run` finds a word near the start of a document that is longer than the demo model's trained context."""
 
 import subprocess
 import sys

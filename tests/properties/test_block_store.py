@@ -1,4 +1,4 @@
-"""Slots and what lies in them, under any order of blocks put, required and fetched ahead, and under faults."""
+"""The slots of a block store, under any order of puts, requirements and reads ahead, and under faults."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def test_the_checksum_is_xxh64(data, skip):
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Beside it, plainly: which block lies where, every score decayed at every call. Nothing is fetched ahead here."""
+    """Compares the store with a plain model that decays every score at every call. It reads nothing ahead."""
 
     folder: object
 
@@ -77,7 +77,7 @@ class StoreMachine(RuleBasedStateMachine):
         for victim in victims:
             assert victim not in wanted
             for survivor in set(idle) - set(victims):
-                # A rounding apart, either may go.
+                # If two scores differ by rounding only, either block may go.
                 assert score[victim] <= score[survivor] * (1 + 1e-9)
             del where[victim], score[victim], last[victim]
         for block in missing:
@@ -92,7 +92,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.bench.blocks)
     @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1), flush=st.booleans())
     def read(self, data, layer, flush):
-        """From a staging buffer, or from disk."""
+        """Reads from a staging buffer, or from disk."""
         if flush:
             self.bench.store.flush()
         block = data.draw(st.integers(0, len(self.bench.blocks) - 1))
@@ -203,7 +203,7 @@ def test_a_failed_write_is_said_by_the_next_call_and_loses_nothing(tmp_path, nth
         assert not raised.value.lost
         with pytest.raises(StoreError, match="could not be written"):
             bench.store.flush()
-        # What could not be written is still where it was.
+        # The blocks that could not be written are still in their staging buffers.
         for block in range(min(3, len(bench.blocks))):
             bench.store.require(0, [block])
             assert np.array_equal(bench.attended(0, block)[0], bench.blocks[block][0][0])
@@ -223,7 +223,7 @@ def test_a_short_write_goes_on(tmp_path):
 
 @pytest.mark.parametrize("file_type", ["q8_0", "f32"])
 def test_another_type_on_disk_rounds_once(tmp_path, file_type):
-    """The same whether a block comes from a staging buffer or from disk."""
+    """A block from a staging buffer has the same values as one from disk."""
     rng = np.random.default_rng(1)
     with StoreBench(tmp_path, file_types=(file_type, file_type)) as bench:
         bench.put(16, rng)

@@ -1,4 +1,4 @@
-"""Blocks do not depend on the steps, failed ones included."""
+"""Blocks do not depend on the steps, not even on failed ones."""
 
 import numpy as np
 from hypothesis import given
@@ -16,7 +16,7 @@ sizes = st.tuples(st.integers(16, 80), st.integers(0, 60)).map(lambda pair: (pai
 
 
 def texts(n, seed):
-    """n tokens; most end nothing, as in a text."""
+    """n tokens; as in a text, most end no sentence."""
     weights = np.array([12, 8] + [1] * (len(TEXTS) - 2))
     return np.random.default_rng(seed).choice(len(TEXTS), n, p=weights / weights.sum()).tolist()
 
@@ -31,7 +31,7 @@ def naive_bounds(tokens, n_sink, min_size, max_size, end):
 
 
 def check_partition(blocks, new, n_sink, end, min_size, max_size):
-    """Every token that left the window is a sink, in one block or in the remainder."""
+    """Asserts that every token that left the window is a sink, in one block, or in the remainder."""
     assert list(zip(blocks.bounds, blocks.bounds[1:], strict=False)) == new
     assert [token for first, last in new for token in range(first, last)] == list(range(n_sink, blocks.sealed_end))
     assert all(min_size <= last - first <= max_size for first, last in new)
@@ -60,7 +60,7 @@ def test_fixed_blocks_do_not_depend_on_the_steps(n_sink, size, steps):
     seal_first=st.booleans(),
 )
 def test_semantic_blocks_do_not_depend_on_the_steps(n_sink, sizes, n_local, seed, steps, seal_first):
-    """Steps as an engine makes them; a failed one is read again in other pieces, or other tokens follow instead."""
+    """Steps of an engine; after a failed one, other pieces with the same tokens follow, or other tokens."""
     blocks = SemanticBlocks(n_sink, *sizes, SCORES)
     tokens, new = [], []
     for i, (n_tokens, outcome) in enumerate(steps):

@@ -29,7 +29,7 @@ def model(tmp_path_factory):
 
 
 def slot_bytes(memory):
-    """Of one block in all layers."""
+    """The bytes of one block in all layers."""
     k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
     return N_LAYER * parse_block(memory.block).max_size * (k + v)
 
@@ -103,13 +103,13 @@ def test_late_blocks_are_there_when_asked_for(model, per_head, prefetch):
         before = session.stats()["prefetch"]
         for token in TOKENS[400:440]:
             session.decode(token)
-            # What is read meanwhile has a whole token's time; a tiny model's is too short for any.
+            # A read has a whole token's time, but a tiny model's token is too short for any read.
             time.sleep(0.005)
         done = {key: value - before[key] for key, value in session.stats()["prefetch"].items()}
     if prefetch == "off":
         assert done["issued"] < done["missed"]
     else:
-        # Only the first token after a chunk asks for what nobody fetched.
+        # Only the first token after a chunk needs blocks that were not read ahead.
         assert done["missed"] <= 3 * (2 if per_head else 1) * N_LAYER
         assert done["issued"] > 40
 
@@ -125,7 +125,7 @@ SMALL = slot_bytes(MEMORY) * 4
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
 @pytest.mark.parametrize("n_prompt", [300, 230])
 def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt, late):
-    """Never a wrong logit from bad bytes: what cannot be read is computed again, and the log says so."""
+    """Bad bytes never give a wrong logit: a block that cannot be read is computed again, and the log says so."""
     memory = replace(MEMORY, late=late)
     with model.session(memory) as here, model.session(replace(memory, kv_ram=SMALL)) as there:
         want = read(here, n_prompt, 40)

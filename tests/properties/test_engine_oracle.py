@@ -11,7 +11,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 from tests.oracle import oracle_logits
 from tests.tiny_models import WEIGHT_TYPES, TinySpec, tiny_specs, write_tiny_model
 
-# ggml rounds activations to the type its dot product wants: F16 or BF16 for those weights, 8 bits for quantised ones.
+# ggml rounds activations to the type of its dot product: F16 or BF16 for those weights, 8 bits for quantised ones.
 _TOLERANCE = {QT.F32: 2e-5, QT.F16: 5e-3, QT.BF16: 3e-2}
 _QUANTISED = 6e-2
 _CACHE_TOLERANCE = {"f32": 0.0, "f16": 3e-3, "bf16": 2e-2, "q8_0": 3e-2}

@@ -1,4 +1,4 @@
-"""Dump, verify and diff over random settings: a graph is data that comes back whole, proved, and compared both ways."""
+"""Dump, verify and diff over random settings: dumps load back unchanged, rules hold, and diffs agree both ways."""
 
 import json
 
@@ -26,7 +26,7 @@ def path(tmp_path_factory):
 
 @st.composite
 def graphs(draw) -> Wanted:
-    """Any graph that some flags make."""
+    """A graph for random flags."""
     kv = draw(st.sampled_from(["full", "window", "repkv"]))
     memory = {"kv": kv, "n_batch": draw(st.sampled_from([1, 5, 33, 64])), "n_ctx": draw(st.sampled_from([0, 2048]))}
     if kv == "full":

@@ -1,6 +1,6 @@
 """Damaged model files end in a clear refusal or a model that runs: never a signal, a traceback or a hang.
 
-Mutants of a tiny model are opened in a worker process, for an abort in C would take the test runner along.
+A worker process opens mutants of a tiny model, because an abort in C would end the test runner too.
 """
 
 import json
@@ -111,7 +111,7 @@ def header_fields(raw: bytes) -> tuple[list[Field], int]:
 
 
 def field_mutants(raw: bytes, rng: random.Random) -> Iterator[Mutant]:
-    """Every number in the header, but few of the vocabulary's, at values chosen to hurt."""
+    """Every number in the header (few of the vocabulary's), set to values chosen to do harm."""
     fields, _ = header_fields(raw)
     items = [field for field in fields if "[" in field.what]
     for field in [field for field in fields if "[" not in field.what] + rng.sample(items, 30):
@@ -184,7 +184,7 @@ def run_worker() -> None:
 
 
 def open_and_run(path: Path) -> None:
-    """Every step of loading by itself, then a whole load and a few tokens."""
+    """Runs every step of loading by itself, then a whole load and a few tokens."""
     file = GGUFFile.open(path)
     check_tensors(file, ModelConfig.from_gguf(file))
     tokenizer = Tokenizer.from_metadata(file.metadata)
@@ -224,7 +224,7 @@ class Worker:
         )
 
     def ask(self, path: Path) -> Answer:
-        """How `path` ended; what ggml prints before it aborts is the message then."""
+        """Returns how `path` ended; after an abort, the message is ggml's output."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -238,7 +238,7 @@ class Worker:
         try:
             return Answer(*json.loads(line))
         except ValueError:
-            # Without more input a worker that only printed something ends; one that hangs as well is killed.
+            # At the end of its input, a worker that only printed something ends; a worker that hangs is killed.
             self.process.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(SECONDS_PER_MUTANT)

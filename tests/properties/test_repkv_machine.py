@@ -65,7 +65,7 @@ class RepKVMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.session.n_past < N_CTX - 40)
     @rule(n=st.integers(1, 40))
     def fail(self, n):
-        """The step was computed, then stopped: scores as before, and the tokens may be read again."""
+        """Computes a step and fails it: scores are as before, and the tokens can be read again."""
         n_past, scores = self.session.n_past, [s.copy() for s in self.policy.index.scores]
         whole_compute = Backend.compute
 

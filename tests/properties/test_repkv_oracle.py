@@ -16,7 +16,7 @@ from tests.tiny_models import TinySpec, families, write_tiny_model
 
 N_CTX = 512
 
-# Positions `auto` go far within the prompts below.
+# With `auto`, positions become far within the prompts below.
 N_TRAINED = 100
 
 
@@ -30,7 +30,7 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
     positions = draw(st.sampled_from(["exact", "far", "auto"]))
     values = {
         "kv": "repkv",
-        # With a length that says so, `auto` would be far from the start.
+        # A larger n_ctx would make `auto` far from the start.
         "n_ctx": draw(st.sampled_from([0, 0, N_CTX])) if positions == "auto" else N_CTX,
         "n_batch": draw(st.integers(2, 70)),
         "type_k": "f32",
@@ -85,7 +85,7 @@ def test_repkv_equals_the_oracle(
         sizes = s.policy.split(n_prompt, memory.n_batch)
         got += [s.decode(token).copy() for token in tokens[n_prompt:]]
         scores = [s.policy.index.get_score(1, t) for t in range(len(tokens))]
-        # Where the text is cut is its own test's matter.
+        # Another test checks where the text is cut.
         bounds = [*s.policy.blocks.bounds, N_CTX] if memory.block.startswith("semantic") else None
         representatives = [s.policy.index.chosen[b][1].tolist() for b in range(s.policy.blocks.n_blocks)]
     oracle = RepKVOracle(spec, weights, memory, bounds)

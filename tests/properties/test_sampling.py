@@ -13,7 +13,7 @@ from pyggml_repkv.engine import sampling
 from pyggml_repkv.engine.generate import StopStrings
 from pyggml_repkv.engine.sampling import Sampler, SamplingConfig
 
-# steps of 1/4 make ties common, and every value exact in float32
+# Steps of 1/4 make ties common, and every value exact in float32.
 finite_logits = st.lists(st.integers(-80, 80).map(lambda n: n / 4), min_size=1, max_size=60)
 logits_with_inf = st.lists(
     st.one_of(st.integers(-80, 80).map(lambda n: n / 4), st.sampled_from([-math.inf, math.inf])),
@@ -39,7 +39,7 @@ def naive_chain(values, config):
         for weight in weights:
             mass += weight
             n += 1
-            # two sums that differ in their last bit may fall on either side of a target this near
+            # Two sums that differ in their last bit may fall on either side of so near a target.
             assume(mass == target or abs(mass - target) > 1e-12 * mass)
             if mass >= target:
                 break
@@ -139,7 +139,7 @@ def test_a_seed_fixes_the_draws_and_a_state_continues_them(values, seed, n_befor
 
 
 def naive_split(text, stops):
-    """Text before the stop string that is complete first; of two that end together, before the longer."""
+    """Returns the text before the stop string that is complete first; of two that end together, before the longer."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     return (text[: min(ends)[1]], True) if ends else (text, False)
 
@@ -159,7 +159,7 @@ def test_the_splitter_equals_find_however_the_text_is_cut(text, stops, cuts):
     for start, end in itertools.pairwise(bounds):
         shown += splitter.push(text[start:end])
         assert expected.startswith(shown)
-        # what is held back might still begin a stop string, anything else is out
+        # Text that is held back may still begin a stop string; all other text is out.
         held = text[len(shown) : end]
         assert splitter.found or held == "" or any(stop.startswith(held) for stop in stops)
         if splitter.found:

@@ -1,4 +1,4 @@
-"""A session that is saved, left, damaged and taken up again goes on as one that never stopped."""
+"""A session that is saved, left, damaged and resumed continues like one that never stopped."""
 
 import shutil
 from dataclasses import replace
@@ -27,7 +27,7 @@ TOKENS = np.random.default_rng(4).integers(0, 280, N_TOKENS).tolist()
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """`steps` are what a session of the same memory in RAM must be told to have the same logits."""
+    """steps: with these, a session with the same memory in RAM has the same logits."""
 
     model: Model
     folder: Path
@@ -84,7 +84,7 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.session.n_past > 0)
     @rule(save=st.booleans())
     def leave_and_come_back(self, save):
-        """Without saving, all but what was saved on the way is lost."""
+        """Leaves and resumes; without `save`, tokens after the last automatic save are lost."""
         if save:
             self.session.save()
         before = self.session.n_past
@@ -102,7 +102,7 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.session.n_past > 0)
     @rule(back=st.integers(0, 200))
     def another_prompt(self, back):
-        """Goes back to where a prompt that parts from what was read still agrees with it."""
+        """Goes back to the place where another prompt still agrees with the tokens that were read."""
         self.session.save()
         prefix = max(0, self.session.n_past - back)
         self.session.close()
@@ -111,7 +111,7 @@ class SessionMachine(RuleBasedStateMachine):
         assert resumed.n_past == self.session.n_past <= prefix
         assert self.session.tokens == TOKENS[: resumed.n_past]
         self._cut_steps()
-        # Only a save forgets what the directory had.
+        # Only a save drops the old tokens of the directory.
         self._decode(1)
         self.session.save()
 

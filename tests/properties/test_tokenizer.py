@@ -1,4 +1,4 @@
-"""What holds for any text and any ids, with a vocabulary that has every byte."""
+"""Properties of any text and any ids, with a vocabulary that has every byte."""
 
 import re
 import unicodedata
@@ -16,7 +16,7 @@ from tests.tiny_models import tiny_tokenizer
 N_VOCAB = 290
 CHECKED = settings(max_examples=200, deadline=None, derandomize=True)
 
-# What the patterns tell apart, more often than a random text would have it.
+# Characters that the patterns tell apart, more often than in a random text.
 SNIPPETS = (
     *(" ", "  ", "\t", "\n", "\r\n", "\r", "\x0b", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"),
     *("'s", "'S", "'t", "'Re", "'ll", "'LL", "'ve", "'d", "'m", "'ſ", "'", "''", "’s"),
@@ -146,7 +146,7 @@ def words(pre: str, text: str) -> list[str]:
     return [text[start:end] for _, (start, end) in pre_tokenizer(pre).pre_tokenize_str(text)]
 
 
-# The patterns as llama.cpp has them, for text whose characters past ASCII were replaced by their kind.
+# llama.cpp's patterns, for text whose characters past ASCII are replaced by an ASCII character of their kind.
 QWEN2 = (
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\nA-Za-z0-9]?[A-Za-z]+"
     r"|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -170,7 +170,7 @@ def plain_words(pre: str, text: str) -> list[str]:
 
 
 def kind(char: str) -> str:
-    """An ASCII character of the same kind as `char`, that is in no contraction."""
+    """Returns an ASCII character of the same kind as `char` that no contraction has."""
     if char.isascii():
         return char
     if char.isspace():

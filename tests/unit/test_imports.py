@@ -67,7 +67,7 @@ def test_a_room_uses_only_what_is_below_it(upper):
 
 
 def test_no_files_use_each_other():
-    """Whatever the length of the circle."""
+    """Circles of any length are found."""
     done: set[str] = set()
 
     def visit(module: str, path: tuple[str, ...]) -> None:

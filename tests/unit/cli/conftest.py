@@ -1,4 +1,4 @@
-"""A command line whose model is a fake: `run(*argv)` calls it, `model` is what it opened."""
+"""A command line with a fake model: `run(*argv)` calls it, and `model` is the model that it opened."""
 
 import sys
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class FakeTokenizer:
 
 
 class FakeSession:
-    """Says the reply; reads prompts in batches, and fails where it is told to."""
+    """Gives the reply, reads prompts in batches, and fails on request."""
 
     def __init__(self, model, memory):
         self.model = model

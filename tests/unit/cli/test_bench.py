@@ -1,4 +1,4 @@
-"""`bench` as a user calls it: with our engine on a tiny model, and against a fake llama.cpp."""
+"""`bench` as a user calls it: with the engine on a tiny model, and against a fake llama.cpp."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""`model info`: what it prints, and that nothing makes it fail otherwise than by one line."""
+"""`model info`: its output, and that every failure is one line."""
 
 import json
 
@@ -21,7 +21,7 @@ def info(capsys):
 
 
 def cells(text, label):
-    """What stands after the label in a row of a table."""
+    """Returns the cells after the label in a row of a table."""
     line = next(line for line in text.splitlines() if line.strip().startswith(label))
     return [cell.strip() for cell in line.strip().removeprefix(label).split("  ") if cell.strip()]
 

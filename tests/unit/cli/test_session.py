@@ -43,7 +43,7 @@ def test_a_text_stopped_by_ctrl_c_comes_out_whole_the_second_time(command, tmp_p
 
 
 def test_a_prompt_that_was_read_is_not_read_again(command, tmp_path):
-    # Where positions become far on the way, nothing from before can be gone back to.
+    # If positions become far on the way, the session cannot go back to a place before that.
     kept = [*command, "--positions", "far", "--session", str(tmp_path / "kept")]
     first, second = run(kept), run(kept)
     assert first.stdout == second.stdout

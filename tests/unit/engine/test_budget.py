@@ -1,4 +1,4 @@
-"""How much memory is free, on every kind of machine, and what is refused."""
+"""How much memory is free on every kind of machine, and which sessions are refused."""
 
 import pytest
 

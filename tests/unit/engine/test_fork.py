@@ -1,4 +1,4 @@
-"""A fork has read what its parent has, and neither sees what the other reads."""
+"""A fork has its parent's tokens, and neither sees what the other reads later."""
 
 import gc
 import os
@@ -28,7 +28,7 @@ MEMORIES = {
     "on disk": replace(REPKV, kv_ram=2**17),
     "on disk, late": replace(REPKV, kv_ram=2**17, sticky=1.0, late=True),
     "file": replace(REPKV, kv=EXAMPLE),
-    # It outgrows the trained context after the fork, so that what both share is rewritten: more than a page of it.
+    # It outgrows the trained context after the fork, which rewrites more than a page of the rows that both share.
     "goes far": replace(REPKV, n_ctx=0, n_local=32),
     "goes far on disk": replace(REPKV, n_ctx=0, n_local=32, kv_ram=2**17),
 }
@@ -45,7 +45,7 @@ def model(tmp_path_factory):
 
 
 def go_on(session, first, n=100):
-    """A chunk and some single tokens -> all logits."""
+    """Reads a chunk and some single tokens; returns all logits."""
     return [session.prefill(TOKENS[first : first + n]), *(session.decode(t).copy() for t in TOKENS[first : first + 5])]
 
 

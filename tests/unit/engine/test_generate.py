@@ -33,7 +33,7 @@ class LetterTokenizer:
 
 
 class ScriptedSession:
-    """Says `script` whatever it reads; `decoded` counts its single-token steps."""
+    """Gives `script` whatever it reads. decoded: counts its steps of one token."""
 
     def __init__(self, script, n_ctx=100):
         self.script = LetterTokenizer().encode(script)

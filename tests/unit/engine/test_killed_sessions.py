@@ -1,6 +1,6 @@
-"""kill -9 at any moment: the session can be taken up again, and the text that comes out is that of a run nobody killed.
+"""After kill -9 at any moment, a session resumes, and its text is that of a run that nobody killed.
 
-A server process forks a writer for each kill point, so that nothing is imported again.
+A server process forks a writer for each kill point, so that no writer imports anything again.
 """
 
 import json
@@ -114,6 +114,6 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["killed"] > 0.9 * N_KILLS
-    # Kills fell before, within and after what was saved.
+    # Kills came before, during and after saves.
     assert 0 < result["taken_up"] <= result["checked"]
     assert result["max"] > 400

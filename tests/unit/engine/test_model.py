@@ -1,4 +1,4 @@
-"""Loading a model: what it may be given, what it says of what is wrong, and what is left when it is closed."""
+"""Loading a model: its arguments, its errors, and what closing it leaves."""
 
 import gc
 import weakref
@@ -69,7 +69,7 @@ def test_closing_closes_its_sessions(tiny_model):
 
 
 def test_a_closed_model_makes_no_sessions(tiny_model):
-    """Its weights are gone: a session would read memory that is somebody else's."""
+    """Its weights are gone, so a session would read memory that has another owner."""
     model = Model.load(tiny_model())
     model.close()
     with pytest.raises(InputError, match="the model is closed"):
@@ -78,7 +78,7 @@ def test_a_closed_model_makes_no_sessions(tiny_model):
 
 @pytest.mark.parametrize("what", ["session", "model"])
 def test_a_step_that_waits_while_another_thread_closes_is_an_error(tiny_model, what, monkeypatch):
-    """In a process of its own: it would read memory that is gone. The other thread is whoever had the lock before."""
+    """Runs in another process, because a failure would read freed memory. The other thread has the lock first."""
     monkeypatch.setenv("MALLOC_PERTURB_", "165")  # glibc overwrites what is freed
     source = f"""
 import sys, threading

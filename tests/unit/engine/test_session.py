@@ -1,4 +1,4 @@
-"""Tokens in, logits out: the same whatever the steps, and nothing changed where a step was refused or failed."""
+"""Tokens in, logits out: the same for any steps, and unchanged by steps that are refused or fail."""
 
 import threading
 import time
@@ -44,7 +44,7 @@ def test_the_last_row_of_all_is_the_last(model, n_tokens):
         assert last.shape == (SPEC.n_vocab,)
         assert every.shape == (n_tokens, SPEC.n_vocab)
         assert last.dtype == every.dtype == np.float32
-        # The last row is computed as one token, by other sums than those of a chunk.
+        # The last row is computed as one token, with other sums than in a chunk.
         assert relative_error(last, every[-1]) < 1e-5
         assert one.n_past == other.n_past == n_tokens
 
@@ -118,7 +118,7 @@ def test_any_sequence_of_integers_will_do(model, tokens):
 
 @pytest.mark.parametrize("n_ctx", [1, 100, 256, 257])
 def test_the_context_holds_just_what_was_asked_for(model, n_ctx):
-    """Though the arenas are larger."""
+    """The arenas are larger."""
     with model.session(MemoryConfig(n_ctx=n_ctx)) as session:
         session.prefill(TOKENS[: n_ctx - 1] or TOKENS[:1])
         if n_ctx > 1:
@@ -165,7 +165,7 @@ def test_a_caller_who_stops_between_steps_may_go_on(model):
 
 
 def test_sessions_do_not_disturb_each_other(model):
-    """Interleaved, of other lengths and caches: each says what it says alone."""
+    """Interleaved sessions of different lengths and caches give the same logits as each alone."""
     memories = [MemoryConfig(), MemoryConfig(n_batch=9, type_k="f32"), MemoryConfig(n_ctx=200, type_v="bf16")]
 
     def steps(session, first):
@@ -188,7 +188,7 @@ def test_sessions_do_not_disturb_each_other(model):
 
 
 def test_threads_take_turns(model, monkeypatch):
-    """Two sessions in two threads, on one model's backend and scratch: never two steps at once."""
+    """Two sessions in two threads share a model's backend and scratch, and never run two steps at once."""
     results, running, peaks = [[], []], [], []
 
     def compute(backend, graph, trace):
@@ -269,7 +269,7 @@ def test_a_closed_session_is_an_error(model):
 
 
 def test_a_mixture_of_types_in_every_form(tmp_path):
-    """Each of q, k, v in a type of its own, read packed, token by token and by ggml's nodes."""
+    """q, k and v have three types; all forms read them: packed, token by token, and ggml's nodes."""
     types = (("*attn_q.weight", QT.Q4_0), ("*attn_k.weight", QT.Q8_0), ("*attn_v.weight", QT.Q6_K),
              ("*ffn_up.weight", QT.BF16), ("*ffn_down.weight", QT.Q4_1))  # fmt: skip
     spec = TinySpec(n_layer=2, n_embd=256, head_dim=64, n_ff=96, weight_type=QT.F16, weight_types=types)

@@ -1,4 +1,4 @@
-"""A session that was in RAM, or in a file without a name, saved whole: what goes on from it is the same to the bit."""
+"""A saved copy of a session that was in RAM, or in a file without a name, continues with the same bits."""
 
 from dataclasses import replace
 
@@ -54,11 +54,11 @@ def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options):
             assert kept.tokens == TOKENS[:310]
             assert np.array_equal(decode(kept, 310, 30), want)
             kept.save()
-        # From then on it is kept as it goes.
+        # From then on the directory is saved as it goes.
         with model.resume(tmp_path / "kept") as again:
             assert again.n_past == 340
             assert np.array_equal(decode(again, 340, 10), decode(session, 340, 10))
-    # What is not there would be made anew, and be the same.
+    # Missing parts would be computed again, with the same result.
     assert "again" not in caplog.text
 
 

@@ -1,4 +1,4 @@
-"""What a directory with a session says when something about it is wrong: one line, and nothing lost."""
+"""Every fault of a session directory is one line, and loses nothing."""
 
 import contextlib
 import json
@@ -151,17 +151,17 @@ def test_settings_that_cannot_be_are_refused(model, folder, settings, why):
     [
         lambda kept: kept[:-1],  # another shape
         lambda kept: kept.tobytes()[:-3],
-        lambda kept: np.where(np.arange(kept.size) == 0, 10**6, kept),  # how many
+        lambda kept: np.where(np.arange(kept.size) == 0, 10**6, kept),  # too many
         lambda kept: np.where(np.arange(kept.size) == 0, -1, kept),
         lambda kept: np.where(np.arange(kept.size) == 0, kept - 1, kept),  # not as many in all layers
-        lambda kept: np.where(np.arange(kept.size) == 1, -1, kept),  # which
+        lambda kept: np.where(np.arange(kept.size) == 1, -1, kept),  # no block
         lambda kept: np.where(np.arange(kept.size) == 1, 2**30, kept),
         lambda kept: np.where(np.arange(kept.size) == 2, 0, kept),
         lambda kept: np.concatenate((kept, kept)),
     ],
 )
-def test_a_selection_that_cannot_be_is_made_anew(model, tmp_path, caplog, damage):
-    """Its checksum is right: C code would take it as it is."""
+def test_an_impossible_selection_is_computed_again(model, tmp_path, caplog, damage):
+    """Its checksum is right, so the C code would use it."""
     memory = replace(MEMORY, late=True)
     folder = tmp_path / "late"
     with model.session(memory, directory=folder) as session:
@@ -202,7 +202,7 @@ def test_what_is_lost_is_read_again(model, folder, caplog, name, what):
     elif what == "cut":
         path.write_bytes(data[: len(data) // 2])
     else:
-        # Past the first header there are records; in the window file every byte that is needed has a checksum.
+        # Records follow the first header; in the window file every needed byte has a checksum.
         for at in range(20 if what == "header" else 9000, len(data), 5000):
             data[at] ^= 16
         path.write_bytes(data)
@@ -315,7 +315,7 @@ def test_a_prompt_that_parts_is_read_from_the_last_save_before(model, folder):
         assert np.array_equal(session.prefill(prompt[resumed.n_past :]), fresh.prefill(prompt))
 
 
-def test_a_prompt_with_nothing_in_common_starts_anew(model, folder):
+def test_a_prompt_with_nothing_in_common_starts_again(model, folder):
     with model.session(MEMORY, directory=folder) as session, model.session(MEMORY) as fresh:
         assert session.go_back_to(TOKENS[::-1], lambda _: False).n_past == 0
         assert np.array_equal(session.prefill(TOKENS[::-1]), fresh.prefill(TOKENS[::-1]))
@@ -330,7 +330,7 @@ def test_common_prefix(a, b, n):
     assert common_prefix(a, b) == n
 
 
-def test_a_session_that_is_opened_and_not_taken_up_starts_anew(model, folder):
+def test_a_session_that_is_opened_and_not_resumed_starts_again(model, folder):
     with model.session(MEMORY, directory=folder) as session:
         session.prefill(TOKENS[50:150])
     with model.resume(folder, MEMORY) as session:
@@ -437,7 +437,7 @@ def test_a_session_that_nobody_closes_gives_its_lock_back(model, folder):
     import gc
 
     for _ in range(20):
-        # Its threads are still reading then, into memory that must outlive them.
+        # Its threads still read then, into memory that must outlive them.
         model.resume(folder, MEMORY).policy.disk.io.inject(delay_us=2000)
         gc.collect()
     goes_on(model, folder)

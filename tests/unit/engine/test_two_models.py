@@ -1,4 +1,4 @@
-"""Two models that compute at once, each in a thread of its own: what befalls one, the other never notices."""
+"""Two models compute in two threads at once: a failure of one never disturbs the other."""
 
 import errno
 import threading
@@ -33,7 +33,7 @@ def read(model):
 
 
 def read_broken(model, n_failures):
-    """Every token finds the blocks of the last one lost, so that its compute is stopped and all is read again."""
+    """Loses the last token's blocks at every token, so that its compute stops and all tokens are read again."""
     with model.session(MEMORY) as session:
         session.prefill(TOKENS[:300])
         for n in range(n_failures):

@@ -15,13 +15,13 @@ from tests.subprocesses import printed
 
 
 class Graph:
-    """x + 0 [2, 3] through Python ops, each taking the last one's value."""
+    """x + 0 [2, 3] through Python ops, each with the last one's value."""
 
     def __init__(self, *functions, n_threads=2):
         self.allocator, self.backend = GraphAllocator(), Backend(n_threads)
         self.ops, self.context = PythonOps(self.backend), GraphContext(128)
         self.x, self.zero = (self.context.input(g.GGML_TYPE_F32, (2, 3), name) for name in ("x", "zero"))
-        # A node that all threads share: without one, ggml would start only one.
+        # A node that all threads share: without it ggml would start only one thread.
         node = self.context.add(self.x, self.zero)
         for function in functions:
             node = self.ops.add(self.context, (2, 3), [node, node], function)
@@ -75,7 +75,7 @@ def test_an_exception_stops_compute_and_is_raised_after_it(error, last):
 
 
 def test_compute_says_that_its_result_is_void():
-    """Also to a caller who forgets to ask."""
+    """It tells a caller that forgets to ask, too."""
 
     def fail(a, b):
         raise ValueError

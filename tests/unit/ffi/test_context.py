@@ -37,7 +37,7 @@ OPS = {
 
 
 def test_a_full_context_is_an_error_for_every_op():
-    """Op after op until it raises, in a process of its own because ggml would abort it."""
+    """Adds ops until one raises, in another process, because ggml would abort it."""
     loops = "\n".join(f"fill({name!r}, lambda c, x, heads, rows, places, mask: {op})" for name, op in OPS.items())
     source = f"""
 from pyggml_repkv.errors import ComputeError

@@ -1,4 +1,4 @@
-"""A CPU that lacks what the extension was compiled for is one line, before any instruction of it runs."""
+"""On a CPU that lacks a feature of the extension, the error is one line, before any of its code runs."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ EXTENSION = next(iter((ROOT / "pyggml_repkv" / "native").glob("_native*.so")))
 
 
 def compiled(folder, march):
-    """The record alone, as it stands in an extension that was compiled for `march`."""
+    """Returns a file with only the record of an extension that was compiled for `march`."""
     path = folder / f"{march}.so"
     command = ["cc", "-shared", f"-march={march}", str(build.FOLDER / "isa.c"), "-o", str(path)]
     subprocess.run(command, check=True)
@@ -58,7 +58,7 @@ def test_where_nobody_says_nothing_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entry", ["import", "command line"])
 def test_another_cpu_is_one_line(tmp_path, entry):
-    """Neither ggml nor the extension is loaded by then."""
+    """Neither ggml nor the extension is loaded at that time."""
     (tmp_path / "cpuinfo").write_text("flags : fpu sse2\nFeatures : fp\n")
     source = f"""
 import sys

@@ -1,4 +1,4 @@
-"""Owners of ggml objects: freed once, after their children, whoever lets go first."""
+"""Owners of ggml objects: each frees once, after its children, in any order of release."""
 
 import gc
 import weakref
@@ -173,7 +173,7 @@ USES_AFTER_CLOSE = {
 
 
 def test_a_closed_handle_is_an_error():
-    """In a process of its own: ggml would read what is no longer there."""
+    """Runs in another process, because ggml would read freed memory."""
     attempts = "\n".join(f"attempt({use!r})" for use in USES_AFTER_CLOSE.values())
     source = f"""
 from pyggml_repkv.errors import ComputeError

@@ -1,4 +1,4 @@
-"""Ctrl-C stops a compute at once, and leaves everything as it was."""
+"""Ctrl-C stops a compute at once and leaves everything as before."""
 
 import ctypes
 import signal
@@ -42,7 +42,7 @@ def python_handler(handler):
 
 
 class Graph:
-    """A row of Python ops on one backend; what they do, they do during compute."""
+    """A row of Python ops on one backend; they act during compute."""
 
     def __init__(self, *functions):
         self.allocator, self.backend = GraphAllocator(), Backend(2)
@@ -58,7 +58,7 @@ class Graph:
 
 
 def test_an_interrupt_stops_after_the_node_that_runs():
-    """The handler that was there is called too; even one that does not raise leaves no result to trust."""
+    """The previous handler is called too; even if it does not raise, the result is not valid."""
     handled, ran = [], []
     graph = Graph(lambda: ran.append(1), lambda: signal.raise_signal(signal.SIGINT), lambda: ran.append(3))
     with python_handler(lambda *_: handled.append(True)), pytest.raises(KeyboardInterrupt):
@@ -77,7 +77,7 @@ def test_the_next_compute_is_whole_again():
     assert ran == [1]
 
 
-def test_the_handler_is_ours_only_during_compute():
+def test_the_handler_is_installed_only_during_compute():
     inside = []
     before = installed_handler()
     Graph(lambda: inside.append(installed_handler())).compute()
@@ -105,7 +105,7 @@ def test_an_ignored_interrupt_does_not_stop():
 
 
 def test_a_compute_inside_another_restores_the_handler_at_the_end():
-    """Another thread computes while this one does: the last to leave puts things back."""
+    """Another thread computes at the same time: the last one restores the handler."""
     before, inside = installed_handler(), []
 
     def nested():
@@ -128,7 +128,7 @@ def test_a_request_stops_compute_and_is_no_interrupt():
 
 
 class Other:
-    """A compute in another thread that is running all the while: its first node waits for `end`."""
+    """A compute that runs in another thread all the time: its first node waits for `end`."""
 
     def __enter__(self):
         self.started, self.may_end, self.ran, self.raised = threading.Event(), threading.Event(), [], []
@@ -187,7 +187,7 @@ def attend_chunk(bench, x, cells):
 
 @pytest.mark.parametrize("op", [matmul, matmul_gate_up, attend_chunk], ids=lambda op: op.__name__)
 def test_a_long_op_stops_in_its_middle(op):
-    """What it did not come to is what it was before."""
+    """The part that it did not reach is unchanged."""
     bench = Bench(config(n_head=16), 2)
     x = bench.tensor(np.ones((64, 512, PANEL), np.float32))
     node = op(bench, x, bench.tensor(np.array([14000, 2048], np.int32), g.GGML_TYPE_I32))
@@ -209,14 +209,14 @@ def slow_model(tmp_path_factory):
 
 
 def seconds_to_end(process):
-    """From now on, of a process that got SIGINT."""
+    """Returns the seconds until a process that got SIGINT ends."""
     start = time.perf_counter()
     process.send_signal(signal.SIGINT)
     process.wait(timeout=30)
     return time.perf_counter() - start
 
 
-# Our packed ops stop in their middle, so even one step may be long; ggml's nodes run to their end.
+# The packed ops stop in their middle, so even one step may be long; ggml's nodes run to their end.
 @pytest.mark.parametrize("options", ["-b 512 -t 1", "-b 16000 -t 1", "-b 16000 -t 2", "-b 512 -t 2 --exact-graph"])
 def test_the_command_line_ends_at_once(slow_model, tmp_path, options):
     if "16000" in options and not native.repkv_has_fast_prefill():
@@ -230,7 +230,7 @@ def test_the_command_line_ends_at_once(slow_model, tmp_path, options):
         assert process.stderr.readline().startswith("pyggml_repkv: seed")
         time.sleep(0.4)
         assert process.poll() is None
-        # A second is what is promised; a busy machine may be slower. That it came to no end is what 130 says.
+        # A second is promised, but a busy machine may be slower. Exit code 130 says that the run did not end by itself.
         assert seconds_to_end(process) < 10
         assert process.returncode == 130
         assert process.stdout.read() == ""
@@ -238,7 +238,7 @@ def test_the_command_line_ends_at_once(slow_model, tmp_path, options):
 
 
 def test_an_interrupted_step_did_not_happen(slow_model):
-    """A signal in the middle of a chunk: n_past is what it was, and the session goes on as if nothing had been."""
+    """After a signal in the middle of a chunk, n_past is as before, and the session continues as if undisturbed."""
     source = """
 import os, signal, sys, threading
 import numpy as np
@@ -260,7 +260,7 @@ for tokens in ([1, 2, 3], [4], range(50)):
 
 
 def test_a_signal_that_is_ignored_leaves_a_step_alone(slow_model):
-    """As under nohup or in the background of a script."""
+    """Signals are ignored under nohup, or in the background of a script."""
     source = """
 import os, signal, sys, threading
 from pyggml_repkv.engine.model import Model

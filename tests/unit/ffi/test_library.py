@@ -1,4 +1,4 @@
-"""What is installed is checked at start, and anything wrong with it is one line that says what would be right."""
+"""The start checks the installation; every fault is one line with the remedy."""
 
 import ctypes
 
@@ -69,7 +69,7 @@ def test_another_layout_of_tensors_is_found_out(monkeypatch):
 
 
 def test_pointers_come_back_whole():
-    """Their upper halves are lost without the repair, so the name would be read from nowhere."""
+    """Without the repair their upper halves are lost, and ggml would read the name from a wrong address."""
     assert g.ggml_backend_buft_name(g.ggml_backend_cpu_buffer_type()) == b"CPU"
     memory = ctypes.create_string_buffer(4096)
     address = -(-ctypes.addressof(memory) // 64) * 64
@@ -89,7 +89,7 @@ def test_describe_names_the_engine():
 
 def test_the_log_is_quoted_once():
     last_log()
-    # Far more than there is: ggml logs why it returns nothing.
+    # Far more memory than there is: ggml logs why it returns NULL.
     assert not g.ggml_backend_buft_alloc_buffer(g.ggml_backend_cpu_buffer_type(), 2**60)
     assert "failed to allocate" in last_log()
     assert last_log() == ""

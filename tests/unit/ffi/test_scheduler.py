@@ -1,4 +1,4 @@
-"""ggml's scheduler runs a callback between nodes, a Python one included, and stops where it says so."""
+"""ggml's scheduler calls a callback between nodes, also a Python one, and stops if it says so."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from pyggml_repkv.ffi.scheduler import Scheduler, python_callback
 
 @pytest.fixture
 def chain():
-    """x + 1, three times: the nodes, and how to compute them with a callback."""
+    """x + 1, three times: the nodes, and a function that computes them with a callback."""
     backend = Backend(2)
     with_ops, context = PythonOps(backend), GraphContext(16)
     x = context.input(g.GGML_TYPE_F32, (4,), "x")

@@ -1,4 +1,4 @@
-"""The list of ggml functions that is checked at start is the list that the package uses."""
+"""The list of ggml functions that the start checks is the list that the package uses."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tensors carry llama.cpp's names, given by whoever builds the graph, so that dumps of both can be compared."""
+"""Tensors have llama.cpp's names, which the builder of the graph gives them, so that dumps of both can be compared."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_the_exact_graph_names_what_llama_cpp_names(tiny_model, family, n_tokens
 
 @pytest.mark.parametrize("model", [True], indirect=True, ids=["exact"])
 def test_names_are_on_the_nodes_that_compute(model):
-    """In the order in which they run: a value is there before it is used."""
+    """They come in the order of compute: a value is there before its use."""
     policy = model.graph.make_policy(model.graph.policy_inputs(MemoryConfig(), model._boundaries))
     cache = PlanCache(model.graph, policy, model.backend)
     names = node_names(cache.get(PlanKey(policy.step_shape(0, 7, "ggml"), "all")))
@@ -96,7 +96,7 @@ def test_without_an_output_the_last_layer_only_stores(model):
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
 def test_the_names_are_given_by_who_builds(model, n_tokens):
-    """Every name comes through `cb`, for a tensor of its own, and nobody else gives one."""
+    """Every name comes through `cb`, each for another tensor, and nothing else gives names."""
     seen = []
 
     def cb(tensor, name, layer):
@@ -104,7 +104,7 @@ def test_the_names_are_given_by_who_builds(model, n_tokens):
         g.ggml_set_name(tensor, seen[-1].encode())
 
     names = node_names(make_plan(model, n_tokens, cb))
-    # ggml calls a view after what it looks at.
+    # ggml names a view after its source.
     assert sorted(name for name in names if name.startswith("mine.") and " " not in name) == sorted(seen)
     assert not [name for name in names if name.startswith(("l_out", "attn_norm", "result_"))]
 

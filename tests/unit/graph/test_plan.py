@@ -1,4 +1,4 @@
-"""Static graphs: built once per shape, used again, replaced when their memory moves, and right whatever came before."""
+"""Plans: built once per shape, used again, replaced when their memory moves, and right after any other plan."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def bench(request, tiny_model):
 
 
 class Bench:
-    """Steps on one memory, through whichever cache of plans."""
+    """Steps on one memory, through any cache of plans."""
 
     def __init__(self, model, memory):
         self.model = model
@@ -69,7 +69,7 @@ def test_a_session_builds_few_plans(bench, monkeypatch):
         session.prefill(bench.tokens[:127])
         for token in bench.tokens[127:140]:
             session.decode(token)
-    # The larger were built first, so none had to make room.
+    # The larger plans were built first, so none had to make room.
     assert [(key.shape.n_tokens, key.outputs) for key in built] == [(40, "none"), (7, "last"), (1, "all")]
 
 
@@ -98,7 +98,7 @@ def test_plans_in_a_buffer_that_moved_are_dropped(bench):
 
 
 def test_no_step_depends_on_the_plans_before_it(bench):
-    """Sizes up, down and up again with single tokens between: each step equals the same one in a cache of its own."""
+    """Sizes go up, down and up again, with single tokens between: each step equals the same step in a new cache."""
     shared, n_past = bench.cache(), 0
     for n_tokens in (3, 1, 40, 3, 1, 1, 90, 1, 3, 64, 33, 100, 40, 1, 5):
         for outputs in ("last", "all"):
@@ -109,7 +109,7 @@ def test_no_step_depends_on_the_plans_before_it(bench):
 
 
 def inputs_of(graph):
-    """The tensors that are filled before every compute, by name; those that nothing reads have no memory."""
+    """Returns the tensors to fill before every compute, by name; those that no node reads have no memory."""
     found = {}
     for i in range(g.ggml_graph_n_nodes(graph)):
         for source in g.ggml_graph_node(graph, i).contents.src:
@@ -121,7 +121,7 @@ def inputs_of(graph):
 @pytest.mark.parametrize("n_tokens", [1, 5, 40])
 @pytest.mark.parametrize("outputs", ["all", "last", "none"])
 def test_every_input_is_filled_for_every_step(bench, n_tokens, outputs):
-    """Compute uses their memory for other things, so whatever stands there must not matter."""
+    """Compute reuses their memory, so its old contents must not matter."""
     cache = bench.cache()
     for n_past in (0, n_tokens):
         want = bench.run(bench.cache(), n_past, n_tokens, outputs)
@@ -133,7 +133,7 @@ def test_every_input_is_filled_for_every_step(bench, n_tokens, outputs):
         got = bench.run(cache, n_past, n_tokens, outputs)
         assert (got is None) == (want is None) == (outputs == "none")
         assert want is None or np.array_equal(got, want)
-    # What was stored is right too, or the next token would not come out the same.
+    # The stored keys and values are right too: otherwise the next token would differ.
     after = bench.run(cache, 2 * n_tokens, 1)
     for n_past in (0, n_tokens):
         bench.run(bench.cache(), n_past, n_tokens, outputs)

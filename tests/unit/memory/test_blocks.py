@@ -1,4 +1,4 @@
-"""Which blocks are cut, what of a sequence is kept for it, and what `--block` may say."""
+"""Which blocks are cut, which tokens are kept for that, and which schemes `--block` accepts."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The order of text ends, and what the keys on both sides add to it."""
+"""The ranks of ends in a text, and what the keys on both sides add."""
 
 import numpy as np
 import pytest

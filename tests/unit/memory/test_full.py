@@ -1,4 +1,4 @@
-"""`--kv full`: where keys and values lie, what they take, and that every form of the graph stores the same."""
+"""`--kv full`: the places of keys and values, their bytes, and that every form of the graph stores the same."""
 
 import mmap
 import os
@@ -81,7 +81,7 @@ def test_without_flash_attention_values_are_transposed(path):
 
 @pytest.mark.parametrize("n_ctx", [1, 100, 256, 257])
 def test_arenas_are_whole_steps_of_the_padding(model, n_ctx):
-    """So that the last tokens may look a full step far."""
+    """The last tokens attend whole steps too."""
     with model.session(MemoryConfig(n_ctx=n_ctx, type_k="q8_0", type_v="f32")) as session:
         policy = session.policy
         assert policy.n_cells == -(-n_ctx // 256) * 256
@@ -135,7 +135,7 @@ def test_more_than_the_machine_has_is_refused_before_it_is_used(model, monkeypat
 
 
 def test_a_long_context_costs_what_is_used(model):
-    """Here 128 MiB, of which a hundred tokens touch a few pages."""
+    """A hundred tokens touch a few pages of 128 MiB."""
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

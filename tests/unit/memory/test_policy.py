@@ -1,4 +1,4 @@
-"""What a session may ask of its memory: checked once, plainly, and open to new policies."""
+"""The configuration of a memory is checked once, with plain errors, and new policies need no other change."""
 
 from dataclasses import FrozenInstanceError
 
@@ -100,7 +100,7 @@ def test_an_unknown_policy_lists_the_known_ones(model):
 
 
 def test_a_new_policy_is_one_entry(model, monkeypatch):
-    """No model and no session knows it, and it is used for every step."""
+    """No model or session names it, and every step uses it."""
     asked = []
 
     class Spy(FullMemory):

@@ -1,4 +1,4 @@
-"""RepKV's memory around the graph: steps that fail, room in the window, errors, and what it reports."""
+"""RepKV's memory around the graph: failed steps, room in the window, errors, and statistics."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def model(tiny_model):
 
 
 def compute_and_fail(session, tokens):
-    """A step that is computed to its end and then counts as failed."""
+    """Computes a step to its end and then fails it."""
     whole_compute = Backend.compute
 
     def compute(backend, graph, trace):
@@ -38,7 +38,7 @@ def compute_and_fail(session, tokens):
 
 @pytest.mark.parametrize("n_tokens", [1, 40])
 def test_a_step_that_failed_counts_once(model, n_tokens):
-    """Scores were already added when the step was stopped; reading the tokens again must not add them twice."""
+    """The step had added scores when it was stopped; reading the tokens again must not add them twice."""
     with model.session(MEMORY) as session, model.session(MEMORY) as fresh:
         for s in (session, fresh):
             s.prefill(TOKENS[:200])
@@ -81,7 +81,7 @@ def test_what_a_failed_step_selected_is_not_held_on_to(model, n_tokens):
             logits = [s.decode(token).copy() for s in (session, fresh, loose)]
             assert np.array_equal(logits[0], logits[1])
         assert not np.array_equal(logits[0], logits[2])
-        # So large an advantage keeps what was selected for as long as only single tokens are read.
+        # So large an advantage keeps the selection as long as only single tokens are read.
         assert np.array_equal(session.policy.kept.selection[..., :4], held)
         session.read(TOKENS[206:246])
         assert session.policy.kept.selection.size == 0
@@ -92,7 +92,7 @@ def test_the_window_moves_and_the_numbers_add_up(model):
         session.prefill(TOKENS)
         stats = session.stats()
         assert session.policy.local.base > 0
-        # 400 tokens, of which 64 are local and 4 sinks: 20 blocks of 16 of the 332 between, and 12 that fill none yet.
+        # Of 400 tokens 64 are local and 4 sinks; the 332 between are 20 blocks of 16 and 12 that fill none yet.
         assert (stats["blocks"], stats["selected"], stats["far_tokens"]) == (20, 3, 336)
         assert stats["resident_bytes"] <= stats["ram_bytes"]
         assert stats["index_bytes"] > 0
@@ -133,7 +133,7 @@ def test_a_count_out_of_range_is_an_error(field, value):
 
 
 def test_a_memory_torn_apart_says_so(model, monkeypatch):
-    """Stopped between two arenas, the window is neither here nor there: no wrong text comes of it."""
+    """A window that was stopped between two arenas is inconsistent, and must give no wrong text."""
     with model.session(MEMORY) as session:
         session.prefill(TOKENS[:150])
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""`window`: sinks and recent tokens, bounded whatever the length."""
+"""`window`: sinks and recent tokens, bounded at any length."""
 
 import numpy as np
 import pytest

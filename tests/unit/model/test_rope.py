@@ -33,7 +33,7 @@ def rope_of(spec, folder):
 
 
 def by_formula(spec, positions, factors=None):
-    """-> (cosines and sines [n, T], angles [n / 2, T]), float64."""
+    """Returns (cosines and sines [n, T], angles [n / 2, T]), float64."""
     n = spec.rope_dim or spec.head_dim
     x = np.zeros((len(positions), n))
     x[:, : n // 2] = 1  # (1, 0) turns into (cos, sin)
@@ -41,7 +41,7 @@ def by_formula(spec, positions, factors=None):
 
 
 def by_ggml(rope, positions, factors=None, *, pairs=False):
-    """The node itself, on (1, 0) pairs: [n, T], cosines first."""
+    """Returns [n, T], cosines first, from ggml's node on (1, 0) pairs."""
     graph = GraphContext(128)
     x = graph.input(g.GGML_TYPE_F32, (len(positions), 1, rope.n_dims), "x")
     inputs = graph.input(g.GGML_TYPE_I32, (len(positions),), "positions")
@@ -65,7 +65,7 @@ def test_table_is_the_formula(spec, tmp_path):
     got = RopeTable(rope_of(spec, tmp_path))(POSITIONS)
     want, angles = by_formula(spec, POSITIONS)
     assert got.dtype == np.float32
-    # An F32 angle is right to 2^-24 of itself per step that led to it.
+    # An F32 angle has a relative error of 2^-24 per step that led to it.
     steps = 3 + np.arange(len(angles))[:, None]
     limit = 1e-6 + np.tile(steps * angles * 2.0**-24, (2, 1)) * 1.5
     assert (np.abs(got - want) <= limit).all()
@@ -77,7 +77,7 @@ def test_precise_table_does_not_drift(spec, tmp_path):
     positions = np.array([0, 1, 1000, 100_000, 2**20, 10**8])
     got = RopeTable(rope_of(spec, tmp_path), np.float64)(positions)
     assert got.dtype == np.float32
-    # What is left is the rounding of the file's float32 constants and of the result.
+    # Only the rounding of the file's float32 constants and of the result remains.
     want, angles = by_formula(spec, positions)
     assert (np.abs(got - want) <= 2e-7 + np.tile(angles * 1e-13, (2, 1))).all()
 
@@ -116,7 +116,7 @@ def test_table_is_what_ggml_computes_for_any_model(half, base, scaling, original
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("name", ["none", "linear", "yarn"])
 def test_factors_divide_the_frequencies(name, dtype, pairs, tmp_path):
-    """As ggml's node divides them, by halves and by pairs, and as the formula."""
+    """The table equals ggml's node, by halves and by pairs, and the formula."""
     spec, rope = SPECS[name], rope_of(SPECS[name], tmp_path)
     factors = np.random.default_rng(0).uniform(1, 8, spec.head_dim // 2).astype(np.float32)
     positions = np.array([0, 1, 31, 1000, 4095])
@@ -134,7 +134,7 @@ def test_yarn_raises_the_temperature(tmp_path):
 
 
 def test_a_difference_of_positions_is_all_that_counts(tmp_path):
-    """What RoPE is for: q at p and k at p - 7 give the same product wherever p is."""
+    """q at p and k at p - 7 give the same product for every p."""
     table = RopeTable(rope_of(SPECS["none"], tmp_path))
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((2, 32)) + 1j * rng.standard_normal((2, 32))

@@ -25,7 +25,7 @@ def pushed(data: bytes) -> list[str]:
         (b"\xc0\x80", ["\ufffd", "\ufffd", ""]),  # overlong
         (b"\xe4\xbdA", ["", "", "\ufffdA", ""]),  # broken off
         (b"\xe4\xe4\xbd\xa0", ["", "\ufffd", "", "你", ""]),
-        (b"\xed\xa0\x80", ["", "\ufffd\ufffd", "\ufffd", ""]),  # a surrogate, known by its second byte
+        (b"\xed\xa0\x80", ["", "\ufffd\ufffd", "\ufffd", ""]),  # a surrogate, which its second byte shows
         (b"\xf0\x9f\x98", ["", "", "", "\ufffd"]),
     ],
 )

@@ -21,7 +21,7 @@ Edit = Callable[[Tensors], object]
 
 
 def checked(path: Path, spec: TinySpec, edit: Edit | None = None) -> tuple[str, ...]:
-    """Write the model of `spec` with its tensors edited, and check it."""
+    """Writes the model of `spec` with its tensors edited, and checks it."""
 
     def edit_tensors(metadata: Metadata, tensors: Tensors) -> None:
         if edit is not None:

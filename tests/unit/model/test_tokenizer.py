@@ -19,13 +19,13 @@ SPACE = "Ġ"
 
 
 def vocabulary(**changes: Any) -> dict[str, Any]:
-    """Metadata with all bytes, the merges of "the", two unused tokens; `changes` by the key's last part."""
+    """Returns metadata with all bytes, the merges of "the" and two unused tokens. changes: by the key's last part."""
     metadata = {key: value for key, (value, _) in tiny_tokenizer(274).items()}
     return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
 def with_tokens(*added: tuple[str, TokenType], **changes: Any) -> dict[str, Any]:
-    """`vocabulary` with more tokens at its end."""
+    """Returns `vocabulary` with more tokens at its end."""
     metadata = vocabulary(**changes)
     metadata[TOKENS] = metadata[TOKENS] + [text for text, _ in added]
     metadata[TYPES] = np.array([*metadata[TYPES], *(kind for _, kind in added)], np.int32)

@@ -1,4 +1,4 @@
-"""Weights as tensors: over the file where they lie, copied where they must, repacked where that is faster."""
+"""Weights as tensors: in the mapped file if possible, copied if necessary, repacked if that is faster."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def address(tensor):
 
 
 def logits_of(path, **options):
-    """Of a chunk, a short step and single tokens: every form that the model has."""
+    """Returns the logits of a chunk, a short step and single tokens, in every form that the model has."""
     with Model.load(path, threads=2, **options) as model, model.session(EXACT_CACHE) as session:
         steps = [session.prefill_all(TOKENS[:40]), session.prefill_all(TOKENS[40:45])]
         return np.concatenate([*steps, *(session.decode(token)[None] for token in TOKENS[45:])])
@@ -45,7 +45,7 @@ def relative_error(got, want):
 
 @pytest.fixture
 def q4_0(tmp_path):
-    """-> path, dequantised weights, spec: every matrix has rows in multiples of 8, as repacking wants."""
+    """Path, dequantised weights and spec of a model; its matrices have rows in multiples of 8, for repacking."""
     spec = TinySpec(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ff=128, weight_type=QT.Q4_0, seed=6)
     path = tmp_path / "q4_0.gguf"
     with_weights = write_tiny_model(path, spec)
@@ -82,7 +82,7 @@ def test_a_tied_output_is_the_embedding(tmp_path, tied):
 @pytest.mark.parametrize("alignment", [8, 16, 64])
 @pytest.mark.parametrize("options", [{}, {"exact_graph": True}], ids=["fused", "exact"])
 def test_any_alignment_of_the_file(tmp_path, alignment, options):
-    """Odd rows of Q8_0 leave the tensors after them where vector loads must not look: those are copied."""
+    """Odd rows of Q8_0 give the tensors after them addresses that vector loads cannot use: those are copied."""
 
     def edit(metadata, tensors):
         metadata["general.alignment"] = (alignment, VT.UINT32)
@@ -126,9 +126,9 @@ def test_repacking_and_joining_do_not_change_the_answer(q4_0):
     path, written, spec = q4_0
     plain = logits_of(path, exact_graph=True, repack=False)
     for options in ({"exact_graph": True}, {}):
-        # The same products in other places: only the order of a few sums differs.
+        # The products are the same, in other places: only the order of a few sums differs.
         assert relative_error(logits_of(path, **options), plain) < 1e-6
-    # ggml rounds activations to 8 bits, as the fused ops do for single tokens; packed chunks are not rounded at all.
+    # ggml rounds activations to 8 bits, as the fused ops do for single tokens; packed chunks do not round them.
     want = oracle_logits(spec, written, TOKENS)
     fused = logits_of(path, repack=False)
     assert relative_error(plain, want) < 3e-2
@@ -138,7 +138,7 @@ def test_repacking_and_joining_do_not_change_the_answer(q4_0):
 
 
 def test_the_joined_graph_is_the_one_that_runs(q4_0):
-    """One product for q, k and v, and its bias, where they are joined."""
+    """It has one product for q, k and v, and its bias, if they are joined."""
     for options, expected in (({}, True), ({"exact_graph": True}, False)):
         with Model.load(q4_0[0], threads=1, **options) as model, model.session() as session:
             session.prefill([1, 2, 3])
@@ -150,7 +150,7 @@ def test_the_joined_graph_is_the_one_that_runs(q4_0):
 
 @pytest.mark.parametrize("join", [True, False])
 def test_what_the_file_has_joined_is_whole_and_in_parts(tmp_path, join):
-    """Whole for ggml's nodes, in parts for the fused ones; both lie in the file."""
+    """ggml's nodes get it whole, the fused ones in parts; both are in the file."""
     spec = replace(SPEC, joined=True)
     write_tiny_model(tmp_path / "m.gguf", spec)
     file, weights = load(tmp_path / "m.gguf", join=join)
@@ -199,6 +199,6 @@ def test_closing_gives_everything_back(q4_0):
 
 
 def test_the_tiles_of_amx_are_never_used():
-    """ggml's code for them ends with SIGILL where GCC compiled it."""
+    """ggml's code for them ends with SIGILL if GCC compiled it."""
     names = {g.ggml_backend_buft_name(type_) for type_ in Repacker()._buffer_types}
     assert b"AMX" not in names

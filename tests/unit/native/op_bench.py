@@ -1,4 +1,4 @@
-"""Runs single ops of the extension: tensors with given values, one graph over them, and the numpy they must equal."""
+"""Runs single native ops: tensors with given values, one graph over them, and numpy to compare with."""
 
 import ctypes
 from dataclasses import astuple, dataclass
@@ -98,7 +98,7 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
 
 
 def packed(x: np.ndarray, padding: float = np.nan) -> np.ndarray:
-    """[T, n] -> [P, n, PANEL]; what stands in the lanes of no token must not matter."""
+    """Returns [P, n, PANEL] for [T, n]; the padding in lanes without a token must not matter."""
     n_tokens, n = x.shape
     full = np.full((n_panels(n_tokens) * PANEL, n), padding, np.float32)
     full[:n_tokens] = x
@@ -106,7 +106,7 @@ def packed(x: np.ndarray, padding: float = np.nan) -> np.ndarray:
 
 
 def matrix(rng: np.random.Generator, shape: tuple[int, int], kind: QT) -> tuple[np.ndarray, np.ndarray]:
-    """-> (what goes into the tensor, the same dequantised)."""
+    """Returns (the tensor's bytes, the same dequantised)."""
     random = random_matrix(rng, shape, kind, shape[1] ** -0.5)
     return random.data, dequantize(random.data, kind).astype(np.float64)
 
@@ -121,7 +121,7 @@ def silu(x: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Pairs (i, i + n/2) of the first n values, cos and sin [..., n/2]."""
+    """Rotates the pairs (i, i + n/2) of the first n values; cos and sin [..., n/2]."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate((a * cos - b * sin, a * sin + b * cos, rest), -1)

@@ -1,4 +1,4 @@
-"""The block store beside other threads and after errors; its slots have tests/properties/test_block_store.py."""
+"""The block store beside other threads and after errors; tests/properties/test_block_store.py tests its slots."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from tests.subprocesses import printed
 
 @pytest.fixture
 def bench(tmp_path):
-    """Twenty written blocks; the thread that requires reads them itself."""
+    """A store with twenty written blocks; the thread that requires blocks reads them itself."""
     with StoreBench(tmp_path, n_slots=2, n_threads=0, file_types=("q8_0", "q8_0")) as bench:
         rng = np.random.default_rng(1)
         for _ in range(20):
@@ -25,7 +25,7 @@ def bench(tmp_path):
 
 
 def test_a_read_leaves_a_requirement_alone(bench):
-    """Also where both are on their way at once: neither needs a second try, both get their own block."""
+    """Even if both read at once, neither needs a second try, and both get their own block."""
     want = [[rows.copy() for rows in bench.store.read(0, block, 24)] for block in range(20)]
     end = threading.Event()
 
@@ -49,7 +49,7 @@ def test_a_read_leaves_a_requirement_alone(bench):
 
 @pytest.mark.parametrize("n_threads", [0, 2])
 def test_a_read_that_failed_is_forgotten_once_it_was_said(tmp_path, n_threads):
-    """What can be read again is attended again: by the same layer, by another, and alone."""
+    """A block that can be read again is attended again: by the same layer, by another, and alone."""
     rng = np.random.default_rng(1)
     with StoreBench(tmp_path, n_slots=2, n_threads=n_threads) as bench:
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_a_read_that_fails_beside_a_requirement_is_not_its_error(bench):
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has scheduling policies for batches")
 @pytest.mark.parametrize("policy", ["SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE"])
 def test_every_thread_keeps_the_policy_of_its_process(tmp_path, policy):
-    """Those of ggml, of the store, and the caller's own, while they live and after a compute."""
+    """ggml's threads, the store's and the caller's keep it, during their life and after a compute."""
     source = f"""
 import os, sys
 from pathlib import Path
@@ -100,6 +100,6 @@ with StoreBench(Path(sys.argv[1])) as store:
     threads = [int(name) for name in os.listdir("/proc/self/task")]
     print(len(threads), {{os.sched_getscheduler(thread) for thread in threads}} == {{os.{policy}}})"""
     n_threads, kept = printed(source, str(tmp_path))[0].split()
-    # Python's own, two of ggml's, two that read and one that writes; numpy may have started more.
+    # Python's thread, two of ggml's, two that read and one that writes; numpy may have started more.
     assert int(n_threads) >= 6
     assert kept == "True"

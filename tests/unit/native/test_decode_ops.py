@@ -69,7 +69,7 @@ def test_gate_up(kinds, n_rows, n_in, seed, n_threads):
     got = bench.compute(bench.ops.gate_up(bench.tensor(x), bench.tensor(norm), gate_t, up_t))
     y = normed(x, norm)
     a, b = gate @ y, up @ y
-    # What rounding y does to each factor, the product carries on; a small factor is no excuse from it.
+    # The product carries the rounding of y in each factor, even if the other factor is small.
     size = max(1.0, np.sqrt((y * y).mean()))
     limit = 3 * max(tolerance(k) for k in kinds) * size * max(size, np.abs(a).max(), np.abs(b).max())
     assert np.abs(got - silu(a) * b).max() <= limit
@@ -86,7 +86,7 @@ def test_gate_up(kinds, n_rows, n_in, seed, n_threads):
 )
 @settings(max_examples=80)
 def test_attend_and_attn_out(n_head_kv, group, head_dim, n_past, cache, n_threads, seed):
-    """Also that only the new cell of the arenas is written, and that what lies beyond is never read."""
+    """It also writes only the new cell of the arenas, and never reads the cells beyond."""
     rng = np.random.default_rng(seed)
     n_head = n_head_kv * group
     c = config(n_embd=48, n_head=n_head, n_head_kv=n_head_kv, head_dim=head_dim)

@@ -1,4 +1,4 @@
-"""qk_norm in both layouts against plain numpy: norms, order, and what it must leave alone."""
+"""qk_norm in both layouts against plain numpy: norms, order, and values that it must not change."""
 
 import numpy as np
 import pytest

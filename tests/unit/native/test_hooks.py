@@ -1,4 +1,4 @@
-"""What runs between nodes: blocks are there before they are attended, reads for the next token begin, failures stop."""
+"""The hook between nodes: blocks are there before they are attended, reads for the next token begin, failures stop."""
 
 import errno
 import threading
@@ -21,7 +21,7 @@ from tests.unit.native.op_bench import Bench, config
 
 N_BLOCKS, N_TOP, N_THREADS = 20, 3, 2
 
-# What each layer selects, a row for each of two key heads.
+# The selection of each layer, a row for each of two key heads.
 FIRST = [[[0, 3, 7], [3, 7, 9]], [[1, 2, 4], [2, 11, 12]]]
 SECOND = [[[5, 7, 8], [8, 9, 16]], [[0, 1, 2], [2, 13, 19]]]
 
@@ -31,15 +31,15 @@ def union(rows):
 
 
 def n_blocks(selected):
-    """Of all layers; what two heads select is one."""
+    """Returns the number of blocks in all layers; a block that two heads select counts once."""
     return sum(len(union(rows)) for rows in selected)
 
 
 class HookBench:
-    """A graph of block_topk for each layer, and after each a witness that looks whether the blocks are there.
+    """A graph of block_topk for each layer, and after each a witness that checks whether the blocks are there.
 
-    points: where the hook runs, (node of which layer, layer, n_known) each; late: what the last token selected is
-    attended. `seen`: layers whose witness ran; `on_witness(layer)` runs in it.
+    points: of the hook, each (layer of the node, layer, n_known); late: whether the last token's selection is attended;
+    seen: layers whose witness ran; on_witness(layer): called by the witness.
     """
 
     def __init__(self, store, points, late=False):
@@ -67,7 +67,7 @@ class HookBench:
         return node
 
     def keep(self, selected, half):
-        """As if the last token had selected this."""
+        """Sets the last token's selection."""
         for kept, rows in zip(self.kept, selected, strict=True):
             tensor_array(kept)[half] = [[len(blocks), *blocks] for blocks in rows]
 
@@ -81,8 +81,8 @@ class HookBench:
         return 0.0
 
     def step(self, selected, last=None):
-        """A compute whose layers select these rows -> the layers asked for, in order. last: half of kept-l that holds
-        what the last token selected.
+        """Computes a step whose layers select these rows; returns the layers that were asked for, in order. last: half
+        of kept-l with the last token's selection.
         """
         for relevance, rows in zip(self.relevance, selected, strict=True):
             x = tensor_array(relevance)[: 2 * 2 * LANES].reshape(2, -1)
@@ -134,7 +134,7 @@ def make(tmp_path):
 
 @pytest.mark.parametrize("n_threads", [0, 3])
 def test_what_a_layer_selects_is_there_when_the_next_node_runs(make, n_threads):
-    """Also where slots are just enough; what two heads select is asked for once."""
+    """Slots may be just enough; a block that two heads select is asked for once."""
     bench = make(EACH, n_threads=n_threads, n_slots=5)
     for selected in (FIRST, SECOND, FIRST):
         assert bench.step(selected) == bench.seen == [0, 1]
@@ -152,8 +152,9 @@ def test_points_out_of_order_are_noticed(make):
 @pytest.mark.parametrize(("points", "begun"), [(EACH, [1, 2]), (EACH_KNOWN, [0, 1]), (TOGETHER, [0, 0])])
 @pytest.mark.parametrize("half", [0, 1])
 def test_what_the_next_token_attends_is_read_ahead(make, points, begun, half):
-    """Every block once, and the next token misses nothing. begun: of how many layers when each witness runs; a layer of
-    a group must have kept its selection first, so its reads begin at the next point, the last group's after the step.
+    """Each block is read once, and the next token misses none. begun: layers whose reads have begun when each witness
+    runs. A layer of a group must have kept its selection first, so its reads begin at the next point; those of the last
+    group begin after the step.
     """
     bench, issued = make(points, late=True), []
     bench.keep(FIRST, half)
@@ -169,7 +170,7 @@ def test_what_the_next_token_attends_is_read_ahead(make, points, begun, half):
 
 
 def test_layers_known_before_the_step_are_asked_for_together(make):
-    """At one point, by what each of them kept, before the second has selected anything."""
+    """One point asks for what each of them kept, before the second has selected anything."""
     bench, there = make(TOGETHER, late=True), []
     bench.keep(FIRST, 1)
     bench.on_witness = lambda layer: there.append({*bench.store.store.resident(1).tolist()} >= union(FIRST[1]))
@@ -179,7 +180,7 @@ def test_layers_known_before_the_step_are_asked_for_together(make):
 
 @pytest.mark.parametrize(("points", "seen"), [(EACH, [0]), (TOGETHER, [])])
 def test_a_block_that_cannot_be_read_stops_the_step(make, points, seen):
-    """Before anything attends it; the next step may try again."""
+    """It stops before a node attends the block; the next step may try again."""
     bench = make(points, late=points is TOGETHER, n_threads=0)
     bench.keep(FIRST, 0)
     last = 0 if points is TOGETHER else None
@@ -215,7 +216,7 @@ def test_a_compute_that_is_stopped_waits_no_longer(make):
     ("points", "at", "seen"), [(EACH, 0, [0]), (EACH, 1, [0, 1]), (EACH_KNOWN, 0, [0]), (TOGETHER, 0, [0, 1])]
 )
 def test_a_slot_that_changes_while_it_is_attended_is_noticed(make, points, at, seen, debug):
-    """In debug mode only, at the next point or after the step."""
+    """Debug mode notices it at the next point or after the step."""
     bench = make(points, late=points is not EACH, debug=debug)
     bench.keep(FIRST, 0)
     last = None if points is EACH else 0

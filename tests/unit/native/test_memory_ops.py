@@ -1,6 +1,6 @@
 """Attention of bounded memories: sinks, row runs, remainder and window in one softmax, against plain numpy.
 
-Cells that nobody may attend hold NaN, and runs beyond the number of runs name a sink.
+Cells that no query may attend hold NaN, and runs beyond the number of runs name a sink.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from tests.unit.native.op_bench import Bench, assert_close, config, packed, rota
 )  # fmt: skip
 @settings(max_examples=60)
 def test_blocks_are_located(n_rows, n_top, n_blocks, n_threads, seed):
-    """Each is a run of its own, in the order in which they are named, also where one lies beside the other."""
+    """Each block is its own run, in the given order, even if two lie side by side."""
     rng = np.random.default_rng(seed)
     n_cells = rng.integers(1, 200, n_blocks)
     places = np.stack((np.cumsum(n_cells) - n_cells, n_cells), 1)
@@ -108,10 +108,10 @@ def steps(draw, n_rows: int, most_tokens: int) -> Step:
 
 
 class Arenas:
-    """k and v of window and store, with values where they are attended and at no other cell."""
+    """k and v of window and store, with values only in attended cells."""
 
     def __init__(self, bench: Bench, step: Step, caches: tuple[str, str], rng: np.random.Generator, n_own: int) -> None:
-        """n_own: tokens of the step that are in the window's arenas."""
+        """n_own: how many tokens of the step are in the window's arenas."""
         names = [fitting_cache(name, bench.config.head_dim) for name in caches]
         window = slice(step.local - step.local_base, step.first + n_own - step.local_base)
         n_local = step.first + step.n_tokens - step.local_base + 2
@@ -169,7 +169,7 @@ def test_a_chunk_attends_all_regions_in_one_softmax(data, heads, group, head_dim
 def test_one_token_attends_all_regions_and_is_stored(
     data, heads, far, partly, group, head_dim, caches, sharp, n_threads, seed
 ):
-    """It is attended as it was stored. partly: only half of each head is rotated."""
+    """The new token is attended as stored. partly: only half of each head is rotated."""
     n_head_kv, n_rows = heads
     step = data.draw(steps(n_rows, 1))
     rng, n_head = np.random.default_rng(seed), n_head_kv * group
@@ -192,7 +192,7 @@ def test_one_token_attends_all_regions_and_is_stored(
     cell, store_cell = step.first - step.local_base, step.first - step.store_base
     arenas.k_local.assert_written(cell, k_near[None])
     arenas.v_local.assert_written(cell, v[None])
-    # Not far: what the window keeps, which was rounded once.
+    # Without far positions the store has the window's key, which was rounded once.
     arenas.k_store.assert_written(store_cell, k[None] if far else k_near[None], n_roundings=1 if far else 2)
     arenas.v_store.assert_written(store_cell, v[None])
 

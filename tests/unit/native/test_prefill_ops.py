@@ -1,6 +1,6 @@
 """Each packed op against plain numpy, on random shapes, weight types and thread counts.
 
-The lanes of no token hold NaN on the way in, so a result that is finite and right owes nothing to them.
+Lanes without a token hold NaN at the start, so a finite and right result does not depend on them.
 """
 
 from itertools import accumulate
@@ -25,9 +25,9 @@ from tests.unit.native.op_bench import (
 )
 
 TYPES = [QT.F32, QT.F16, QT.BF16, QT.Q4_0, QT.Q4_1, QT.Q8_0, QT.Q4_K, QT.Q6_K]
-# One block of columns is 2048: just one, a part of a second, a part of a third.
+# A block has 2048 columns: exactly one block, part of a second, part of a third.
 WIDTHS = [32, 64, 160, 256, 1024, 2048, 2304, 4352]
-# Weights are dequantised and sums are F32: no type makes it less precise.
+# Weights are dequantised and sums are F32, so every type has the same precision.
 PRECISION = 1e-5
 
 token_counts = st.one_of(st.integers(1, 100), st.sampled_from([1, 31, 32, 33, 64, 65]))
@@ -98,7 +98,7 @@ def test_matmul_add(kind, n_rows, n_in, n_tokens, n_threads, seed):
        size=st.sampled_from([1.0, 30.0, 1000.0]), **common)  # fmt: skip
 @settings(max_examples=40)
 def test_matmul_gate_up(kinds, n_rows, n_in, size, n_tokens, n_threads, seed):
-    """`size` drives the gates past both ends of the exponential."""
+    """size: takes the gates past both ends of the exponential."""
     rng = np.random.default_rng(seed)
     bench = Bench(config(), n_threads)
     x = tokens(rng, n_tokens, n_in) * np.float32(size)
@@ -113,7 +113,7 @@ def test_matmul_gate_up(kinds, n_rows, n_in, size, n_tokens, n_threads, seed):
 
 
 def test_silu_is_good_to_a_few_ulp():
-    """One column of ones, so the only rounding is the exponential's and one product's."""
+    """With one column of ones, only the exponential and one product round."""
     bench = Bench(config(), 1)
     x = np.linspace(-80, 80, 3201, dtype=np.float32)[:, None]
     one = np.ones((1, 1), np.float32)
@@ -163,7 +163,7 @@ def test_store_kv_and_attend_chunk(n_head_kv, group, head_dim, partly, n_past, s
     q, k, v = np.split(heads, list(accumulate((n_head, n_head_kv))), axis=1)
     k_arena.assert_written(n_past, rotated(k, cos, sin))
     v_arena.assert_written(n_past, v)
-    # Attention reads what was stored, so the cache's rounding is no excuse for it.
+    # Attention reads the stored values, so the cache's rounding allows no further error.
     n_seen = n_past + n_tokens
     want = attention(rotated(q, cos, sin) / np.sqrt(head_dim), k_arena.values()[:n_seen], v_arena.values()[:n_seen],
                      n_past)  # fmt: skip
@@ -182,7 +182,7 @@ def attend_chunk(qkv):
 
 
 def test_what_is_hidden_weighs_exactly_nothing():
-    """Not merely e^-87: the second token's values are so large that even this would show."""
+    """The second token's values are so large that even a weight of e^-87 would show."""
     qkv = tokens(np.random.default_rng(7), 2, 8 * 32)
     qkv[1, 6 * 32 :] = 1e38
     first = qkv[0, 6 * 32 :].reshape(2, 32)
@@ -191,7 +191,7 @@ def test_what_is_hidden_weighs_exactly_nothing():
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_a_poisoned_token_spoils_no_panel_before_its_own(poison):
-    """Token 40 of 70 is bad. Its panel may suffer (0 times NaN is NaN), the first 32 tokens and the process not."""
+    """Token 40 of 70 is bad. It may spoil its panel (0 times NaN is NaN), not the first 32 tokens or the process."""
     qkv = tokens(np.random.default_rng(6), 70, 8 * 32)
     good = attend_chunk(qkv)
     qkv[40] = poison

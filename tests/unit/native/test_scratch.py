@@ -1,4 +1,4 @@
-"""Builds with REPKV_DEBUG, as `make sanitize` makes them, hold every op to the scratch that it says it takes."""
+"""Builds with REPKV_DEBUG, as of `make sanitize`, end the process if an op takes more scratch than it declares."""
 
 import pytest
 

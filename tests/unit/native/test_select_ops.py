@@ -92,7 +92,7 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
     q = rng.normal(size=(n_tokens, n_head, d)).astype(np.float32)
     if n_tokens == 1:
         qkv = np.concatenate([q.ravel(), np.zeros(2 * n_head_kv * d, np.float32)])
-        # No rotation for the true position, a quarter turn for the far one.
+        # The true position has no rotation, the far one a quarter turn.
         tables = np.stack([np.r_[np.ones(d // 2), np.zeros(d // 2)], np.r_[np.zeros(d // 2), np.ones(d // 2)]])
         rope = bench.tensor(tables.astype(np.float32))
         node = bench.ops.relevance_one(bench.tensor(qkv), index, rope, regions, marker, n_repr=n_repr, kind=kind)
@@ -132,8 +132,8 @@ def topk(
     x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2,
     n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0,
 ) -> list:  # fmt: skip
-    """x [B, H] as if each thread had seen some of it -> the selected blocks, one list per row. kept: what the last
-    token selected, ascending, by row; the node must put its own selection beside it.
+    """Returns the selected blocks, a list per row, for x [B, H], of which each thread has seen a part. kept: the last
+    token's selection by row, ascending; the node must write its own beside it.
     """
     n_blocks, n_head = x.shape
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
@@ -192,7 +192,7 @@ def test_blocks_are_those_with_the_most_weight(data, n_blocks, n_head_kv, group,
     for got, weight in zip(rows, weights.T, strict=True):
         assert got == sorted(set(got))
         assert len(got) == min(n_top, n_blocks)
-        # Sums may differ in the last bit, so what was chosen must be as good as the best, not the same.
+        # Sums may differ in the last bit, so the chosen blocks must be as good as the best, not the same.
         best = np.sort(weight)[::-1][: len(got)]
         assert np.allclose(np.sort(weight[got])[::-1], best, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""What writes keys and values to arenas, and turns stored keys back, against plain numpy."""
+"""Ops that write keys and values to arenas, and the rotation of stored keys, against plain numpy."""
 
 import numpy as np
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ from pyggml_repkv.ffi.library import native, native_ffi
 from tests.unit.native.arenas import CACHES, Arena, cache_names, fitting_cache
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
 
-# Cells that an arena is too short by: as many as are stored, or spare ones.
+# Cells that the arena lacks for the stored tokens; negative: spare ones.
 lengths = st.one_of(st.integers(-40, 0), st.integers(0, 110))
 sizes = {
     "n_head_kv": st.integers(1, 3),
@@ -58,7 +58,7 @@ def test_a_chunk_is_stored_as_far_as_there_are_cells(
 @given(cache=cache_names, first=st.integers(0, 5), n_rows=st.integers(0, 20), **sizes)
 @settings(max_examples=80)
 def test_rows_are_rotated_in_place(cache, first, n_rows, n_head_kv, head_dim, partly, seed):
-    """Each by its own table, and no other row; scratch is two rows."""
+    """Each row by its own table, and no other row; scratch is two rows."""
     rng, rope_dim = np.random.default_rng(seed), head_dim // 2 if partly else head_dim
     bench = Bench(config(n_head=n_head_kv, n_head_kv=n_head_kv, head_dim=head_dim, rope_dim=rope_dim), 1)
     arena = Arena(bench, rng, fitting_cache(cache, head_dim), first + n_rows + 3, slice(None))

@@ -1,4 +1,4 @@
-"""The table of native ops, and that makers cannot mistake one source for another."""
+"""The table of native ops, and that a maker cannot confuse two sources."""
 
 import numpy as np
 import pytest

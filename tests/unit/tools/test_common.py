@@ -1,4 +1,4 @@
-"""What the scripts share: options, tables, one-line errors."""
+"""Options, tables and one-line errors of the scripts."""
 
 import pytest
 from _common import integers, memory_of, run_tool, write_table

@@ -65,7 +65,7 @@ def test_a_different_default_graph_is_none(fakes, model, capsys):
 
 
 def test_every_engine_reads_the_tokens_that_llama_cpp_chose(fakes, model, capsys):
-    # the default graph would choose another token, and the fakes' logits depend on every token read
+    # The default graph would choose another token, and the fakes' logits depend on every token read.
     fakes(repkv="x[7] += 0 if self.exact else 100")
     assert call("-m", model, "--lengths", "3", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -104,7 +104,7 @@ def test_text_is_repeated_to_the_longest_prompt(tiny_model, tmp_path):
 
 
 def test_our_own_engine(tiny_model, tmp_path, monkeypatch, capsys):
-    """Ours against ours: the worker of the real engine, rewound and opened again, stays the same."""
+    """The real engine's worker, compared with itself, rewound and opened again, stays the same."""
     path = tmp_path / "worker.py"
     path.write_text(
         "from pyggml_repkv.lab.bench.workers.repkv_worker import RepkvEngine, serve\n"
@@ -120,7 +120,7 @@ def test_our_own_engine(tiny_model, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("arch", OPTIONAL)
 def test_llama_cpp_itself(tiny_model, arch, joined, capsys):
-    """Of every family, with nothing but what its files must have, and with all that they may have."""
+    """Files of every family, with only the required tensors, and with all optional ones."""
     for optional in ((), OPTIONAL[arch]):
         path = tiny_model(arch=arch, optional=optional, joined=joined)
         assert call("-m", str(path), "--lengths", "1,40", "-t", "1", "-n", "4") == 0, capsys.readouterr().err

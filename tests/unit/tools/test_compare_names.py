@@ -1,4 +1,4 @@
-"""compare_names.py: what counts as the same node, and where a list has one more."""
+"""compare_names.py: which nodes count as the same, and a list with one more node."""
 
 import compare_names
 import pytest

@@ -1,4 +1,4 @@
-"""compare_perplexity.py: chunks go to llama.cpp as ours has them, and the exit code says whether it agrees."""
+"""compare_perplexity.py: llama.cpp gets the same chunks, and the exit code says whether it agrees."""
 
 import json
 
@@ -9,7 +9,7 @@ from _common import run_tool
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.lab.bench import engines
 
-# An engine whose logits are ours: what is left to compare is the arithmetic around them.
+# An engine with this project's logits: only the arithmetic around them is compared.
 FAKE = """
 import numpy as np
 from pyggml_repkv.lab.bench.workers._worker import serve

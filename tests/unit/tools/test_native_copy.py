@@ -1,4 +1,4 @@
-"""Native code for other CPUs than this one does what its tests say."""
+"""Native code for other CPUs passes its tests."""
 
 import platform
 

@@ -1,4 +1,4 @@
-"""report.py: what is stored is not measured again, and the page says what is stored."""
+"""report.py: stored results are not measured again, and the page shows them."""
 
 import json
 import subprocess
@@ -90,14 +90,14 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "Text: book.txt, 1,234,567 bytes, SHA-256 abababababababab...",
         "Machine: A CPU, 2 threads: 20.0 GB/s from memory (the best of all runs), 300 GFLOP/s",
         "| Q4_1 | 123 | 5.7 |",
-        # 42 % of 16 GB/s, of 20.04; the ratio is to the better llama.cpp, -fa off.
+        # 42 % of 16 GB/s, as a share of 20.04; the ratio is to the better llama.cpp, -fa off.
         "| 0 | `repkv` | 500 | 10.0 | 34 % | 5 MB | 9 MB | 2.00 (1.50 to 2.50) | 2.00 (1.50 to 2.50) |",
         "| 32,768* | `full` | 100 | 100.0 | 34 % | 5 MB | 9 MB |  |  |",
-        # Of the same question the last answer counts.
+        # The last answer to a question counts.
         "| `passkey` | `repkv` | 1 of 2 |  |",
         "| `passkey` | `window` |  | 0 of 1 |",
         "| 0 to 2,048 | 7.39 | 1.00 | 2.72 |",
-        # Without the first stretch, which the window holds, and weighted by tokens.
+        # The mean leaves out the first stretch, which the window holds, and is weighted by tokens.
         "| `repkv`, 8 blocks of 128 | 2,112 | 0.2000 | 60.0 % | 0.5000 | 0.1000 |",
         "| 6,200 | decode | 8 | 0.900 | 0.500 | 0.800 |",
         "| 6,200 | decode | 8 | 71 % | 93 % | 50 % |",
@@ -106,7 +106,7 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "python -m pyggml_repkv bench --machine -o json",
     ):
         assert line in text
-    # Commands whose results are stored.
+    # The page lists the commands of stored results.
     assert "\npython -m pyggml_repkv eval passkey --lengths 8000 --depths 3 --kv repkv\n" in text
     commands = text.rpartition("## Commands")[2].splitlines()
     assert len(set(commands) - {"", "```"}) == len([line for line in commands if line not in ("", "```")])
@@ -201,13 +201,13 @@ def test_only_what_is_missing_is_measured(tmp_path, monkeypatch, capsys):
     assert run_tool(report.main, argv) == 0
     files = [step.file for step in report.steps("x", llama=True)]
     assert len(ran) == len(files)
-    # Where files lay on this machine is not stored.
+    # Folders of this machine are not stored.
     assert json.loads((tmp_path / "results/perplexity.json").read_text())["text"] == "book.txt"
     assert [c for c in ran if "py" in c] == [c for c in ran if "--vs" in c] != []
     ran.clear()
     (tmp_path / "results/recall.json").unlink()
     assert run_tool(report.main, argv) == 0
-    # Answers are asked for again: `eval` knows which it has.
+    # Retrieval runs again: `eval` knows which answers it has.
     assert {c[1] for c in ran} == {"passkey", "number", "kv", "niah", "recall"}
 
 

@@ -1,4 +1,4 @@
-"""Workers of other interpreters are scripts: they import what lies beside them."""
+"""Workers of other interpreters are scripts, which import the files beside them."""
 
 import sys
 from pathlib import Path

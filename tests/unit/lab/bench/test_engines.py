@@ -1,4 +1,4 @@
-"""Worker processes: requests and how they fail."""
+"""Worker processes: requests, and their failures."""
 
 import os
 import subprocess
@@ -130,7 +130,7 @@ def test_contexts_are_whole_steps_of_256():
     assert [context_size(n) for n in (1, 256, 257)] == [256, 256, 512]
 
 
-def test_interpreter_of_ours_is_this_one(tmp_path):
+def test_the_engines_interpreter_is_this_one(tmp_path):
     body = "class E:\n n_vocab = 1\n def __init__(self): self.version = sys.executable\nserve(E)"
     with EngineProcess("mine", script(tmp_path, body)) as engine:
         engine.load()

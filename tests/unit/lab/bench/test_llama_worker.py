@@ -1,4 +1,4 @@
-"""What the worker asks of llama.cpp: sizes of context and batches, types, attention, rewinding."""
+"""The worker's calls of llama.cpp: sizes of context and batches, types, attention, rewinding."""
 
 import ctypes
 from types import SimpleNamespace

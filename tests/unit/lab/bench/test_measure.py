@@ -1,4 +1,4 @@
-"""Turns, what counts, ratios, records, tables and warnings."""
+"""Turns, rounds, ratios, records, tables and warnings of `bench`."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_depths_come_in_order_with_their_own_contexts(run):
     results, log, _ = run([Case(4, 0, 760), Case(4, 0)], [ours(), ours("full", can_rewind=True)], rounds=1)
     assert [r.case.depth for r in results] == [0, 0, 760, 760]
     opened = [entry[:3] for entry in log if entry[1] == "open"]
-    # For each depth: with room for one test, and for a tenth of the depth where it cannot rewind.
+    # Each depth has room for one test, and for a tenth of the depth if the engine cannot rewind.
     assert opened == [
         ("repkv", "open", 256), ("full", "open", 256), ("repkv", "open", 1024), ("full", "open", 768),
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def test_whole_rounds_are_kept_when_it_is_stopped(run, monkeypatch, error):
     monkeypatch.setattr(Contender, "start", lambda c, stack: FakeEngine(c.name, [], c.can_rewind))
     plan = Plan(plan_cases, [ours(), llama()], 9, lambda n, n_vocab: list(range(n)))
     found = measure(plan, lambda _: None)
-    # Seven were timed: of the warm-up, of two rounds, and the first of another one.
+    # Seven were timed: those of the warm-up and of two rounds, and the first of another round.
     results = next(found)
     for r in results:
         assert [len(x) for x in (r.seconds, r.depths, r.memories, r.hits, r.required)] == [2] * 5
@@ -197,7 +197,7 @@ def test_ratios_are_of_rounds_and_to_the_faster():
     assert ratio_table(results[:1]) == ""
 
 
-def test_a_record_has_llama_benchs_fields_and_ours():
+def test_a_record_has_llama_benchs_fields_and_more():
     memory = {"resident_bytes": 8, "peak_rss_bytes": 9}
     result = result_of("repkv", (1.0, 2.0), hits=[0, 3], required=[1, 3], memories=[{}, memory])
     r = record(ABOUT, result, [result, result_of("on", (2.0, 6.0))])
@@ -269,5 +269,5 @@ def test_busy_ticks_are_those_of_the_cores_at_work(monkeypatch):
     stat = "cpu  1 1 1 1 1 1 1 1 0 0\ncpu0 1 20 300 4000 50000 600000 7000000 80000000 9 9\ncpu1 5 5 5 5 5 5 5 5 0 0\n"
     monkeypatch.setattr(load.os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(load.Path, "read_text", lambda *_: stat)
-    # Without idle and iowait, and without guests, which are in user already.
+    # Without idle and iowait, and without guests, which `user` includes.
     assert busy_ticks() == 87_600_321

@@ -1,4 +1,4 @@
-"""What a context holds when time is taken, of engines that can rewind and of those that cannot."""
+"""The tokens in a context when a test is timed, for engines that can rewind and those that cannot."""
 
 import numpy as np
 import pytest
@@ -104,7 +104,7 @@ def test_repeated_cells(worker):
     w.time_chunk([2, 2])
     assert reach(w, [1] * 8, synthetic=True) == (8, [])
     assert len(w._engine.tokens) == 8
-    # Shorter than what is there, then longer, then really read.
+    # First shorter than the context, then longer, then read without repeated cells.
     assert reach(w, [1] * 5, synthetic=True) == (5, [])
     assert reach(w, [1] * 9, synthetic=True) == (9, [("place", 9)])
     assert reach(w, [1, 2], synthetic=False) == (2, [("prefill", [1, 2])])
@@ -129,7 +129,7 @@ def test_seconds_are_those_of_the_tokens_that_count(worker, monkeypatch):
     assert w.time_tokens([7, 8]) == {"seconds": 10.0}
 
 
-def test_the_peak_begins_anew_with_repeated_cells(worker, monkeypatch):
+def test_the_peak_begins_again_with_repeated_cells(worker, monkeypatch):
     written = []
     monkeypatch.setattr(_worker.Path, "write_text", lambda path, text, _: written.append((str(path), text)))
     w = worker(True)

@@ -64,7 +64,7 @@ def test_stretches_cover_the_text(model):
     same = full.argmax(-1) == mine.argmax(-1)
     assert [s.top1 for s in found] == pytest.approx([same[s.begin : s.end].mean() for s in found])
     assert 0 < same.mean() < 1
-    # Within the window nothing is lost; beyond it two blocks are not all that matters.
+    # Within the window nothing is lost; beyond it two blocks are not enough.
     assert found[0].kl < found[-1].kl
     alone = list(stretches(model, FULL, TOKENS, 96))
     assert alone[0].kl is alone[0].top1 is None

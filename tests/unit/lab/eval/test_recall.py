@@ -116,7 +116,7 @@ def step_of(ranked, mass=(1.0, 2.0, 4.0), **counts):
 def test_overlaps_with_the_step_and_the_layer_before():
     steps = [step_of([[1, 2, 3, 4], [1, 5, 2, 6]]), step_of([[2, 1, 7, 8], [6, 9, 5, 1]])]
     by_k = stability(steps)["decode"]
-    # First layer: {2} was not first, but second; {2, 1} are the same two. Second: 6 was fourth; of {6, 9} 6 was.
+    # First layer: {2} was second, not first; {2, 1} are the same two. Second layer: 6 was fourth; of {6, 9} only 6 was.
     assert by_k["1"] == {"step": 0.0, "step_2k": 0.5, "layer": 0.5}
     assert by_k["2"] == {"step": 0.5, "step_2k": 0.75, "layer": 0.25}
     assert stability(steps[:1])["decode"]["1"]["step"] == 0.0
@@ -134,7 +134,7 @@ def test_shares_of_each_layer():
 
 
 def test_shares_are_sums_over_steps_and_layers():
-    """[steps, ks, layers, (first k, best k, all)], and what numpy makes of it by the definitions."""
+    """Masses [steps, ks, layers, (first k, best k, all)] give the shares that numpy computes from the definitions."""
     mass = np.random.default_rng(3).uniform(0.1, 1, (3, 2, 4, 3)).astype(np.float32)
     steps = [replace(step_of([[1, 2]]), mass=m) for m in mass]
     found = summary(steps)["decode"]
@@ -147,7 +147,7 @@ def test_shares_are_sums_over_steps_and_layers():
 
 
 def test_rankings_are_those_of_the_engine(model):
-    """With every block attended by rank, the ranking's first blocks are what a one-token step selects."""
+    """The ranking is that of the relevance which the engine's one-token step computes."""
     with model.session(MEMORY) as session:
         session.policy.observed = True
         session.read(TOKENS[:384])

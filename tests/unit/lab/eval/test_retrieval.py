@@ -139,7 +139,7 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
     assert png.read_bytes().startswith(b"\x89PNG")
     lines = out.read_text().splitlines()
     assert len(lines) == 8
-    # A crash in the middle of the last line: that one is asked again.
+    # After a crash in the middle of the last line, its question is asked again.
     out.write_text("\n".join(lines)[:-40])
     assert main(argv) == 0
     again = json.loads(capsys.readouterr().out)

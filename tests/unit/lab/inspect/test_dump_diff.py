@@ -1,4 +1,4 @@
-"""`graph dump` and `graph diff`: what a graph is, as data, and what another has that it has not."""
+"""`graph dump` and `graph diff`: a graph as data, and the differences between two."""
 
 import json
 from xml.etree import ElementTree

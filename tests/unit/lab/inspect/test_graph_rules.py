@@ -1,4 +1,4 @@
-"""`graph verify` proves nothing wrong about the graphs that are run, and finds every fault that is put into one."""
+"""`graph verify` accepts the graphs of `run`, and finds every fault that a test puts into one."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -119,7 +119,7 @@ def swapped(found: Snapshot, a: str, b: str) -> Snapshot:
 @pytest.mark.parametrize(
     ("memory", "phase", "name", "source", "rules"),
     [
-        # A token's score would not be there before its key is stored beside those that it looks at.
+        # Without the edge, a token's key might be stored among those that its own score node reads.
         (REPKV, "decode", "block_relevance-2", "score_acc-2", {"consumed", "effects"}),
         (REPKV, "decode", "kqv_partial-1", "row_runs-1", {"consumed"}),
         (DISK, "decode", "kqv_partial-1", "row_runs-1", {"consumed", "hooks"}),
@@ -182,15 +182,15 @@ def test_an_overwritten_input_is_found(path):
 def test_one_name_for_two_is_found(path):
     found = snapshot(path)
     twice = changed(found, "score_acc-1", lambda t: replace(t, name="score_acc-0"))
-    # One comes after the other, as the stages of llama.cpp's Qcur do; only what stands beside it is another.
+    # Names may repeat along a chain, as the stages of llama.cpp's Qcur do, but not for nodes beside each other.
     assert "names" not in broken(twice)
-    # The scores of the last layer of a chunk and its far queries do not come from each other.
+    # The last layer's scores and far queries of a chunk do not depend on each other.
     chunk = snapshot(path, "prefill")
     assert "names" in broken(changed(chunk, "score_acc-1", lambda t: replace(t, name="Qfar-1")))
 
 
 def test_an_edge_that_the_code_forgets_is_found(path, monkeypatch):
-    """Of the graph itself: a score that nobody waits for is dropped by ggml, and all layers lack it alike."""
+    """The fault is in the code that builds the graph: ggml drops a score node without users, in all layers alike."""
     forgetful = Ops.relevance_one
 
     def relevance_one(ops, qkv, index, rope, regions, marker, **options):

@@ -1,4 +1,4 @@
-"""What `model info` says of a file is what a session would find."""
+"""`model info` says what a session with the file would find."""
 
 from dataclasses import asdict, replace
 from math import prod
@@ -133,7 +133,7 @@ def test_the_compute_buffer_is_that_of_a_session_that_read_as_much(tiny_model, t
     plan = plan_of(path, memory, n_tokens, exact=exact)
     with Model.load(path, threads=1, repack=repack, exact_graph=exact) as model, model.session(memory) as session:
         session.prefill([1] * n_tokens)
-        # Where matrices are repacked, the graph that is planned has them apart.
+        # If matrices are repacked, the planned graph has them apart.
         assert plan.ram["compute"] == pytest.approx(session.compute_bytes, rel=0.05)
 
 
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_counted_and_a_length_that_fits_is_said(tiny_model,
         sum(n_bytes for part, n_bytes in plan_of(path, replace(memory, n_ctx=n), n).ram.items() if part != "compute")
         for n in (plan.most_tokens, plan.most_tokens + 4096)
     )
-    # The compute buffer is counted where the graph could be built.
+    # The compute buffer counts if the graph could be built.
     assert fewer + plan.ram.get("compute", 0) <= free < more + plan.ram.get("compute", 0)
 
 

@@ -1,4 +1,4 @@
-"""What ggml's first thread notes, and which node each note is of."""
+"""The notes of ggml's first thread, and the node of each note."""
 
 from dataclasses import dataclass, field
 from itertools import count
@@ -17,7 +17,7 @@ addresses = count(1)
 
 @dataclass(frozen=True)
 class Node:
-    """As much of a RawTensor as is asked for."""
+    """The fields of a RawTensor that the code reads."""
 
     op: str
     sources: tuple[int, ...] = ()
@@ -26,7 +26,7 @@ class Node:
 
 
 def graph(*, n_users=1, is_output=False):
-    """A norm and its product, with a view in between two others, and a second reader of the norm if so wanted."""
+    """A norm and its product, two other nodes with a view between them, and perhaps a second reader of the norm."""
     first = Node("add")
     view = Node("view", (first.address,))
     norm = Node("rms_norm", (view.address,), is_output)

@@ -1,4 +1,4 @@
-"""The page of a graph stands alone, holds the snapshot as it is, and works in a browser."""
+"""The page of a graph is self-contained, holds the snapshot unchanged, and works in a browser."""
 
 import json
 import re
@@ -173,7 +173,7 @@ def test_a_browser_shows_what_a_link_selects(snapshot, tmp_path):
     assert "1.23 ms" in panel
     for id_ in {*node.sources, *node.writes}:
         assert f">{id_}</span>" in panel
-    # Only the layers that are open have rows: the first, and that of the node.
+    # Only open layers have rows: the first layer, and that of the node.
     shown = re.findall(r'<div class="row [^"]*" data-id="(\w+)"', dom)
     assert {snapshot.by_id[id_].layer for id_ in shown} == {0, 2}
     assert len(shown) == sum(t.layer in (0, 2) for t in snapshot.nodes)

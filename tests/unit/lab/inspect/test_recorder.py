@@ -1,4 +1,4 @@
-"""Tracing and recording change nothing that is computed, and say what was."""
+"""Tracing and recording do not change what is computed, and they report it."""
 
 import json
 from dataclasses import replace
@@ -79,7 +79,7 @@ def test_values_are_those_that_were_computed(path):
         assert np.array_equal(found["result_output"].values, logits)
         embedding = Rows.of(model.file, "token_embd.weight").floats_in(model.file)[TOKENS[19]]
         assert np.allclose(found["embd"].values, embedding, atol=1e-6)
-        # llama.cpp's stages of one name are told apart: matrix, bias, rotation.
+        # llama.cpp's stages of one name have different keys: matrix, bias, rotation.
         assert {"Qcur-1", "Qcur-1#1", "Qcur-1#2"} <= set(found)
         bias = Rows.of(model.file, "blk.1.attn_q.bias").floats_in(model.file)
         assert np.allclose(found["Qcur-1#1"].values - found["Qcur-1"].values, bias, atol=1e-5)
@@ -133,7 +133,7 @@ def test_tensors_on_the_command_line(path, tmp_path, capsys):
     assert " the same" in capsys.readouterr().out
     assert main([*flags, "-ctk", "q8_0", "--compare", saved]) == 1
     out = capsys.readouterr().out
-    # Only what reads the cache can differ, and that of layer 0 first.
+    # Only nodes that read the cache can differ, and layer 0's comes first.
     assert out.startswith("kqv_partial-0 is the first that differs")
     assert main([*flags, "-ctk", "q8_0", "--compare", saved, "--tolerance", "1"]) == 0
 

@@ -1,4 +1,4 @@
-"""Arenas are lazy, and forks of them share what will not change."""
+"""Arenas are lazy, and their forks share the rows that never change again."""
 
 import mmap
 from pathlib import Path
