@@ -21,7 +21,7 @@ class Stepper:
     `n_past` tokens have been read; the next one has that position. `tokens` are those tokens and `sizes` the numbers of
     tokens of the steps that read them: the same tokens in the same steps give the same memory. `logits` float32
     [n_vocab] are the last token's, None where the last step had none. `lost`: the memory must be made again from the
-    tokens (`read_again`), or can be no longer, since that was stopped.
+    tokens (`read_again`) before the next step.
     """
 
     def __init__(
@@ -45,9 +45,11 @@ class Stepper:
         A step that raises, wherever it was stopped, counts as not done.
         """
         with self._backend.lock:
+            # Another thread may have closed the session while this one waited.
+            self.plans.check_open()
             before = self.n_past, self.logits, len(self.sizes)
-            logits = self._compute(tokens, self.n_past, outputs)
             try:
+                logits = self._compute(tokens, self.n_past, outputs)
                 self.tokens[self.n_past :] = array("i", tokens.tolist())
                 self.sizes.append(len(tokens))
                 self.logits = None if logits is None else logits[-1].copy()
@@ -60,18 +62,11 @@ class Stepper:
                 raise
 
     def _compute(self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs) -> NDArray[np.float32] | None:
-        """With the backend's lock held."""
-        # Another thread may have closed the session while this one waited.
-        self.plans.check_open()
-        try:
-            self.policy.begin_step(tokens, n_past)
-            plan = self.plans.of_step(n_past, len(tokens), outputs)
-            plan.fill(tokens, n_past)
-            plan.compute(self._backend)
-            return plan.read()
-        except BaseException:
-            self.policy.undo_step()
-            raise
+        self.policy.begin_step(tokens, n_past)
+        plan = self.plans.of_step(n_past, len(tokens), outputs)
+        plan.fill(tokens, n_past)
+        plan.compute(self._backend)
+        return plan.read()
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on; for memories that can (`Policy.rewinds`)."""
@@ -88,7 +83,7 @@ class Stepper:
             self.plans.check_open()
             assert isinstance(self.policy, Repeatable)
             self.policy.repeat(self.n_past, n_past)
-            self.restored(np.resize(self.tokens, n_past).tolist(), [n_past], None)
+            self.restored(np.resize(self.tokens[: self.n_past], n_past).tolist(), [n_past], None)
 
     def restored(self, tokens: Sequence[int], sizes: Sequence[int], logits: NDArray[np.float32] | None) -> None:
         """Takes note of what a memory was restored from elsewhere with."""
@@ -126,6 +121,7 @@ class Stepper:
         for i, size in enumerate(steps, 1):
             outputs: Outputs = "all" if size == 1 else "last" if i == len(steps) else "none"
             with self._backend.lock:
+                self.plans.check_open()
                 logits = self._compute(ids[at : at + size], at, outputs)
             at += size
         self.logits = None if logits is None else logits[-1].copy()
