@@ -62,11 +62,7 @@ class Keeper:
     def save(self, *, wait: bool, again: bool = False) -> None:
         """again: also where nothing was read since, because what goes with the save may be new. Raises StoreError."""
         stepper, saver = self._stepper, self._saver
-        if stepper.lost:
-            raise StoreError(
-                f"{self.store.folder}: reading the tokens of a lost block again was stopped; what was saved before is "
-                "kept", lost=False,
-            )  # fmt: skip
+        stepper.check_whole()
         if not self.enabled or (stepper.n_past == saver.saved and not again):
             return
         new = np.array(stepper.tokens[saver.saved : stepper.n_past], np.int32)
@@ -116,6 +112,8 @@ class Keeper:
         """False: what was kept is damaged, and the tokens were read again."""
         n_past = len(tokens)
         sizes = all_sizes[: int(np.searchsorted(np.cumsum(all_sizes), n_past, side="right"))].tolist()
+        if sum(sizes) != n_past:
+            raise InputError(f"--session {self.store.folder}: no step ends at its token {n_past}")
         try:
             logits = self._saver.restore(n_past, tokens).logits
             if logits is not None and len(logits) != self._n_vocab:

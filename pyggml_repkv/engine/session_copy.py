@@ -36,6 +36,7 @@ def save_copy(stepper: Stepper, folder: Path, open_store: OpenStore | None, extr
     checkpoints = stepper.policy.checkpoint()
     if checkpoints is None or open_store is None:
         raise InputError(f"--kv {stepper.policy.name} cannot be saved")
+    stepper.check_whole()
     if stepper.n_past == 0:
         raise InputError("the session is empty: there is nothing to save")
     checkpoints.check_copy()

@@ -33,6 +33,9 @@ from pyggml_repkv.memory.store.window_file import WindowFile
 
 FORMAT = 2
 
+_DAMAGED = (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What reading a database that holds anything at all raises."""
+
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE tokens (
@@ -81,7 +84,7 @@ def kept_settings(folder: Path) -> MemoryConfig:
         with contextlib.closing(sqlite3.connect(folder / "session.db")) as db:
             meta = dict(db.execute("SELECT key, value FROM meta"))
             n_saves = db.execute("SELECT count(*) FROM checkpoints").fetchone()[0]
-    except (sqlite3.Error, ValueError) as error:
+    except _DAMAGED as error:
         raise _unusable(f"{folder}", error) from None
     _check_format(meta, str(folder))
     if not n_saves:
@@ -89,7 +92,7 @@ def kept_settings(folder: Path) -> MemoryConfig:
     try:
         settings = json.loads(meta.get("settings", "null"))
         return MemoryConfig.from_identity(settings)
-    except (InputError, ValueError) as error:
+    except (InputError, *_DAMAGED) as error:
         raise _unusable(f"{folder}", error) from None
 
 
@@ -147,7 +150,7 @@ class SessionStore:
             raise InputError("the session is closed")
         try:
             yield self._db
-        except (sqlite3.Error, ValueError, TypeError) as error:
+        except _DAMAGED as error:
             raise _unusable(f"--session {self.folder}", error) from None
 
     def _check_identity(self, identity: dict[str, Any]) -> None:
@@ -162,9 +165,10 @@ class SessionStore:
                     db.execute("DELETE FROM meta")
                     db.executemany("INSERT INTO meta VALUES (?, ?)", values)
                 return
-        if json.loads(meta["model"]) != identity["model"]:
+            model, before = json.loads(meta["model"]), dict(json.loads(meta["settings"]))
+        if model != identity["model"]:
             raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
-        before, now = json.loads(meta["settings"]), json.loads(json.dumps(identity["settings"]))
+        now = json.loads(json.dumps(identity["settings"]))
         before.setdefault("--kv", "repkv")
         # A session stays what it was begun as.
         now.pop("far from the start", None)
@@ -228,7 +232,7 @@ class SessionStore:
             )  # fmt: skip
             last = None if logits is None else np.frombuffer(logits, np.float32)
             return Checkpoint(state, window, last, json.loads(extra))
-        except (ValueError, TypeError) as error:
+        except _DAMAGED as error:
             raise StoreError(f"{self.folder}: the checkpoint after token {n_past} is damaged ({error})") from None
 
     def headers(self, n_blocks: int, header_bytes: int) -> list[tuple[int, BlockHeader]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.decoder import Outputs
 from pyggml_repkv.graph.plan import GraphModel, PlanCache, Tracer
@@ -36,8 +36,13 @@ class Stepper:
         self.lost = False
 
     def _open(self, policy: Policy) -> None:
-        self.policy = policy
-        self.plans = PlanCache(self._model, policy, self._backend)
+        plans = PlanCache(self._model, policy, self._backend)
+        self.plans, self.policy = plans, policy
+
+    def check_whole(self) -> None:
+        """Raises StoreError where reading again was stopped, so that the memory has not all of the tokens."""
+        if self.lost:
+            raise StoreError("reading the tokens of a lost block again was stopped; the next step does it", lost=False)
 
     def step(self, tokens: NDArray[np.int32], outputs: Outputs) -> NDArray[np.float32] | None:
         """Reads tokens -> their logits, the caller's own: float32 [n_outputs, n_vocab], None where there are none.
@@ -58,7 +63,7 @@ class Stepper:
             except BaseException:
                 self.n_past, self.logits, n_sizes = before
                 del self.sizes[n_sizes:]
-                self.policy.undo_step()
+                self.policy.undo_step(self.n_past)
                 raise
 
     def _compute(self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs) -> NDArray[np.float32] | None:
@@ -94,8 +99,7 @@ class Stepper:
         """Another one that has read the same tokens. Raises as Policy.fork does."""
         with self._backend.lock:
             self.plans.check_open()
-            if self.lost:
-                raise ComputeError("the memory lost a block and was not made again: it cannot be forked")
+            self.check_whole()
             policy = self.policy.fork(self.n_past)
             other = Stepper(self._model, self._backend, policy.fresh, policy)
             logits = None if self.logits is None else self.logits.copy()
@@ -109,14 +113,17 @@ class Stepper:
         self.lost = True
         ids, steps, at = np.array(self.tokens[: self.n_past], np.int32), self.sizes.tolist(), 0
         policy = self._make_policy()
-        with self._backend.lock:
-            try:
+        try:
+            with self._backend.lock:
                 self.plans.check_open()
-            except ComputeError:
+                before = self.plans, self.policy
+                self._open(policy)
+                for part in before:
+                    part.close()
+        except BaseException:
+            if self.policy is not policy:
                 policy.close()
-                raise
-            self.close()
-            self._open(policy)
+            raise
         logits = None
         for i, size in enumerate(steps, 1):
             outputs: Outputs = "all" if size == 1 else "last" if i == len(steps) else "none"

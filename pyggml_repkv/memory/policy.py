@@ -182,8 +182,8 @@ class Policy(Protocol):
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         """`preferred` is the fastest form the model has for this step; the policy may know fewer."""
 
-    def undo_step(self) -> None:
-        """Called when a step failed after `begin_step`: takes back what must not count twice."""
+    def undo_step(self, n_past: int) -> None:
+        """Called when a step after n_past tokens failed, begun or not: takes back what must not count twice."""
 
     def build(self, ops: Ops, shape: StepShape) -> StepAttention:
         """Its part of the graph that `ops` makes nodes of."""

@@ -1,6 +1,7 @@
 #include "block_file.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #include "convert.h"
@@ -13,6 +14,10 @@ size_t repkv_record_bytes(const struct repkv_record_layout *l, int32_t n_tokens)
 
 size_t repkv_block_bytes(const struct repkv_record_layout *l, int32_t n_tokens) {
     return l->header_bytes + (size_t)l->n_layer * repkv_aligned(repkv_record_bytes(l, n_tokens));
+}
+
+int repkv_discard(int fd, int64_t offset, int64_t n_bytes) {
+    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, n_bytes);
 }
 
 static void convert_rows(char *to, int to_type, size_t to_bytes, const char *from, int from_type, size_t from_bytes,

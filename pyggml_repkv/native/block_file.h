@@ -47,6 +47,9 @@ struct repkv_file {
     atomic_llong n_reads, n_writes;
 };
 
+/* Gives the disk back what these bytes of a file take; they read as zero then. 0, or -1 with errno: not every file system can. */
+int repkv_discard(int fd, int64_t offset, int64_t n_bytes);
+
 static inline size_t repkv_aligned(size_t n) {
     return (n + REPKV_ALIGN - 1) / REPKV_ALIGN * REPKV_ALIGN;
 }

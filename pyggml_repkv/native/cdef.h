@@ -160,6 +160,7 @@ struct repkv_event {
     double begin_ms, end_ms;
 };
 int32_t repkv_store_trace(struct repkv_store *s, struct repkv_event *events, int32_t n);
+int repkv_discard(int fd, int64_t offset, int64_t n_bytes);
 uint64_t repkv_checksum(const char *data, size_t n_bytes);
 size_t repkv_record_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);
 size_t repkv_block_bytes(const struct repkv_record_layout *layout, int32_t n_tokens);

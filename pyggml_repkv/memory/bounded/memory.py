@@ -124,7 +124,7 @@ class BoundedMemory:
         """Whether it was stopped halfway and is no longer of use."""
         return self._torn
 
-    def undo_step(self) -> None:
+    def undo_step(self, n_past: int) -> None:
         """Rows beyond n_past are written again before they are read."""
 
     def disk_need(self, n_tokens: int) -> DiskNeed | None:

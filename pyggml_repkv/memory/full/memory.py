@@ -94,7 +94,7 @@ class FullMemory:
     def cost(self, n_past: int, n_tokens: int) -> StepCost:
         return StepCost(n_past + (n_tokens + 1) // 2)
 
-    def undo_step(self) -> None:
+    def undo_step(self, n_past: int) -> None:
         """Nothing to do: rows beyond n_past are written again before they are read."""
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:

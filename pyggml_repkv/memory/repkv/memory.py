@@ -114,9 +114,11 @@ class RepKVMemory(BoundedMemory):
         self.index.remember(n_past, len(tokens))
         return self.blocks.sealed_end, self.blocks.n_blocks
 
-    def undo_step(self) -> None:
-        self.index.undo()
-        self.kept.undo()
+    def undo_step(self, n_past: int) -> None:
+        # One that was stopped before it rearranged anything has nothing to take back, least of all the step before.
+        if self.regions.first == n_past:
+            self.index.undo()
+            self.kept.undo()
 
     def went_far(self) -> None:
         for block, (begin, end) in enumerate(pairwise(self.blocks.bounds)):

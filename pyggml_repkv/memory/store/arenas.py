@@ -93,10 +93,11 @@ class _Memory:
         end = min(frozen * self.row_bytes, len(self.mapping)) // mmap.PAGESIZE * mmap.PAGESIZE
         if len(self.parts) > MAX_PARTS:
             self.thaw()
-        if end > self.own:
+        begin = max(self.own, self.released)
+        if end > begin:
             with memoryview(self.mapping) as view:
-                offset = file.append(view[self.own : end])
-            self.put(_Part(file, offset, self.own, end))
+                offset = file.append(view[begin:end])
+            self.put(_Part(file, offset, begin, end))
 
     def thaw(self) -> None:
         """From now on all of it is this arena's own."""
@@ -158,6 +159,11 @@ class Arenas:
         if end - begin >= RELEASE_BYTES:
             memory.mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
             memory.released = end
+
+    @property
+    def memory(self) -> list[mmap.mmap]:
+        """What the tensors so far lie in: it is there as long as somebody holds it."""
+        return [memory.mapping for memory in self._memory.values()]
 
     @property
     def closed(self) -> bool:

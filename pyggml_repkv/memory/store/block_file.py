@@ -6,11 +6,14 @@ import contextlib
 import copy
 import errno
 import logging
+import mmap
 import os
 import struct
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,7 @@ ALIGN: int = native.REPKV_ALIGN
 _HEADER = struct.Struct("<8sII IIQ IIII II QQ Q")
 _CHECKSUM_AT = _HEADER.size - 8
 ROTATED = 1
+_COPY_BYTES = 2**20
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +120,7 @@ class BlockFile:
 
     def __init__(self, folder: Path, name: str | None) -> None:
         self.folder, self.named = folder, name is not None
-        # Where the next block is written; whoever shares the file moves it.
-        self._end = [0]
+        self._room = _Room()
         self.path = folder if name is None else folder / name
         try:
             if name is None:
@@ -127,6 +130,7 @@ class BlockFile:
             raise InputError(
                 f"{self.path}: {error.strerror}; the blocks need a directory that can be written"
             ) from None
+        self._close = _closing(self)
         if not self.direct:
             log.info("%s has no direct I/O: evicted blocks fill the page cache as well", folder)
 
@@ -158,15 +162,34 @@ class BlockFile:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}", lost=False) from None
 
-    def take(self, n_bytes: int) -> int:
-        """Room for n_bytes more -> where they begin."""
-        at = self._end[0]
-        self._end[0] += n_bytes
-        return at
+    @property
+    def n_bytes(self) -> int:
+        """Of all blocks in it that anybody holds."""
+        return self._room.n_bytes
 
-    def reserve(self, end: int) -> None:
-        """Nothing is written before `end` from now on."""
-        self._end[0] = max(self._end[0], end)
+    def take(self, n_bytes: int) -> int:
+        """Room for a block of n_bytes -> where it begins."""
+        offset = self._room.end
+        self.hold(offset, n_bytes)
+        return offset
+
+    def hold(self, offset: int, n_bytes: int) -> None:
+        """Takes note of one more who reads the block there."""
+        room = self._room
+        room.end = max(room.end, offset + n_bytes)
+        room.n_bytes += 0 if offset in room.holders else n_bytes
+        room.holders[offset] += 1
+
+    def let_go(self, offset: int, n_bytes: int) -> None:
+        """The reverse. A block that nobody holds is gone, but from a file with a name, which keeps it."""
+        room = self._room
+        room.holders[offset] -= 1
+        if room.holders[offset] == 0:
+            del room.holders[offset]
+            room.n_bytes -= n_bytes
+            if not self.named and self._close.alive:
+                # Where the file system cannot, the space comes back with the last handle.
+                native.repkv_discard(self.fd, offset, n_bytes)
 
     def share(self, folder: Path) -> BlockFile:
         """For another store with the same blocks. A file without a name is shared. Of one with a name, which another
@@ -175,29 +198,55 @@ class BlockFile:
         if self.named:
             other = BlockFile(folder, None)
             try:
-                _copy(self.fd, other.fd, self._end[0])
+                _copy(self.fd, other.fd, self._room.end)
             except OSError as error:
                 other.close()
                 raise StoreError(f"{folder}: {error.strerror}", lost=False) from None
-            other._end = [self._end[0]]
+            except BaseException:
+                other.close()
+                raise
+            other._room.end = self._room.end
             return other
         other = copy.copy(self)
         other.fd = os.dup(self.fd)
+        other._close = _closing(other)
         return other
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self._close()
+
+
+@dataclass(slots=True)
+class _Room:
+    """What everybody who shares a file knows of it: where the next block is written, and how many hold the block at an
+    offset.
+    """
+
+    end: int = 0
+    n_bytes: int = 0
+    holders: Counter[int] = field(default_factory=Counter)
+
+
+def _closing(file: BlockFile) -> weakref.finalize[[int], BlockFile]:
+    """Closes a descriptor once, also where nobody says so."""
+    close = weakref.finalize(file, os.close, file.fd)
+    # At the end of the process threads may still write.
+    close.atexit = False
+    return close
 
 
 def _copy(source: int, target: int, n_bytes: int) -> None:
-    done = 0
-    while done < n_bytes:
-        n = os.copy_file_range(source, target, n_bytes - done, done, done)
-        if n == 0:
-            raise OSError(errno.EIO, "the file of blocks ends too early")
-        done += n
+    # Page-aligned memory, as direct reads and writes want it.
+    with mmap.mmap(-1, _COPY_BYTES) as buffer, memoryview(buffer) as view:
+        done = 0
+        while done < n_bytes:
+            n = os.preadv(source, [view], done) // ALIGN * ALIGN
+            if n == 0:
+                raise OSError(errno.EIO, "the file of blocks ends too early")
+            written = 0
+            while written < n:
+                written += os.pwritev(target, [view[written:n]], done + written)
+            done += n
 
 
 def _open(folder: Path, name: str | None) -> tuple[int, bool]:

@@ -109,7 +109,8 @@ class BlockStore(Handle):
         super().__init__(pointer, native.repkv_store_close, keep=self._kept)
         self.file, self.layout, self.n_slots = file, layout, n_slots
         self.n_bytes = 0
-        """Of all blocks on disk."""
+        """Of its blocks on disk."""
+        self._held: list[tuple[int, int]] = []
         self.offsets: list[int] = []
         self.headers: list[BlockHeader] = []
         """Of each block, without the bytes that the memory put into it."""
@@ -143,13 +144,21 @@ class BlockStore(Handle):
         sums = native_ffi.cast("uint64_t *", header.checksums.ctypes.data)
         where = header.first_position, offset
         native.repkv_store_add(self.pointer, len(self.offsets), header.n_tokens, header.rotated, *where, sums)
-        self.file.reserve(offset + self.layout.block_bytes(header.n_tokens))
+        self.file.hold(offset, self.layout.block_bytes(header.n_tokens))
         self._note(header, offset)
 
     def _note(self, header: BlockHeader, offset: int) -> None:
         self.offsets.append(offset)
         self.headers.append(replace(header, extra=b""))
-        self.n_bytes += self.layout.block_bytes(header.n_tokens)
+        n_bytes = self.layout.block_bytes(header.n_tokens)
+        self.n_bytes += n_bytes
+        self._held.append((offset, n_bytes))
+
+    def close(self) -> None:
+        super().close()
+        held, self._held = self._held, []
+        for offset, n_bytes in held:
+            self.file.let_go(offset, n_bytes)
 
     def flush(self) -> None:
         """Waits until every block is written. Raises StoreError where one could not be."""

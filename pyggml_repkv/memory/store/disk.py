@@ -93,7 +93,8 @@ class DiskStore:
         self.io = BlockStore(
             file, self.layout, n_slots=self.n_slots, max_blocks=max_blocks, n_threads=N_IO_THREADS,
             first_row=n_sink + self.n_open, k_rows=self._addresses[0], v_rows=self._addresses[1],
-            places=[as_array(t, np.uint8).ctypes.data for t in self._places], debug=memory.kv_debug, memory=arenas,
+            places=[as_array(t, np.uint8).ctypes.data for t in self._places], debug=memory.kv_debug,
+            memory=arenas.memory,
         )  # fmt: skip
 
     def _count_slots(self, n_selected: int, max_blocks: int) -> int:
@@ -116,7 +117,7 @@ class DiskStore:
 
     def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
         """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
-        n_bytes = self.io.n_bytes + self.layout.block_bytes(end - begin)
+        n_bytes = self.file.n_bytes + self.layout.block_bytes(end - begin)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
             raise InputError(
                 f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}"

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_closing_forks_gives_everything_back(model, tmp_path):
         maps = Path("/proc/self/maps").read_text()
         return len(os.listdir("/proc/self/fd")), maps.count("memfd:repkv")
 
+    gc.collect()
     for memory, folder in ((MEMORIES["full"], None), (REPKV, None), (MEMORIES["on disk, late"], None), (REPKV, "kept")):
         before = held()
         session = model.session(memory, directory=None if folder is None else tmp_path / folder)
@@ -181,6 +183,74 @@ def test_closing_forks_gives_everything_back(model, tmp_path):
         del session, forks, fork
         gc.collect()
         assert held() == before
+
+
+def test_forks_that_are_dropped_give_their_descriptors_back(model):
+    with model.session(MEMORIES["on disk"]) as session:
+        session.prefill(TOKENS[:300])
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            session.fork().decode(3)
+            gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_a_fork_evicts_leaves_the_disk_with_it(model):
+    """The limit is on what is there, not on what ever was."""
+    memory = replace(REPKV, kv_ram=2**17)
+    with model.session(memory) as session:
+        session.prefill(TOKENS[:300])
+        file = session.policy.disk.file
+        held, taken = file.n_bytes, os.fstat(file.fd).st_blocks
+        for _ in range(3):
+            with session.fork() as fork:
+                fork.prefill(TOKENS[300:600])
+                fork.policy.disk.io.flush()
+                assert file.n_bytes > held
+                with fork.fork() as second:
+                    second.decode(3)
+            assert file.n_bytes == held
+            # The file system takes some for the holes.
+            assert os.fstat(file.fd).st_blocks - taken < 64
+        fork = session.fork()
+        want = go_on(session, 300)
+        session.close()
+        assert equal(go_on(fork, 300), want)
+        fork.close()
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")
+def test_a_kept_session_on_another_file_system_is_forked(model):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, model.session(REPKV, directory=folder) as session:
+        session.prefill(TOKENS[:300])
+        with session.fork() as fork:
+            assert equal(go_on(fork, 300), go_on(session, 300))
+
+
+@pytest.mark.parametrize("memory", [REPKV, MEMORIES["sticky and late"]], ids=["repkv", "sticky and late"])
+@pytest.mark.parametrize("where", ["_compute", "settle", "begin_step", "of_step"])
+def test_a_step_that_is_stopped_anywhere_counts_as_not_done(model, monkeypatch, memory, where):
+    from pyggml_repkv.engine.step import Stepper
+    from pyggml_repkv.graph.plan import PlanCache
+    from pyggml_repkv.memory.index.representatives import Representatives
+    from pyggml_repkv.memory.repkv.memory import RepKVMemory
+
+    owner = {"_compute": Stepper, "settle": Representatives, "begin_step": RepKVMemory, "of_step": PlanCache}[where]
+
+    def stopped(self, *arguments):
+        raise KeyboardInterrupt
+
+    with model.session(memory) as session, model.session(memory) as fresh:
+        for s in (session, fresh):
+            s.prefill(TOKENS[:300])
+            s.decode(7)
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, where, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                session.decode(8)
+        assert session.n_past == 301
+        for t in TOKENS[300:380]:
+            assert np.array_equal(session.decode(t), fresh.decode(t))
 
 
 def test_a_fork_is_made_between_two_steps(model):
@@ -242,10 +312,12 @@ def test_reading_again_that_is_stopped_is_done_before_the_next_step(model, tmp_p
                     session.decode(7)
             assert session.n_past == 300
             assert session.tokens == TOKENS[:300]
-            with pytest.raises(ComputeError, match="lost a block"):
+            with pytest.raises(StoreError, match="the next step does it"):
                 session.fork()
+            with pytest.raises(StoreError, match="the next step does it"):
+                session.save(tmp_path / "copy")
             if folder is not None:
-                with pytest.raises(StoreError, match="what was saved before is kept"):
+                with pytest.raises(StoreError, match="the next step does it"):
                     session.save()
             assert equal([session.decode(7).copy(), *go_on(session, 300)], want)
             if folder is not None:
