@@ -156,6 +156,7 @@ class BlockStore(Handle):
 
     def close(self) -> None:
         super().close()
+        self._kept.clear()
         held, self._held = self._held, []
         for offset, n_bytes in held:
             self.file.let_go(offset, n_bytes)
