@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Self
@@ -28,7 +29,7 @@ from pyggml_repkv.ops.makers import Ops
 log = logging.getLogger(__name__)
 
 
-class BoundedMemory:
+class BoundedMemory(ABC):
     """A policy is made of its parts. It says what leaves the window (`evict`) and what of that is attended (`select`);
     it is made from PolicyInputs alone.
     """
@@ -54,13 +55,13 @@ class BoundedMemory:
         self.observed = False
         self.last_step: BoundedStep | None = None
 
+    @abstractmethod
     def evict(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         """What lies before `start` has left the window -> (end of what is in blocks, n_blocks)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
-        """See bounded/attention.py."""
-        raise NotImplementedError
+        """What of that a layer's queries attend."""
 
     def n_select(self, n_past: int, n_tokens: int) -> int:
         """How many blocks a step attends, if there are as many."""
@@ -116,7 +117,7 @@ class BoundedMemory:
             self.store.turn_back(self.rotation, n_past)
             self.went_far()
 
-    def went_far(self) -> None:
+    def went_far(self) -> None:  # noqa: B027 - most have nothing to do
         """Called when stored keys have lost their rotation."""
 
     @property
@@ -124,7 +125,7 @@ class BoundedMemory:
         """Whether it was stopped halfway and is no longer of use."""
         return self._torn
 
-    def undo_step(self, n_past: int) -> None:
+    def undo_step(self, n_past: int) -> None:  # noqa: B027 - most have nothing to do
         """Rows beyond n_past are written again before they are read."""
 
     def disk_need(self, n_tokens: int) -> DiskNeed | None:

@@ -293,6 +293,16 @@ def test_what_cannot_be_kept_is_refused(model, tmp_path, memory, what):
         model.session(replace(MEMORY, **memory), directory=tmp_path / "s")
 
 
+def test_a_save_within_a_step_is_refused(model, folder):
+    """Its tokens could not be read again in the same steps."""
+    with contextlib.closing(sqlite3.connect(folder / "session.db")) as db:
+        db.execute("DELETE FROM checkpoints WHERE n_past < 300")
+        db.execute("UPDATE checkpoints SET n_past = 250")
+        db.commit()
+    with pytest.raises(InputError, match="no step ends at its token 250"):
+        model.resume(folder, MEMORY)
+
+
 def test_a_failed_save_is_said_and_the_one_before_stays(model, folder, monkeypatch):
     from pyggml_repkv.memory.store.window_file import WindowFile
 
