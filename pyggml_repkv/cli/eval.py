@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output, progress, report
+from pyggml_repkv.cli import output, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> int:
     args.no_repack = args.no_repack or args.task in RETRIEVAL
     args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
     tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
-    with load_model(args) as model, progress.notices(quiet=True):
+    with load_model(args) as model:
         done = tasks.get(args.task, _retrieval)(args, model, policies, text)
     if args.json:
         output.write(json.dumps({**done, "peak_rss_bytes": report.peak_rss_bytes()}) + "\n")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli import output
 from pyggml_repkv.cli.parser import filled_text, integer, number, text
 from pyggml_repkv.cli.prompt import read_prompt
 from pyggml_repkv.cli.run import kind_of, load_model, memory_config
@@ -83,7 +83,7 @@ def trace(args: argparse.Namespace) -> int:
     args.quiet = True
     size = 1 if args.phase == "decode" else args.batch_size
     n_needed = args.depth + n_traced_tokens(size, args.n)
-    with load_model(args) as model, progress.notices(quiet=True):
+    with load_model(args) as model:
         tokens = _tokens(args, model, n_needed)
         memory = memory_config(args, args.ctx_size or (0 if kind_of(args.kv).bounded else n_needed))
         with model.session(memory) as session:
@@ -184,7 +184,7 @@ def tensors(args: argparse.Namespace) -> int:
 
     args.quiet = True
     before = _load(args.compare) if args.compare else None
-    with load_model(args) as model, progress.notices(quiet=True):
+    with load_model(args) as model:
         given = args.prompt is not None or args.file is not None
         tokens = model.tokenizer.encode(read_prompt(args) if given else TEXT)
         if len(tokens) < 2:

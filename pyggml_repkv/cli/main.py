@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pyggml_repkv.cli import output
+from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError
 
@@ -63,7 +63,8 @@ def _dispatch(argv: list[str]) -> int:
         if rest:
             unknown = " ".join(rest)
             raise InputError(f"unknown arguments: {unknown} (see {PROG} {command} --help)")
-        return int(module.main(args))
+        with progress.notices(quiet=getattr(args, "quiet", True)):
+            return int(module.main(args))
 
     if command and not command.startswith("-"):
         raise InputError(f"there is no command {command!r}; the commands are {', '.join(COMMANDS)}")

@@ -31,10 +31,13 @@ class _Notices(logging.Handler):
     """Shows the library's log records on stderr, above the bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            line = f"warning: {line}"
         if _console is None:
-            output.say(record.getMessage())
+            output.say(line)
         else:
-            _console.print(f"pyggml_repkv: {record.getMessage()}", markup=False, highlight=False)
+            _console.print(f"pyggml_repkv: {line}", markup=False, highlight=False)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def main(args: argparse.Namespace) -> int:
         tokens = tokenize(args, prompt, model.tokenizer)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
-        with progress.notices(quiet=args.quiet), _session(args, model, len(tokens)) as session:
+        with _session(args, model, len(tokens)) as session:
             generation = _begin(args, model, session, tokens)
             _say_budget(args, session, len(tokens))
             _generate(args, model, session, prompt, generation)

@@ -63,6 +63,12 @@ def test_what_the_library_says_is_shown_unless_quiet(capsys, quiet, lines):
     assert capsys.readouterr().err == lines
 
 
+def test_a_warning_is_marked_as_one_and_shown_always(capsys):
+    with progress.notices(quiet=True):
+        logging.getLogger("pyggml_repkv.model").warning("guessed %s", "qwen2")
+    assert capsys.readouterr().err == "pyggml_repkv: warning: guessed qwen2\n"
+
+
 def test_a_notice_stands_above_the_bar(capsys, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     with progress.notices(quiet=False), progress.prompt_bar(10):
