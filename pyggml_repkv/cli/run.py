@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import (
     MAX_INT,
     add_context_options,
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 EXAMPLES = r"""
 examples:
   %(prog)s -p 'The capital of France is' -n 32 --greedy
-  %(prog)s -m qwen2.5-0.5b-instruct-q4_0.gguf --chat -p 'Why is the sky blue?'
+  %(prog)s -m qwen2.5-coder-0.5b --chat -p 'Why is the sky blue?'
+  %(prog)s -hf Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M --chat -p 'Why is the sky blue?'
   %(prog)s -m model.gguf --chat -c 16384 -f report.txt -p $'\n\nSum this up.'
   git diff | %(prog)s --chat --system 'You review code.' -p - --stop $'\n\n'
   %(prog)s -p 'Once upon a time' -n 64 --seed 7 --json | jq .predicted_per_second
@@ -44,7 +45,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds `run` and its options."""
     parser = subparsers.add_parser(
         "run",
-        usage="%(prog)s [-m FILE] [-f FILE] [-p TEXT] [options]",
+        usage="%(prog)s [-m MODEL] [-f FILE] [-p TEXT] [options]",
         description="Continues a prompt. The text goes to stdout as it comes, everything else to stderr.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -144,17 +145,6 @@ def kind_of(policy: str) -> PolicyKind:
     from pyggml_repkv.memory.registry import policy_kind
 
     return policy_kind(policy)
-
-
-def model_path(args: argparse.Namespace) -> str | Path:
-    """Returns the path of -m, or of the demo model, which is made if it is missing."""
-    if args.model is not None:
-        return str(args.model)
-    from pyggml_repkv.model.demo import demo_model_path
-
-    path = demo_model_path(lambda message: _note(args, message))
-    _note(args, f"no -m given, using the demo model {path}")
-    return path
 
 
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:

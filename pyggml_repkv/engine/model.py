@@ -25,6 +25,7 @@ from pyggml_repkv.memory.registry import POLICIES, policy_identity, policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.names import find_model
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
 from pyggml_repkv.model.weights import Weights
@@ -53,6 +54,8 @@ class Model:
     ) -> Model:
         """Opens a GGUF file of one of the families in `ARCHS`.
 
+        path: a file, a name that `model list` shows, or "hf:USER/REPO[:QUANT]"; the last two are fetched once
+        (`model.names.find_model` says which is which, and shows progress).
         threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
@@ -62,7 +65,7 @@ class Model:
         n_threads = default_threads() if threads is None else threads
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
-        file = GGUFFile.open(Path(path))
+        file = GGUFFile.open(find_model(path))
         config = ModelConfig.from_gguf(file)
         check_tensors(file, config)
         weights = Weights(file, config, repack=repack, join=not exact_graph)

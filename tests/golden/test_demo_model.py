@@ -9,8 +9,8 @@ import pytest
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import describe
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.catalogue import CATALOGUE
 from pyggml_repkv.model.config import ModelConfig
-from pyggml_repkv.model.demo import SOURCE_SHA256
 from pyggml_repkv.model.gguf_file import GGUFFile
 
 
@@ -88,7 +88,7 @@ def original(demo_model, tmp_path_factory):
             )
             pairs = rows.swapaxes(1, 2).copy()
             rows[...] = pairs.reshape(rows.shape)
-    assert hashlib.sha256(data).hexdigest() == SOURCE_SHA256
+    assert hashlib.sha256(data).hexdigest() == CATALOGUE["demo"].sha256
     path = tmp_path_factory.mktemp("original") / "SmolLM2.gguf"
     data.tofile(path)
     return path

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine import budget
 from pyggml_repkv.errors import ContextFullError
-from pyggml_repkv.model import demo
+from pyggml_repkv.model import names
 
 
 class FakeTokenizer:
@@ -142,7 +143,7 @@ class Done:
 def model(monkeypatch):
     fake = FakeModel()
     monkeypatch.setitem(sys.modules, "pyggml_repkv.engine.model", SimpleNamespace(Model=fake))
-    monkeypatch.setattr(demo, "demo_model_path", lambda progress: "demo.gguf")
+    monkeypatch.setattr(names, "find_model", lambda name, progress: Path(f"{name}.gguf" if name == "demo" else name))
     return fake
 
 
