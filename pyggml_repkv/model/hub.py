@@ -43,7 +43,7 @@ def fetch_from_hub(spec: str, *, file: str | None = None, progress: Progress | N
     """
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise InputError(f"'{printable(spec, 200)}' is no repository of the hub; give USER/REPO or USER/REPO:QUANT")
+        raise _no_repository(spec)
     repo, quant = match[1], match[2]
     with _quiet_library():
         try:
@@ -180,26 +180,42 @@ def _from_cache(repo: str, quant: str | None, file: str | None, error: Exception
 
 def _refuse(repo: str, error: Exception) -> NoReturn:
     """Raises the one-line error that `error` of the library means."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
+    if isinstance(error, HFValidationError):
+        raise _no_repository(repo) from None
+    if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
     token = "give a token (HF_TOKEN, or `hf auth login`)"
     if isinstance(error, GatedRepoError):
         raise RepkvError(f"{repo} is gated: accept its terms at {constants.ENDPOINT}/{repo}, and {token}") from None
-    if isinstance(error, RepositoryNotFoundError):
+    # To who gives no token, the hub answers the same for a private repository and for none.
+    if isinstance(error, RepositoryNotFoundError) or (status == 401 and get_token() is None):
         raise InputError(f"the hub has no repository {repo}, or it is private: check the name, or {token}") from None
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status in (401, 403):
-            raise RepkvError(f"the hub refuses access to {repo} ({status}): check the token in HF_TOKEN") from None
+    if status in (401, 403):
+        raise RepkvError(f"the hub refuses access to {repo} ({status}): check the token in HF_TOKEN") from None
+    if status:
         raise RepkvError(f"{repo} cannot be downloaded: the hub answers {status}; try again later") from None
     if isinstance(error, OfflineModeIsEnabled):
         raise RepkvError(f"HF_HUB_OFFLINE is set, and the cache has no such model of {repo}") from None
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
         raise RepkvError(f"{constants.HF_HUB_CACHE}: {error.strerror}; HF_HOME chooses another folder") from None
     raise RepkvError(
         f"{repo} cannot be downloaded from {constants.ENDPOINT} ({_reason(error)}); check the network, or give a file"
     ) from None
+
+
+def _no_repository(spec: str) -> InputError:
+    return InputError(f"'{printable(spec, 200)}' is no repository of the hub; give USER/REPO or USER/REPO:QUANT")
 
 
 def _reason(error: BaseException) -> str:
