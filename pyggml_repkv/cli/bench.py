@@ -46,7 +46,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds `bench` and its options."""
     parser = subparsers.add_parser(
         "bench",
-        usage="%(prog)s [-m FILE] [-p N,..] [-n N,..] [-d N,..] [options]",
+        usage="%(prog)s [-m MODEL] [-p N,..] [-n N,..] [-d N,..] [options]",
         description="Measures speed as llama-bench does. Each policy and each llama.cpp runs in its own process, and "
         "the processes take turns.",
         epilog=EXAMPLES,

@@ -71,7 +71,11 @@ def fetch(model: KnownModel, progress: Progress | None = None) -> Path:
     if path is not None:
         return path
     with _locked(model):
-        return cached(model) or _fetch(model, progress or (lambda n_done, n_total: None))
+        try:
+            return cached(model) or _fetch(model, progress or (lambda n_done, n_total: None))
+        except KeyboardInterrupt:
+            log.info("%d of %d parts are kept; run it again to go on", n_parts_kept(model), len(model.parts))
+            raise
 
 
 def remove(model: KnownModel) -> bool:
