@@ -20,4 +20,6 @@ def log_probs(logits: np.ndarray) -> np.ndarray:
 
 def nll(logits: np.ndarray, tokens: list[int]) -> float:
     """Mean over all tokens of the prompt but the first."""
-    return float(-log_probs(logits[:-1])[np.arange(len(tokens) - 1), tokens[1:]].mean())
+    # Row by row: in float64, a long prompt times a large vocabulary is gigabytes.
+    rows = zip(logits[:-1], tokens[1:], strict=True)
+    return float(-np.mean([log_probs(row)[token] for row, token in rows]))

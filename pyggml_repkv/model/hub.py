@@ -106,7 +106,8 @@ def _with_parts(repo: str, name: str, files: Mapping[str, Any]) -> list[str]:
         names = [f"{part[1]}-{n:05}-of-{part[3]}{name[-5:]}" for n in range(1, int(part[3]) + 1)]
     missing = [other for other in names if other not in files]
     if missing:
-        raise RepkvError(f"{repo}: {printable(name, 200)} is one of {len(names)} parts, and {missing[0]} is not there")
+        what = f"{printable(name, 200)} is one of {len(names)} parts, and {printable(missing[0], 200)} is not there"
+        raise RepkvError(f"{repo}: {what}")
     return names
 
 
@@ -116,6 +117,8 @@ def _download(repo: str, wanted: Sequence[str], files: Mapping[str, _RemoteFile]
     cache = Path(constants.HF_HUB_CACHE)
     missing = sum(files[name].n_bytes for name in wanted if not isinstance(try_to_load_from_cache(repo, name), str))
     need_space(next(folder for folder in (cache, *cache.parents) if folder.is_dir()), missing)
+    if missing:
+        log.info("downloading %s of %s (%.0f MB)", printable(wanted[0], 200), repo, missing / 1e6)
     api, n_all, n_before, paths = HfApi(endpoint=constants.ENDPOINT), sum(files[name].n_bytes for name in wanted), 0, []
     for name in wanted:
         bar = _bar(progress, n_before, n_all)
@@ -171,10 +174,12 @@ def _from_cache(repo: str, quant: str | None, file: str | None, error: Exception
         snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
         files = {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
         wanted = _with_parts(repo, _chosen(repo, files, quant, file), files)
-    except (OSError, RepkvError):
+    except (OSError, ValueError, RepkvError):
         _refuse(repo, error)
     if not isinstance(error, OfflineModeIsEnabled):
-        log.warning("the hub cannot be reached (%s); using %s from its cache", _reason(error), wanted[0])
+        log.warning(
+            "the hub cannot be reached (%s); using %s from its cache", _reason(error), printable(wanted[0], 200)
+        )
     return files[wanted[0]]
 
 

