@@ -5,10 +5,16 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
+
+
+@cache
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Hub:
@@ -29,7 +35,7 @@ class Hub:
             {
                 "rfilename": name,
                 "size": len(data) + self.size_off,
-                "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134},
+                "lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134},
             }
             for name, data in sorted(self.repos[repo].items())
         ]
@@ -67,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         about = {
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "ETag": f'"{sha256(data)}"',
             "X-Repo-Commit": COMMIT,
             "X-Linked-Size": str(len(data) + hub.size_off),
             "Accept-Ranges": "bytes",

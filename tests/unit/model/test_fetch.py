@@ -27,7 +27,7 @@ N_PARTS = 4
 
 # What stands in for pip: it copies a wheel out of $INDEX, or fails or hangs there as long as a file says so.
 PIP = """
-import os, pathlib, re, shutil, sys, time
+import os, pathlib, re, sys, time
 index = pathlib.Path(os.environ["INDEX"])
 wanted = pathlib.Path(sys.argv[sys.argv.index("--requirement") + 1]).read_text()
 name = re.fullmatch(r"(\\S+)==1 --hash=sha256:[0-9a-f]{64}\\n", wanted)[1]
