@@ -26,7 +26,7 @@ MAX_SEED = 2**32 - 1
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds -m, -t and the flags that say how weights are held and computed."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    group.add_argument("-m", "--model", metavar="FILE", type=filled_text, help="GGUF file (default: the demo model)")
     group.add_argument(
         "-t",
         "--threads",

@@ -19,7 +19,7 @@ from pyggml_repkv.cli.options import (
     add_sampling_options,
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
-from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
+from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
 from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
@@ -64,7 +64,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--no-parse-special",
         action="store_true",
-        help="read special tokens that the prompt spells out as plain text",
+        help="read special tokens that the prompt spells out as plain text, as --chat always does",
+    )
+    group.add_argument(
+        "--no-normalize",
+        action="store_true",
+        help="keep decomposed characters (NFD), as llama.cpp and --exact-graph do; Qwen's own tokenizer composes them "
+        "(NFC), and so is the default for its models",
     )
     add_model_options(parser)
     add_context_options(parser)
@@ -110,9 +116,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
 
     with load_model(args) as model:
-        if args.chat:
-            prompt = apply_template(args, prompt, model.chat_template)
-        tokens = tokenize(args, prompt, model.tokenizer)
+        prompt, tokens = tokenize(args, prompt, model)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
         with _session(args, model, len(tokens)) as session:
@@ -131,6 +135,7 @@ def load_model(args: argparse.Namespace) -> Model:
         threads=args.threads or default_threads(),
         repack=repacks(args, args.kv),
         exact_graph=args.exact_graph,
+        normalize=False if getattr(args, "no_normalize", False) else None,
     )
 
 

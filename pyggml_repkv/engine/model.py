@@ -6,11 +6,12 @@ import hashlib
 import os
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.session_store import SessionStore, kept_settings
@@ -30,16 +31,20 @@ from pyggml_repkv.model.tokenizer import Tokenizer
 from pyggml_repkv.model.weights import Weights
 
 if TYPE_CHECKING:
+    from pyggml_repkv.model.chat_prompt import ChatPrompt
     from pyggml_repkv.model.chat_template import ChatTemplate
 
 
 class Model:
     """Read-only after loading. Its sessions share one set of threads and take turns, step by step."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
+    def __init__(
+        self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool, normalize: bool
+    ) -> None:
         self.file, self.config, self.weights, self.backend = file, config, weights, backend
         self.graph = GraphModel(config, weights, backend, exact=exact)
         self.load_ms = 0.0
+        self._normalize = normalize
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
@@ -50,12 +55,14 @@ class Model:
         threads: int | None = None,
         repack: bool = True,
         exact_graph: bool = False,
+        normalize: bool | None = None,
     ) -> Model:
         """Opens a GGUF file of one of the families in `ARCHS`.
 
         threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
+        normalize: bring text to NFC where the model's own tokenizer does; None: unless exact_graph, as llama.cpp.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
@@ -66,7 +73,8 @@ class Model:
         config = ModelConfig.from_gguf(file)
         check_tensors(file, config)
         weights = Weights(file, config, repack=repack, join=not exact_graph)
-        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph)
+        normalize = not exact_graph if normalize is None else normalize
+        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph, normalize=normalize)
         # The tokenizer is part of loading: a broken vocabulary should be known before a prompt is typed.
         try:
             _ = model.tokenizer
@@ -86,7 +94,9 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_metadata(self.file.metadata)
+        tokenizer = Tokenizer.from_metadata(self.file.metadata)
+        tokenizer.normalizes &= self._normalize
+        return tokenizer
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -94,6 +104,18 @@ class Model:
         from pyggml_repkv.model.chat_template import ChatTemplate
 
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatPrompt:
+        """The text and the token ids of a conversation in the model's chat template, for `Session.generate`.
+
+        What messages say is text, whatever they spell out. options: those of `ChatTemplate.render`. Raises InputError
+        where the model has no template, and for messages that it cannot render.
+        """
+        from pyggml_repkv.model.chat_prompt import chat_prompt
+
+        if self.chat_template is None:
+            raise InputError("this model has no chat template; leave --chat out, or use an instruct model")
+        return chat_prompt(self.chat_template, self.tokenizer, messages, **options)
 
     def session(
         self, memory: MemoryConfig | None = None, *, directory: str | os.PathLike[str] | None = None

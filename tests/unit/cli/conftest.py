@@ -9,7 +9,7 @@ import pytest
 
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine import budget
-from pyggml_repkv.errors import ContextFullError
+from pyggml_repkv.errors import ContextFullError, InputError
 from pyggml_repkv.model import demo
 
 
@@ -95,7 +95,7 @@ class FakeModel:
     def __init__(self):
         self.config = SimpleNamespace(n_ctx_train=256)
         self.tokenizer = FakeTokenizer()
-        self.chat_template = SimpleNamespace(render=self.render)
+        self.chat_template = SimpleNamespace()
         self.load_ms = 12.5
         self.kv_bytes = 100
         self.reply = "Hello, world"
@@ -118,8 +118,11 @@ class FakeModel:
         self.memory, self.directory = memory, directory
         return FakeSession(self, memory)
 
-    def render(self, messages):
-        return "".join(f"<s>{message['role']}:{message['content']}" for message in messages)
+    def chat_prompt(self, messages):
+        if self.chat_template is None:
+            raise InputError("this model has no chat template")
+        tokens = [t for message in messages for t in (257, *f"{message['role']}:{message['content']}".encode())]
+        return self.tokenizer.decode(tokens), tokens
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def test_every_option_reaches_its_place(run, model):
         "3",
         "--no-repack",
         "--exact-graph",
+        "--no-normalize",
         "-c",
         "99",
         "-b",
@@ -89,7 +90,7 @@ def test_every_option_reaches_its_place(run, model):
         "-ctv",
         "bf16",
     )
-    assert model.loaded == ("x.gguf", {"threads": 3, "repack": False, "exact_graph": True})
+    assert model.loaded == ("x.gguf", {"threads": 3, "repack": False, "exact_graph": True, "normalize": False})
     memory = model.memory
     assert (memory.kv, memory.n_ctx, memory.n_batch, memory.type_k, memory.type_v) == (
         "full",
@@ -109,7 +110,9 @@ def test_the_defaults_are_the_librarys(run, model):
         patch.setattr("pyggml_repkv.cli.run._config", lambda args: seen.append(_config(args)) or seen[0])
         run()
     assert seen == [GenerationConfig()]
-    assert model.loaded[1] == {"threads": options.default_threads(), "repack": True, "exact_graph": False}
+    assert model.loaded[1] == {"threads": options.default_threads(), "repack": True, "exact_graph": False} | {
+        "normalize": None
+    }
     assert (model.memory.n_ctx, model.memory.n_batch, model.memory.type_k) == (256, 512, "f16")
 
 
