@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pyggml_repkv.arguments import check_bool, check_int, check_path, check_type
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.session_store import SessionStore, kept_settings
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
@@ -66,7 +67,11 @@ class Model:
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
-        n_threads = default_threads() if threads is None else threads
+        check_path("the model's path", path)
+        for name, flag in (("repack", repack), ("exact_graph", exact_graph)):
+            check_bool(name, flag)
+        check_type("normalize", normalize, (bool, type(None)), "True, False or None")
+        n_threads = default_threads() if threads is None else check_int("threads", threads)
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
         file = GGUFFile.open(Path(path))
@@ -127,6 +132,9 @@ class Model:
         """
         if self.backend.closed:
             raise InputError("the model is closed")
+        check_type("memory", memory, (MemoryConfig, type(None)), "a MemoryConfig")
+        if directory is not None:
+            check_path("directory", directory)
         memory = memory or MemoryConfig()
         if directory is not None and memory.kv_dir:
             raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
@@ -164,6 +172,7 @@ class Model:
         limit on RAM; not for a memory that a file of the user's makes, since what a directory names is not run. Raises
         as `session` does; InputError where there is none.
         """
+        check_path("directory", directory)
         if not (Path(directory) / "session.db").is_file():
             raise InputError(f"{directory}: there is no session")
         kept = kept_settings(Path(directory))

@@ -43,6 +43,7 @@ class FakeSession:
         self.model = model
         self.memory = memory
         self.n_ctx = memory.n_ctx
+        self.n_ctx_train = 256
         self.n_past = self.n_said = 0
 
     def __enter__(self):

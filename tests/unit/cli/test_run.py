@@ -41,10 +41,11 @@ def test_the_timings_have_llama_cpps_layout(run):
         rf"perf: prompt eval time =\s+[\d.]+ ms /\s+2 tokens {each}",
         rf"perf:        eval time =\s+[\d.]+ ms /\s+12 runs   {each}",
         r"perf:       total time =\s+[\d.]+ ms /\s+14 tokens",
+        r"perf:    finish reason = eos",
         r"perf:           memory = 0 kB of keys and values, peak RSS [\d.]+ [MG]B",
     )
     assert budget.startswith("pyggml_repkv: memory for 2 tokens: 1 MB (weights 1 MB, keys and values 0 kB); ")
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
 

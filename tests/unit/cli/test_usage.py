@@ -16,7 +16,7 @@ def test_a_context_past_the_training_is_warned_about(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-n", "-2"], "-n/--n-predict: must be a whole number from -1"),
+        (["-n", "-3"], "-n/--n-predict: must be a whole number from -2"),
         (["-n", "1.5"], "got '1.5'"),
         (["-n", "1e3"], "got '1e3'"),
         (["-n", "9" * 5000], "got '9999"),
@@ -43,7 +43,7 @@ def test_a_context_past_the_training_is_warned_about(run):
         (["-n"], "-n/--n-predict: expected one argument"),
         (["--json", "--display-prompt"], "--display-prompt cannot go with --json"),
         (["--system", "x"], "--system needs --chat"),
-        (["--chat", "--no-parse-special"], "--no-parse-special cannot go with --chat"),
+        (["-m", ""], "argument -m/--model: must not be empty"),
         (["-f", "/nowhere/at/all"], "-f /nowhere/at/all: No such file or directory"),
         (["-f", "/"], "-f /: Is a directory"),
         (["-f", "a\0b"], "null byte"),
