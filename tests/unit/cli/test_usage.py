@@ -5,6 +5,8 @@ def test_a_prompt_beyond_the_context_names_the_numbers_and_the_remedy(run, model
     done = run("-q", "-c", "8", prompt="123456789")
     assert (done.code, done.out) == (2, "")
     assert "9 tokens and the context holds 8: give -c 9 or more" in done.error_line
+    assert "--kv repkv reads on past it" in done.error_line
+    assert "--kv" not in run("-q", "-c", "8", "--kv", "repkv", prompt="123456789").error_line
     assert model.prompt is None
 
 
