@@ -10,6 +10,7 @@ from pyggml_repkv.model.chat_template import ChatTemplate, plain_messages
 from pyggml_repkv.model.tokenizer import Tokenizer, unmask, valid_text
 
 MAX_DEPTH = 100
+MAX_SPELLING = 256  # characters of a control token that are looked for at an end of a text
 
 # Masks are lone surrogates: characters that no valid text has.
 _FIRST_MASK = 0xDC00
@@ -73,9 +74,6 @@ class _Masker:
         self._next_mask = _FIRST_MASK
         self._whole = whole
         self._texts = texts
-        self._starts = {text[:n] for text in texts for n in range(1, len(text))}
-        self._ends = {text[n:] for text in texts for n in range(1, len(text))}
-        self._longest = max(map(len, texts), default=1)
 
     def mask(self, value: str) -> str:
         for text in self._texts:
@@ -84,11 +82,10 @@ class _Masker:
                 value = value.replace(text, text[:-1] + self._mask(text[-1]))
         # A template may trim it, and what comes before or after may complete a spelling.
         body = value.strip()
-        lengths = range(1, min(len(body) + 1, self._longest))
-        if any(body[-n:] in self._starts for n in lengths):
+        if any(_overlaps(body, text) for text in self._texts):
             last = len(value.rstrip()) - 1
             value = value[:last] + self._mask(value[last]) + value[last + 1 :]
-        if any(body[:n] in self._ends for n in lengths):
+        if any(_overlaps(text, body) for text in self._texts):
             first = len(value) - len(value.lstrip())
             value = value[:first] + self._mask(value[first]) + value[first + 1 :]
         return value
@@ -104,6 +101,13 @@ class _Masker:
             self.masks |= {self._mask_of[char]: char, escaped: char}
             self._next_mask += 1
         return self._mask_of[char]
+
+
+def _overlaps(left: str, right: str) -> bool:
+    """Whether `left` ends as `right` begins."""
+    if not left or not right or left[-1] not in right or right[0] not in left:
+        return False
+    return any(left.endswith(right[:n]) for n in range(1, min(len(left), len(right), MAX_SPELLING) + 1))
 
 
 def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:

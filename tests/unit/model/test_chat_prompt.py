@@ -19,7 +19,7 @@ TRIMMED = "{% for m in messages %}[INST]{{ m.content | trim }}[/INST]{% endfor %
 THINKS = "{% for m in messages %}<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>{% endfor %}"
 
 
-def vocabulary(*, add_bos: bool = False, pre: str = "qwen2") -> Tokenizer:
+def vocabulary(*, add_bos: bool = False) -> Tokenizer:
     tokens = [*byte_alphabet(), *CONTROL, *DEFINED]
     kinds = [1] * 256 + [int(TokenType.CONTROL)] * len(CONTROL) + [int(TokenType.USER_DEFINED)] * len(DEFINED)
     keys = {key: value for key, (value, _) in tiny_tokenizer(300).items()}
@@ -30,9 +30,10 @@ def vocabulary(*, add_bos: bool = False, pre: str = "qwen2") -> Tokenizer:
         "tokenizer.ggml.bos_token_id": tokens.index("<s>"),
         "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
         "tokenizer.ggml.add_bos_token": add_bos,
-        "tokenizer.ggml.pre": pre,
     }
-    return Tokenizer.from_metadata(keys)
+    tokenizer = Tokenizer.from_metadata(keys)
+    tokenizer.normalizes = False  # decoded text is then the text
+    return tokenizer
 
 
 TOKENIZER = vocabulary()
