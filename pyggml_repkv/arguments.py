@@ -41,9 +41,17 @@ def check_bool(name: str, value: object) -> None:
 
 def check_path(name: str, value: object) -> None:
     """Raises InputError unless `value` is a path that names something."""
-    check_type(name, value, (str, os.PathLike), "a path")
-    if not os.fspath(value):  # type: ignore[call-overload]
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    check_text(name, text, "a path")
+    if not text:
         raise InputError(f"{name} must not be empty")
+
+
+def check_text(name: str, value: object, right: str = "a text") -> None:
+    """Raises InputError unless `value` is a string without NUL, which no name of anything may have."""
+    check_type(name, value, str, right)
+    if "\0" in str(value):
+        raise InputError(f"{name} must not hold a NUL, got {value!r:.80}")
 
 
 def check_callable(name: str, value: object) -> None:
@@ -61,7 +69,7 @@ def check_fields(config: Any) -> None:
         if isinstance(field.default, bool):
             check_bool(name, value)
         elif isinstance(field.default, str):
-            check_type(name, value, str, "a text")
+            check_text(name, value)
         elif isinstance(field.default, int | float):
             check = check_int if isinstance(field.default, int) else check_number
             object.__setattr__(config, name, check(name, value))

@@ -48,8 +48,10 @@ NFC = frozenset(("qwen2", "deepseek-r1-qwen"))
 # join what stands on their two sides.
 _WORD_ENDS = re.compile(
     r"(?<=\S) |(?<=\S\n)(?=\S)"
-    r"|(?<=[0-9A-Za-z])(?=[\x00-/:-@\[-`{-\x7f])"  # no word holds a letter or digit before anything else
-    r"|(?<=[!-/:-~])(?=[0-9])"  # or a digit after anything else
+    # No word holds a letter or digit before anything else: ASCII, kana, ideographs and Hangul before punctuation.
+    r"|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
+    r"(?=[\x00-/:-@\[-`{-\x7f\u3001\u3002\uff01-\uff0f\uff1a-\uff20])"
+    r"|(?<=[!-/:-~])(?=[0-9])"  # nor a digit after anything else
 )
 
 

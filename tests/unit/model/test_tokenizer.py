@@ -340,6 +340,11 @@ def test_minified_json_is_cut() -> None:
     assert max(map(len, chunks(text, 40))) < 50
 
 
+def test_text_without_blanks_is_cut() -> None:
+    for text in ("你好，世界。" * 50, "これはペンです。" * 50, "안녕하세요！" * 50):
+        assert max(map(len, chunks(text, 40))) < 50
+
+
 def test_a_text_that_is_no_string_is_an_error() -> None:
     for text in (None, 5, b"bytes"):
         with pytest.raises(InputError, match="text must be a string"):
