@@ -12,7 +12,7 @@ from types import TracebackType
 
 import numpy as np
 
-from pyggml_repkv.arguments import check_callable, check_int, check_path
+from pyggml_repkv.arguments import check_callable, check_int, check_type
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
@@ -250,7 +250,7 @@ class Session:
         """
         self._check_open()
         if directory is not None:
-            check_path("directory", directory)
+            check_type("directory", directory, (str, os.PathLike), "a path")
         if directory is not None and not is_kept_in(self._store, directory):
             save_copy(self._stepper, Path(directory), self._open_store, self._saved_extra())
         elif self._keeper is None:
