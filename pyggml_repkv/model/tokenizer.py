@@ -208,16 +208,17 @@ class Tokenizer:
         """`text`, unmasked, cut at every special token, the longest first."""
         parts: list[str | int] = [text] if text else []
         if parse_special:
-            parts = self._cut(parts, self._specials)
+            parts = self._cut(parts, text, self._specials)
         if masks:
+            text = unmask(text, masks)
             parts = [part if isinstance(part, int) else valid_text(unmask(part, masks)) for part in parts]
-        return self._cut(parts, self._user_defined)
+        return self._cut(parts, text, self._user_defined)
 
-    def _cut(self, parts: list[str | int], specials: Iterable[int]) -> list[str | int]:
-        """`parts` cut at every occurrence of one of `specials`, earlier ones in the list first."""
+    def _cut(self, parts: list[str | int], text: str, specials: Iterable[int]) -> list[str | int]:
+        """`parts` of `text` cut at every occurrence of one of `specials`, earlier ones in the list first."""
         for special in specials:
             spelled = self._tokens[special]
-            if any(spelled in part for part in parts if isinstance(part, str)):
+            if spelled in text:
                 parts = [cut for part in parts for cut in _cut(part, spelled, special)]
         return parts
 
