@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.model.chat_template import ChatTemplate, plain_messages
-from pyggml_repkv.model.tokenizer import Tokenizer, unmask, valid_text
+from pyggml_repkv.model.text import unmask, valid_text
+from pyggml_repkv.model.tokenizer import Tokenizer
 
 MAX_DEPTH = 100
 MAX_SPELLING = 256  # characters of a control token that are looked for at an end of a text

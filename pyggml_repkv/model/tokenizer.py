@@ -5,9 +5,7 @@ Special tokens and the end-of-generation set follow llama.cpp (src/llama-vocab.c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
-from threading import Thread
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.model import pretokenizers
 from pyggml_repkv.model.pretokenizers import LLAMA3, chunks, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
+from pyggml_repkv.model.text import apart, unmask, valid_text
 
 # Characters. One call costs 170 bytes for each of them, and cannot be interrupted.
 CHUNK = 16384
@@ -159,7 +158,7 @@ class Tokenizer:
                 ids.append(part)
                 continue
             for chunk in chunks(part, CHUNK):
-                ids += self._encode_words(chunk) if len(chunk) <= LONG_CHUNK else _apart(self._encode_words, chunk)
+                ids += self._encode_words(chunk) if len(chunk) <= LONG_CHUNK else apart(self._encode_words, chunk)
         if self._dropped is not None and self._dropped in ids:
             return [i for i in ids if i != self._dropped]
         return ids
@@ -223,27 +222,6 @@ class Tokenizer:
         return parts
 
 
-def unmask(text: str, masks: Mapping[str, str]) -> str:
-    """`text` with every character of `masks` replaced by what it stands for."""
-    for mask, char in masks.items():
-        text = text.replace(mask, char)
-    return text
-
-
-def _apart(encode: Callable[[str], list[int]], text: str) -> list[int]:
-    """`encode(text)` in a thread that nobody waits for after Ctrl-C; the encoder does without the interpreter."""
-    future: Future[list[int]] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(encode(text))
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    return future.result()
-
-
 def adds_bos(metadata: Mapping[str, Any]) -> bool:
     """Whether a text starts with the BOS token."""
     return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") in LLAMA3))
@@ -256,15 +234,6 @@ def _cut(part: str | int, spelled: str, special: int) -> list[str | int]:
     for piece in part.split(spelled):
         cuts += [special, piece] if piece else [special]
     return cuts[1:]
-
-
-def valid_text(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced, as UTF-8 has neither."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _byte_token(text: str) -> bytes:
