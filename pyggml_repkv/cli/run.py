@@ -19,10 +19,10 @@ from pyggml_repkv.cli.options import (
     add_sampling_options,
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
-from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
+from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
-from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
+from pyggml_repkv.memory.config import MAX_CONTEXT, MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
@@ -65,7 +65,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--no-parse-special",
         action="store_true",
-        help="read special tokens that the prompt spells out as plain text",
+        help="read special tokens that the prompt spells out as plain text, as --chat always does",
+    )
+    group.add_argument(
+        "--no-normalize",
+        action="store_true",
+        help="keep decomposed characters (NFD), as llama.cpp and --exact-graph do; Qwen's own tokenizer composes them "
+        "(NFC), and so is the default for its models",
     )
     add_model_options(parser)
     add_context_options(parser)
@@ -75,9 +81,10 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "-n",
         "--n-predict",
         metavar="N",
-        type=integer(-1, MAX_INT),
+        type=integer(-2, MAX_INT),
         default=-1,
-        help="generate at most N tokens; -1: until the context is full (default: -1)",
+        help="generate at most N tokens; -1: at most as many as the model was trained on, or 32768 if that is less; "
+        "-2: until the context is full (default: -1)",
     )
     group.add_argument(
         "-r",
@@ -111,9 +118,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
 
     with load_model(args) as model:
-        if args.chat:
-            prompt = apply_template(args, prompt, model.chat_template)
-        tokens = tokenize(args, prompt, model.tokenizer)
+        prompt, tokens = tokenize(args, prompt, model)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
         with _session(args, model, len(tokens)) as session:
@@ -132,6 +137,7 @@ def load_model(args: argparse.Namespace) -> Model:
         threads=args.threads or default_threads(),
         repack=repacks(args, args.kv),
         exact_graph=args.exact_graph,
+        normalize=False if getattr(args, "no_normalize", False) else None,
     )
 
 
@@ -154,7 +160,8 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     if n_ctx and n_prompt > n_ctx:
         raise InputError(
             f"the prompt has {n_prompt} tokens and the context holds {n_ctx}: give -c {n_prompt} or more, "
-            f"or a shorter prompt (the model was trained on {n_ctx_train})"
+            f"or a shorter prompt (the model was trained on {n_ctx_train}"
+            + ("; --kv repkv reads on past it)" if not unbounded else ")")
         )
     if unbounded and args.positions == "exact" and n_prompt > n_ctx_train:
         output.say(f"warning: --positions exact with {n_prompt} tokens, but the model was trained on {n_ctx_train}")
@@ -162,7 +169,9 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: -c {n_ctx} exceeds the {n_ctx_train} tokens that the model was trained on")
     if unbounded and not n_ctx and n_prompt > n_ctx_train:
         # This tells the memory from the start that the context will be long.
-        n_ctx = max(UNBOUNDED_CONTEXT, n_prompt)
+        limit = _config(args).limit(n_ctx_train)
+        n_more = UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT)
+        n_ctx = min(max(UNBOUNDED_CONTEXT, n_prompt + n_more), MAX_CONTEXT)
     return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
@@ -238,6 +247,9 @@ def _generate(
     if result.finish_reason == "context":
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
+    if result.finish_reason == "length" and args.n_predict == -1:
+        n = len(result.tokens)
+        output.say(f"warning: cut off after {n} tokens without an end; -n N allows more, -n -2 as many as the context")
     _say_timings(args, generation, model, session)
 
 
