@@ -260,12 +260,15 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
 
 def _warn_of_unread(keys: _Keys) -> None:
     prefix = keys.full("rope.scaling.")
-    ours = {key: value for key, value in keys.file.metadata.items() if key.startswith(prefix)}
-    unread = [
-        f"{key} = {value!r:.40}"
-        for key, value in ours.items()
-        if (name := key.removeprefix(prefix)) not in _SCALING_KEYS and value != _UNREAD_KEYS.get(name)
-    ]
+    unread = []
+    for key, value in keys.file.metadata.items():
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or name in _SCALING_KEYS:
+            continue
+        if isinstance(value, list | np.ndarray):
+            unread.append(f"{key} (an array)")
+        elif value != _UNREAD_KEYS.get(name):
+            unread.append(f"{key} = {value!r}")
     if unread:
         path, what = printable(keys.file.path, 400), printable(", ".join(unread), 400)
         log.warning("%s: ignored, as llama.cpp ignores it for this family: %s", path, what)

@@ -138,6 +138,20 @@ def test_scaling_that_nobody_reads_is_named_once(
     assert config.rope_scaling == RopeScaling("yarn", 4.0, 128, 1.0, 1.0, 32.0, 1.0)
 
 
+def test_unread_scaling_of_any_kind_is_one_line(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {
+        "yarn_beta_fast": ([32.0, 1.0], ARRAY), "short_factor": ([1.0] * 5000, ARRAY), "names": (["a\n", "b"], ARRAY),
+        "text": ("\n" * 10**5, TEXT), **{f"key{i}\n": (i, U32) for i in range(300)},
+    }  # fmt: skip
+    config_of(None, {f"qwen2.rope.scaling.{name}": value for name, value in values.items()})
+    (line,) = caplog.messages
+    assert line.isprintable()
+    assert "rope.scaling.yarn_beta_fast (an array), qwen2.rope.scaling.short_factor (an array)" in line
+    assert len(line) < 2000
+
+
 def test_scaling_that_says_what_is_computed_anyway_is_not_named(
     config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
