@@ -69,6 +69,8 @@ class Model:
         n_threads = default_threads() if threads is None else threads
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
+        if not isinstance(rope, RopeOptions):
+            raise InputError(f"rope is {rope!r}; it must be a RopeOptions")
         file = GGUFFile.open(Path(path))
         own = ModelConfig.from_gguf(file)
         config = rope.applied_to(own)

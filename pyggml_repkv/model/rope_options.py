@@ -44,7 +44,8 @@ class RopeOptions:
             ("--yarn-orig-ctx", self.orig_ctx, 1, MAX_ORIGINAL, (int,)),
         )
         for flag, value, low, high, kinds in limits:
-            if value is not None and not (type(value) in kinds and low <= value <= high):
+            sound = isinstance(value, kinds) and type(value) is not bool and low <= value <= high
+            if value is not None and not sound:
                 kind = "whole number" if float not in kinds else "number"
                 raise InputError(f"{flag} is {value!r}; it must be a {kind} between {low:.9g} and {high:.9g}")
 

@@ -44,14 +44,22 @@ def logits_of(path, memory, rope, tmp_path, *, exact=False):
             return np.array([session.prefill(TOKENS[:250]).copy(), *(session.decode(t).copy() for t in TOKENS[250:])])
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "llama"])
-@pytest.mark.parametrize("name", MEMORIES)
+@pytest.mark.parametrize(
+    ("name", "arch"), [*((name, "qwen2") for name in MEMORIES), ("full", "llama"), ("repkv", "llama")]
+)
 def test_flags_give_the_bits_of_the_file(tiny_model, tmp_path, name, arch):
     by_file = logits_of(tiny_model(arch=arch, **SHAPE, **YARN), MEMORIES[name], RopeOptions(), tmp_path)
     by_flags = logits_of(tiny_model(arch=arch, **SHAPE), MEMORIES[name], FLAGS, tmp_path)
-    other = logits_of(tiny_model(arch=arch, **SHAPE), MEMORIES[name], replace(FLAGS, scale=8, orig_ctx=32), tmp_path)
     assert np.array_equal(by_flags, by_file)
-    assert not np.array_equal(other, by_file)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_every_memory_takes_the_scaling(tiny_model, tmp_path, name):
+    path = tiny_model(**SHAPE)
+    scaled, other = (
+        logits_of(path, MEMORIES[name], rope, tmp_path) for rope in (FLAGS, replace(FLAGS, scale=8, orig_ctx=32))
+    )
+    assert not np.array_equal(scaled, other)
 
 
 @pytest.mark.parametrize("flash_attn", [True, False])
@@ -72,6 +80,11 @@ def test_positions_are_exact_as_far_as_yarn_reaches(tiny_model, tmp_path):
         assert not session.policy.rotation.far
         session.decode(5)
         assert session.policy.rotation.far
+
+
+def test_options_are_options(tiny_model):
+    with pytest.raises(InputError, match="rope is 'yarn'; it must be a RopeOptions"):
+        Model.load(tiny_model(**SHAPE), rope="yarn")
 
 
 def test_full_holds_what_yarn_reaches(tiny_model):
