@@ -4,6 +4,7 @@ with other ones is refused.
 
 import re
 from dataclasses import replace
+from itertools import repeat
 
 import numpy as np
 import pytest
