@@ -45,9 +45,7 @@ def logits_of(path, memory, rope, tmp_path, *, exact=False):
             return np.array([session.prefill(TOKENS[:250]).copy(), *(session.decode(t).copy() for t in TOKENS[250:])])
 
 
-@pytest.mark.parametrize(
-    ("name", "arch"), [*((name, "qwen2") for name in MEMORIES), ("full", "llama"), ("repkv", "llama")]
-)
+@pytest.mark.parametrize(("name", "arch"), [*zip(MEMORIES, repeat("qwen2")), ("full", "llama"), ("repkv", "llama")])
 def test_flags_give_the_bits_of_the_file(tiny_model, tmp_path, name, arch):
     by_file = logits_of(tiny_model(arch=arch, **SHAPE, **YARN), MEMORIES[name], RopeOptions(), tmp_path)
     by_flags = logits_of(tiny_model(arch=arch, **SHAPE), MEMORIES[name], FLAGS, tmp_path)
