@@ -9,7 +9,6 @@ import numpy as np
 from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
-from pyggml_repkv.model.rope_options import MAX_SCALING
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +19,7 @@ MAX_HEAD_DIM = 1024
 MAX_WIDTH = 2**20
 MAX_VOCAB = 2**24
 MAX_CONTEXT = 2**27
+MAX_SCALING = 1e6
 MAX_EXPERTS = 2**16
 
 _CONVERT = "convert the model again with a current converter"

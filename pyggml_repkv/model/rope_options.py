@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROPE_SCALINGS = ("none", "linear", "yarn")
+
+# As much as a model file may name (model/config.py). YaRN divides by the logarithm of the base.
 MAX_SCALING = 1e6
-# YaRN divides by the logarithm of the base.
 MIN_BASE, MAX_BASE = 1.001, 1e12
 MAX_ORIGINAL = 2**27
 
