@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.sampling import SamplingConfig as SamplingConfig
     from pyggml_repkv.engine.session import Session as Session
     from pyggml_repkv.memory.config import MemoryConfig as MemoryConfig
+    from pyggml_repkv.model.rope_options import RopeOptions as RopeOptions
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ _PUBLIC = {
     "GenerationConfig": "engine.generate",
     "MemoryConfig": "memory.config",
     "Model": "engine.model",
+    "RopeOptions": "model.rope_options",
     "SamplingConfig": "engine.sampling",
     "Session": "engine.session",
 }

@@ -33,8 +33,8 @@ class RepKVOracle:
         self.spec, self.memory, self.far = spec, memory, memory.positions == "far"
         if self.window:
             self.far = memory.positions != "exact"
-        self.n_dense = min(memory.n_dense, spec.n_ctx)
-        if memory.positions == "auto" and memory.n_ctx > spec.n_ctx:
+        self.n_dense = min(memory.n_dense, spec.n_ctx_train)
+        if memory.positions == "auto" and memory.n_ctx > spec.n_ctx_train:
             self.far, self.n_dense = True, 0
         self.w = {name: value.astype(np.float64) for name, value in weights.items()}
         self.layers = [Layer() for _ in range(spec.n_layer)]
@@ -51,7 +51,7 @@ class RepKVOracle:
         """Logits [T, V] of one chunk."""
         first, m = self.n_past, self.memory
         start = max(0, first - m.n_local)
-        self.far |= m.positions == "auto" and first + len(tokens) > self.spec.n_ctx
+        self.far |= m.positions == "auto" and first + len(tokens) > self.spec.n_ctx_train
         while not self.window and self.bounds[len(self.blocks)] + self.max_size <= start:
             self.blocks.append(range(*self.bounds[len(self.blocks) : len(self.blocks) + 2]))
             for layer in self.layers:

@@ -95,6 +95,13 @@ class TinySpec:
         """Size of the hidden state."""
         return self.n_embd or self.n_head * self.head_dim
 
+    @property
+    def n_ctx_train(self) -> int:
+        """Where the file names no other context than the original one, YaRN multiplies it."""
+        if self.scaling_kind == "yarn" and self.scaling_orig_ctx in (0, self.n_ctx):
+            return round(self.scaling_factor * self.n_ctx)
+        return self.n_ctx
+
     def type_of(self, name: str) -> GGMLQuantizationType:
         """Returns the type of the matrix `name` in the file."""
         return next((t for pattern, t in self.weight_types if fnmatchcase(name, pattern)), self.weight_type)

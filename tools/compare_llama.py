@@ -28,7 +28,9 @@ from _common import (
 )
 
 from pyggml_repkv.cli import output
+from pyggml_repkv.cli.options import add_rope_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
+from pyggml_repkv.cli.run import rope_options
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.lab.bench.engines import (
     EngineProcess,
@@ -92,7 +94,7 @@ class Engines:
     """llama.cpp and this project's two graphs, each with the model loaded; they compute one after the other."""
 
     def __init__(self, stack: ExitStack, args: argparse.Namespace) -> None:
-        options = {"model": str(args.model), "n_threads": args.threads}
+        options = {"model": str(args.model), "n_threads": args.threads, "rope": asdict(rope_options(args))}
         # llama.cpp starts last: it says less about a bad file.
         self.exact = start_repkv(stack, "ours --exact-graph", **options, exact_graph=True)
         self.default = start_repkv(stack, "ours", **options)
@@ -151,6 +153,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=HelpFormatter,
     )
     add_common_options(parser)
+    add_rope_options(parser)
     parser.add_argument(
         "--lengths",
         metavar="N,N",

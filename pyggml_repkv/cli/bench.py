@@ -16,7 +16,7 @@ from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import kind_of, memory_config, repacks
+from pyggml_repkv.cli.run import kind_of, memory_config, repacks, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -201,7 +201,7 @@ def _plan(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> Plan:
 def _contenders(args: argparse.Namespace, memories: dict[str, MemoryConfig]) -> list[Contender]:
     from pyggml_repkv.lab.bench.measure import Contender
 
-    common = {"model": args.model, "n_threads": args.threads}
+    common = {"model": args.model, "n_threads": args.threads, "rope": asdict(rope_options(args))}
     found = []
     for name, memory in memories.items():
         own = {"exact_graph": args.exact_graph, "repack": repacks(args, name), "memory": asdict(memory)}
@@ -252,7 +252,7 @@ def _about(args: argparse.Namespace, memories: dict[str, MemoryConfig], plan: Pl
     from pyggml_repkv.lab.inspect.model_info import ModelInfo
     from pyggml_repkv.model.gguf_file import GGUFFile
 
-    info = ModelInfo(GGUFFile.open(Path(args.model)))
+    info = ModelInfo(GGUFFile.open(Path(args.model)), rope_options(args))
     if not info.types:
         raise InputError(f"{args.model} has a vocabulary and no weights: give a whole model")
     main_type = max(info.types, key=lambda t: t.bytes).type
@@ -299,7 +299,8 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
         for c in plan.contenders:
             theirs = MemoryConfig(type_k=args.cache_type_k, type_v=args.cache_type_v)
             memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=plan.n_ctx(depth, c), kv_dir="", kv_ram=0)
-            wanted = Wanted("decode", memory, depth, args.threads, exact=args.exact_graph and c.is_ours)
+            exact = args.exact_graph and c.is_ours
+            wanted = Wanted("decode", memory, depth, args.threads, exact=exact, rope=rope_options(args))
             with BuiltGraph(args.model, wanted) as graph:
                 found[c.name, depth] = sum(node.bytes_moved for node in graph.snapshot().nodes)
     return found

@@ -187,6 +187,7 @@ def _answer(
     file: ResultsFile | None,
 ) -> tuple[bool, RetrievalResult]:
     """Returns whether the file had the answer already, and the answer."""
+    from pyggml_repkv.engine.session_store import ROPE_OF_FILE
     from pyggml_repkv.lab.eval.retrieval import RetrievalResult, run_retrieval
 
     settings = {
@@ -194,6 +195,8 @@ def _answer(
         "version": VERSION,
         "model": model.fingerprint,
         "exact_graph": args.exact_graph,
+        # Results from before there were such flags stay good.
+        **({"rope": model.rope} if model.rope != ROPE_OF_FILE else {}),
         "memory": _that_matters(memory),
         "policy_file": _policy_file(memory.kv),
         "asked": asdict(asked),

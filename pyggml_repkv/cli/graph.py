@@ -14,7 +14,7 @@ from pyggml_repkv.cli import graph_run, output
 from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.cli.run import kind_of, memory_config
+from pyggml_repkv.cli.run import kind_of, memory_config, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -159,7 +159,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
         n_ctx = args.depth + args.batch_size
     return Wanted(
         args.phase, memory_config(args, n_ctx), args.depth, args.threads or default_threads(),
-        exact=args.exact_graph, repack=args.repack and not args.no_repack,
+        exact=args.exact_graph, repack=args.repack and not args.no_repack, rope=rope_options(args),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pyggml_repkv.cli import model_cache, output
 from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
-from pyggml_repkv.cli.run import kind_of, memory_config
+from pyggml_repkv.cli.run import kind_of, memory_config, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -81,7 +81,7 @@ def _info(args: argparse.Namespace) -> int:
     from pyggml_repkv.model.gguf_file import GGUFFile
 
     memories = _memories(args)
-    info = ModelInfo(GGUFFile.open(_path(args)))
+    info = ModelInfo(GGUFFile.open(_path(args)), rope_options(args))
     free = budget.available_bytes()
     inputs = PlanInputs(
         memories=memories,
@@ -159,10 +159,8 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
     config, scaling = info.config, info.config.rope_scaling
-    stretch = "not scaled"
-    if scaling.kind != "none":
-        stretch = f"{scaling.kind} scaling by {scaling.factor:g} from {scaling.orig_context:,} tokens"
-    elif "rope_freqs.weight" in info.file.tensors:
+    stretch = str(scaling)
+    if scaling.kind == "none" and "rope_freqs.weight" in info.file.tensors:
         stretch = "each frequency scaled by the file's rope_freqs"
     turned = f", {config.rope_dim} of {config.head_dim} values of a head" if config.rope_dim != config.head_dim else ""
     output_is = "the token embedding (tied)" if config.tied_output else "a matrix of its own"

@@ -17,6 +17,7 @@ from pyggml_repkv.memory.config import (
     SCORES,
     MemoryConfig,
 )
+from pyggml_repkv.model.rope_options import MAX_BASE, MAX_ORIGINAL, MAX_SCALING, MIN_BASE, ROPE_SCALINGS
 
 KV_POLICIES = ("full", "window", "repkv")
 MAX_INT = 2**31 - 1
@@ -57,6 +58,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--exact-graph", action="store_true", help="compute llama.cpp's graph, node by node; decodes more slowly"
+    )
+    add_rope_options(parser)
+
+
+def add_rope_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of RopeOptions; None where one is not given."""
+    group = parser.add_argument_group("RoPE (default: as the model file says)")
+    group.add_argument(
+        "--rope-scaling",
+        choices=ROPE_SCALINGS,
+        help="how positions are stretched; yarn for contexts past the trained one, as Qwen2.5's card says",
+    )
+    group.add_argument(
+        "--rope-scale", metavar="N", type=number(1 / MAX_SCALING, MAX_SCALING), help="stretch the context by N"
+    )
+    group.add_argument("--rope-freq-base", metavar="X", type=number(MIN_BASE, MAX_BASE), help="base of the frequencies")
+    group.add_argument(
+        "--yarn-orig-ctx",
+        metavar="N",
+        type=integer(1, MAX_ORIGINAL),
+        help="tokens that the model was trained on before YaRN",
     )
 
 

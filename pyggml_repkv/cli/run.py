@@ -23,6 +23,7 @@ from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
 from pyggml_repkv.memory.config import MAX_CONTEXT, MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
+from pyggml_repkv.model.rope_options import RopeOptions
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
@@ -138,7 +139,13 @@ def load_model(args: argparse.Namespace) -> Model:
         repack=repacks(args, args.kv),
         exact_graph=args.exact_graph,
         normalize=False if getattr(args, "no_normalize", False) else None,
+        rope=rope_options(args),
     )
+
+
+def rope_options(args: argparse.Namespace) -> RopeOptions:
+    """Returns what the flags of `add_rope_options` say."""
+    return RopeOptions(args.rope_scaling, args.rope_scale, args.rope_freq_base, args.yarn_orig_ctx)
 
 
 def repacks(args: argparse.Namespace, policy: str) -> bool:

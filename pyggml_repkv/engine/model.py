@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.arguments import check_bool, check_int, check_path, check_type
 from pyggml_repkv.engine.session import Session
-from pyggml_repkv.engine.session_store import SessionStore, kept_settings
+from pyggml_repkv.engine.session_store import ROPE_OF_FILE, SessionStore, kept_settings
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
@@ -28,6 +28,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.names import find_model
+from pyggml_repkv.model.rope_options import AS_IN_FILE, RopeOptions
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
 from pyggml_repkv.model.weights import Weights
@@ -41,9 +42,11 @@ class Model:
     """Read-only after loading. Its sessions share one set of threads and take turns, step by step."""
 
     def __init__(
-        self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool, normalize: bool
-    ) -> None:
-        self.file, self.config, self.weights, self.backend = file, config, weights, backend
+        self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool, normalize: bool,
+        rope: str = ROPE_OF_FILE,
+    ) -> None:  # fmt: skip
+        """rope: how RoPE is scaled where that is not the file's way: kept keys are of use for the same only."""
+        self.file, self.config, self.weights, self.backend, self.rope = file, config, weights, backend, rope
         self.graph = GraphModel(config, weights, backend, exact=exact)
         self.load_ms = 0.0
         self._normalize = normalize
@@ -58,6 +61,7 @@ class Model:
         repack: bool = True,
         exact_graph: bool = False,
         normalize: bool | None = None,
+        rope: RopeOptions = AS_IN_FILE,
     ) -> Model:
         """Opens a GGUF file of one of the families in `ARCHS`.
 
@@ -67,6 +71,7 @@ class Model:
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
         normalize: bring text to NFC where the model's own tokenizer does; None: unless exact_graph, as llama.cpp.
+        rope: RoPE's scaling and base where they are not to be the file's.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
@@ -77,12 +82,15 @@ class Model:
         n_threads = default_threads() if threads is None else check_int("threads", threads)
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
+        check_type("rope", rope, RopeOptions, "a RopeOptions")
         file = GGUFFile.open(find_model(path))
-        config = ModelConfig.from_gguf(file)
+        own = ModelConfig.from_gguf(file)
+        config = rope.applied_to(own)
         check_tensors(file, config)
         weights = Weights(file, config, repack=repack, join=not exact_graph)
+        rope_is = ROPE_OF_FILE if config == own else f"{config.rope_scaling}, base {config.rope_base:.9g}"
         normalize = not exact_graph if normalize is None else normalize
-        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph, normalize=normalize)
+        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph, normalize=normalize, rope=rope_is)
         # The tokenizer is part of loading: a broken vocabulary should be known before a prompt is typed.
         try:
             _ = model.tokenizer
@@ -195,7 +203,7 @@ class Model:
             raise InputError(f"--session keeps what a memory evicts, as --kv repkv does; --kv is {memory.kv}")
         if long is None:
             long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
-        settings = memory.identity(long=long) | {"--kv": policy_identity(memory.kv)}
+        settings = memory.identity(long=long) | {"--kv": policy_identity(memory.kv), "RoPE": self.rope}
         return SessionStore(folder, {"model": self.fingerprint, "settings": settings})
 
     @cached_property

@@ -33,6 +33,9 @@ from pyggml_repkv.memory.store.window_file import WindowFile
 
 FORMAT = 2
 
+ROPE_OF_FILE = "as in the file"
+"""RoPE of a session whose keys are rotated as the model file says, as in all directories that do not say."""
+
 _DAMAGED = (sqlite3.Error, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 """What reading a database that holds anything at all raises."""
 
@@ -170,6 +173,7 @@ class SessionStore:
             raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
         now = json.loads(json.dumps(identity["settings"]))
         before.setdefault("--kv", "repkv")
+        before.setdefault("RoPE", ROPE_OF_FILE)
         # A session stays what it was begun as.
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]

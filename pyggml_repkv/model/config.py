@@ -1,5 +1,6 @@
 """The frozen description of a model, built once from its file's metadata, every value checked."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
+
+log = logging.getLogger(__name__)
 
 # Far above any published model, far below what would overflow ggml's 32-bit counts.
 MAX_LAYERS = 512
@@ -21,6 +24,16 @@ MAX_EXPERTS = 2**16
 
 _CONVERT = "convert the model again with a current converter"
 _OTHER_MODEL = f"give a text-generating model of one of the families {', '.join(ARCHS)}"
+
+_SCALING_KEYS = ("type", "factor", "original_context_length", "attn_factor", "finetuned")
+# llama.cpp reads these for other families only. With these values they say what is computed anyway.
+_UNREAD_KEYS = {
+    "yarn_ext_factor": 1.0,
+    "yarn_attn_factor": 1.0,
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_log_multiplier": 0.0,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,16 @@ class RopeScaling:
     def freq_scale(self) -> float:
         """What ggml_rope_ext multiplies positions with."""
         return 1.0 / self.factor
+
+    @property
+    def reach(self) -> int:
+        """Tokens that YaRN stretches the original context to."""
+        return min(MAX_CONTEXT, round(self.factor * self.orig_context))
+
+    def __str__(self) -> str:
+        if self.kind == "none":
+            return "not scaled"
+        return f"{self.kind} scaling by {self.factor:.9g} from {self.orig_context:,} tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +130,9 @@ class ModelConfig:
             raise keys.error(f"{keys.full('rope.dimension_count')} is {rope_dim}, it must be the {head_dim} of a head")
         n_ctx_train = keys.integer("context_length", 1, MAX_CONTEXT)
         scaling = _rope_scaling(keys, n_ctx_train)
+        if scaling.kind == "yarn" and scaling.orig_context == n_ctx_train:
+            # Converters that copy max_position_embeddings leave out what YaRN adds.
+            n_ctx_train = scaling.reach
         return cls(
             arch=arch.name,
             name=printable(file.metadata.get("general.name", file.path.stem)),
@@ -222,6 +248,7 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
     if kind == "linear" and factor == 1.0:
         kind = "none"
     orig_context = keys.integer("rope.scaling.original_context_length", 0, MAX_CONTEXT, default=n_ctx_train)
+    _warn_of_unread(keys)
     return RopeScaling(
         kind=kind,
         factor=factor,
@@ -229,6 +256,22 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
         ext_factor=1.0 if kind == "yarn" else 0.0,
         attn_factor=keys.real("rope.scaling.attn_factor", 0.0, MAX_SCALING, default=1.0),
     )
+
+
+def _warn_of_unread(keys: _Keys) -> None:
+    prefix = keys.full("rope.scaling.")
+    unread = []
+    for key, value in keys.file.metadata.items():
+        name = key.removeprefix(prefix)
+        if not key.startswith(prefix) or name in _SCALING_KEYS:
+            continue
+        if isinstance(value, list | np.ndarray):
+            unread.append(f"{key} (an array)")
+        elif value != _UNREAD_KEYS.get(name):
+            unread.append(f"{key} = {value!r}")
+    if unread:
+        path, what = printable(keys.file.path, 400), printable(", ".join(unread), 400)
+        log.warning("%s: ignored, as llama.cpp ignores it for this family: %s", path, what)
 
 
 def _n_vocab(keys: _Keys) -> int:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import Rope
-from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.config import ModelConfig, RopeScaling
 
 
 def rope_params(config: ModelConfig) -> Rope:
     scaling = config.rope_scaling
-    # ggml multiplies by 1 + 0.1 ln(factor) whenever ext_factor is set, which is YaRN's attention temperature.
     return Rope(
         n_dims=config.rope_dim,
         n_ctx_orig=scaling.orig_context,
         freq_base=config.rope_base,
         freq_scale=scaling.freq_scale,
         ext_factor=scaling.ext_factor,
-        attn_factor=scaling.attn_factor,
+        attn_factor=_attn_factor(scaling),
         beta_fast=scaling.beta_fast,
         beta_slow=scaling.beta_slow,
     )
+
+
+def _attn_factor(scaling: RopeScaling) -> float:
+    """Returns ggml's argument. ggml multiplies it by 1 + 0.1 ln(factor), YaRN's attention temperature, whenever
+    ext_factor is set; llama.cpp divides by that and multiplies by it again, which may cost the last bit.
+    """
+    given = np.float32(scaling.attn_factor)
+    if scaling.ext_factor == 0.0:
+        return float(given)
+    one, tenth = np.float32(1.0), np.float32(0.1)
+    temperature = one + tenth * np.float32(math.log(one / np.float32(scaling.freq_scale)))
+    return float(temperature * (one / temperature) * given)
 
 
 class RopeTable:

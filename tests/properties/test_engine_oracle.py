@@ -26,7 +26,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 def test_prefill_and_decode_equal_the_oracle(data, spec, tmp_path):
     path = tmp_path / "model.gguf"
     weights = write_tiny_model(path, spec)
-    n_prompt = data.draw(st.integers(1, min(70, spec.n_ctx - 8)), label="n_prompt")
+    n_prompt = data.draw(st.integers(1, min(70, spec.n_ctx_train - 8)), label="n_prompt")
     n_decode = data.draw(st.integers(1, 6), label="n_decode")
     n_batch = data.draw(st.integers(1, n_prompt + 1), label="n_batch")
     flash_attn = data.draw(st.booleans(), label="flash_attn")

@@ -54,9 +54,11 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
 
 
 def spec_of(draw_seed: int, n_head_kv: int, group: int, scaling: str, family: dict[str, Any]) -> TinySpec:
+    # YaRN doubles its context, so that every model is trained on N_TRAINED.
+    n_ctx = N_TRAINED // 2 if scaling == "yarn" else N_TRAINED
     return TinySpec(
         **family,
-        n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=N_TRAINED,
+        n_layer=2, n_head=n_head_kv * group, n_head_kv=n_head_kv, head_dim=32, n_ff=64, n_ctx=n_ctx,
         weight_type=QT.F32, scaling_kind=scaling, scaling_factor=2.0 if scaling != "none" else 1.0,
         seed=draw_seed,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import Policy, Selective
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.rope_options import AS_IN_FILE, RopeOptions
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.weights import Weights
 
@@ -37,6 +38,7 @@ class Wanted:
     n_threads: int = 1
     exact: bool = False
     repack: bool = False
+    rope: RopeOptions = AS_IN_FILE
 
     @property
     def n_tokens(self) -> int:
@@ -51,7 +53,7 @@ class BuiltGraph:
     def __init__(self, path: str | os.PathLike[str], wanted: Wanted) -> None:
         self.wanted = wanted
         self.file = GGUFFile.open(Path(path))
-        self.config = ModelConfig.from_gguf(self.file)
+        self.config = wanted.rope.applied_to(ModelConfig.from_gguf(self.file))
         check_tensors(self.file, self.config)
         self._weights = Weights(self.file, self.config, repack=wanted.repack, join=not wanted.exact)
         self._backend = Backend(wanted.n_threads)

@@ -23,6 +23,7 @@ from pyggml_repkv.memory.registry import policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.pretokenizers import PATTERNS
+from pyggml_repkv.model.rope_options import AS_IN_FILE, RopeOptions
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
 from pyggml_repkv.model.tokenizer import adds_bos
 from pyggml_repkv.model.weights import Repacker, Weights
@@ -147,9 +148,9 @@ class ModelInfo:
     that is not sound.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
+    def __init__(self, file: GGUFFile, rope: RopeOptions = AS_IN_FILE) -> None:
         self.file = file
-        self.config = ModelConfig.from_gguf(file)
+        self.config = rope.applied_to(ModelConfig.from_gguf(file))
         self.tokenizer = TokenizerInfo.of(file)
         self.unused = check_tensors(file, self.config) if file.tensors else ()
         self.repacked = _repacked_bytes(file, self.config) if file.tensors else {}

@@ -10,7 +10,9 @@ from pyggml_repkv.cli.main import main
 from pyggml_repkv.errors import RepkvError
 from pyggml_repkv.lab.bench import engines, measure
 from pyggml_repkv.lab.inspect import builder
+from pyggml_repkv.model.rope_options import RopeOptions
 
+BUILT_GRAPH = builder.BuiltGraph
 FAKE = """
 import numpy as np
 from pyggml_repkv.lab.bench.workers._worker import serve
@@ -106,6 +108,20 @@ def test_weights_are_as_run_has_them(path, monkeypatch, capsys, flags, repacked)
     monkeypatch.setattr(measure, "check_same_vocabulary", stop)
     bench(capsys, path, "-p", "8", "--kv", "full,window", *flags, code=1)
     assert {name: load["repack"] for name, load in loads.items()} == repacked
+
+
+def test_every_engine_scales_rope_alike(path, monkeypatch, capsys):
+    loads, built = {}, []
+    monkeypatch.setattr(builder, "BuiltGraph", lambda file, wanted: built.append(wanted.rope) or stop(None))
+    flags = ("--rope-scaling", "yarn", "--rope-scale", "4")
+    bench(capsys, path, "-p", "8", *flags, code=1)
+    assert built == [RopeOptions("yarn", 4.0)]
+    monkeypatch.setattr(builder, "BuiltGraph", BUILT_GRAPH)
+    monkeypatch.setattr(measure.Contender, "start", lambda c, stack: loads.setdefault(c.name, c.load))
+    monkeypatch.setattr(measure, "check_same_vocabulary", stop)
+    bench(capsys, path, "-p", "8", "--vs", "llama.cpp", "--llama-fa", "on", *flags, code=1)
+    rope = {"scaling": "yarn", "scale": 4.0, "freq_base": None, "orig_ctx": None}
+    assert {name: load["rope"] for name, load in loads.items()} == {"full": rope, "llama.cpp -fa on": rope}
 
 
 def test_the_share_of_memory_is_of_the_context_that_is_measured(path, monkeypatch, capsys):

@@ -56,6 +56,41 @@ def test_the_table_has_the_right_numbers(info, tiny_model):
     assert cells(out, "fits") == ["yes"] * 3
 
 
+@pytest.mark.parametrize(
+    ("spec", "flags", "trained", "rope"),
+    [
+        ({}, ("--rope-scaling", "yarn", "--rope-scale", "4"), "1,024", "base 10000, yarn scaling by 4 from 256 tokens"),
+        ({}, ("--rope-freq-base", "5e5"), "256", "base 500000, not scaled"),
+        ({"scaling_kind": "yarn", "scaling_factor": 4.0}, (), "1,024", "base 10000, yarn scaling by 4 from 256 tokens"),
+        ({"scaling_kind": "yarn", "scaling_factor": 4.0}, ("--rope-scaling", "none"), "256", "base 10000, not scaled"),
+    ],
+)
+def test_it_shows_how_far_yarn_reaches(info, tiny_model, spec, flags, trained, rope):
+    path = tiny_model(n_layer=1, n_ctx=256, **spec)
+    code, out, err = info(path, *flags)
+    assert (code, err) == (0, "")
+    assert f"trained on    {trained} tokens\nrope          {rope}\n" in out
+    assert f"memory        for {trained} tokens;" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rope-scale", "0"), "--rope-scale: must be a number from 1e-06 to 1e+06, got '0'"),
+        (("--rope-scale", "nan"), "--rope-scale: must be a number"),
+        (("--rope-freq-base", "inf"), "--rope-freq-base: must be a number from 1.001 to 1e+12"),
+        (("--yarn-orig-ctx", "-1"), "--yarn-orig-ctx: must be a whole number from 1 to"),
+        (("--rope-scaling", "longrope"), "--rope-scaling: invalid choice: 'longrope'"),
+        (("--rope-scale", "4"), "--rope-scale 4 has nothing to scale: add --rope-scaling yarn or linear"),
+        (("--rope-scaling", "yarn", "--rope-scale", "0.5"), "yarn scaling needs at least 1"),
+    ],
+)
+def test_senseless_scaling_is_one_line(info, tiny_model, flags, message):
+    code, out, err = info(tiny_model(n_layer=1), *flags)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
 def test_it_fits_a_terminal_of_80_columns(info, tiny_model, monkeypatch):
     path = tiny_model(n_layer=1, n_ctx=256, weight_type=QT.Q4_0, head_dim=64)
     monkeypatch.chdir(path.parent)

@@ -9,6 +9,7 @@ import pytest
 
 from pyggml_repkv.cli import options
 from pyggml_repkv.memory import config, registry
+from pyggml_repkv.model.rope_options import RopeOptions
 
 JSON_KEYS = {
     "text",
@@ -90,8 +91,17 @@ def test_every_option_reaches_its_place(run, model):
         "q8_0",
         "-ctv",
         "bf16",
+        "--rope-scaling",
+        "yarn",
+        "--rope-scale",
+        "4",
+        "--rope-freq-base",
+        "5e5",
+        "--yarn-orig-ctx",
+        "32768",
     )
-    assert model.loaded == ("x.gguf", {"threads": 3, "repack": False, "exact_graph": True, "normalize": False})
+    loaded = {"threads": 3, "repack": False, "exact_graph": True, "normalize": False}
+    assert model.loaded == ("x.gguf", loaded | {"rope": RopeOptions("yarn", 4.0, 5e5, 32768)})
     memory = model.memory
     assert (memory.kv, memory.n_ctx, memory.n_batch, memory.type_k, memory.type_v) == (
         "full",
@@ -111,9 +121,8 @@ def test_the_defaults_are_the_librarys(run, model):
         patch.setattr("pyggml_repkv.cli.run._config", lambda args: seen.append(_config(args)) or seen[0])
         run()
     assert seen == [GenerationConfig()]
-    assert model.loaded[1] == {"threads": options.default_threads(), "repack": True, "exact_graph": False} | {
-        "normalize": None
-    }
+    expected = {"threads": options.default_threads(), "repack": True, "exact_graph": False, "normalize": None}
+    assert model.loaded[1] == expected | {"rope": RopeOptions()}
     assert (model.memory.n_ctx, model.memory.n_batch, model.memory.type_k) == (256, 512, "f16")
 
 

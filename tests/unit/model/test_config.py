@@ -38,7 +38,7 @@ def test_describes_the_model(tmp_path_factory: pytest.TempPathFactory, spec: Tin
     weights = write_tiny_model(path, spec)
     config = ModelConfig.from_gguf(GGUFFile.open(path))
     assert (config.arch, config.family.name, config.name) == (spec.arch, spec.arch, "tiny")
-    assert (config.n_layer, config.n_ff, config.n_ctx_train) == (spec.n_layer, spec.n_ff, spec.n_ctx)
+    assert (config.n_layer, config.n_ff, config.n_ctx_train) == (spec.n_layer, spec.n_ff, spec.n_ctx_train)
     assert (config.n_vocab, config.n_embd) == weights["token_embd.weight"].shape
     parts = {"attn_q": config.n_embd_q, "attn_k": config.n_embd_kv, "attn_v": config.n_embd_kv}
     for name, n_rows in {"attn_qkv": sum(parts.values())}.items() if spec.joined else parts.items():
@@ -103,6 +103,64 @@ def test_rope_scaling_as_llama_cpp_reads_it(
     assert scaling.freq_scale == 1 / factor
 
 
+@pytest.mark.parametrize(
+    ("keys", "n_trained"),
+    [
+        ({TYPE: ("yarn", TEXT), FACTOR: (4.0, F32)}, 512),
+        ({TYPE: ("yarn", TEXT), FACTOR: (4.0, F32), ORIG: (128, U32)}, 512),
+        ({TYPE: ("yarn", TEXT), FACTOR: (4.0, F32), ORIG: (32, U32)}, 128),
+        ({TYPE: ("yarn", TEXT), FACTOR: (4.0, F32), ORIG: (256, U32)}, 128),
+        ({TYPE: ("yarn", TEXT), FACTOR: (1.3, F32)}, 166),
+        ({TYPE: ("yarn", TEXT), FACTOR: (1e6, F32), "qwen2.context_length": (2**20, U32)}, 2**27),
+        ({TYPE: ("linear", TEXT), FACTOR: (4.0, F32)}, 128),
+        ({}, 128),
+    ],
+)
+def test_yarn_multiplies_a_context_that_is_the_original_one(
+    config_of: Callable[..., ModelConfig], keys: dict[str, Any], n_trained: int
+) -> None:
+    assert config_of(TinySpec(n_ctx=128), keys).n_ctx_train == n_trained
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("yarn_ext_factor", 0.5), ("yarn_attn_factor", 0.5), ("yarn_beta_fast", 16.0), ("yarn_beta_slow", 2.0),
+        ("yarn_log_multiplier", 0.125), ("alpha", 1000.0), ("anything", 1.0),
+    ],
+)  # fmt: skip
+def test_scaling_that_nobody_reads_is_named_once(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture, key: str, value: float
+) -> None:
+    config = config_of(TinySpec(scaling_kind="yarn", scaling_factor=4.0), {f"qwen2.rope.scaling.{key}": (value, F32)})
+    (line,) = caplog.messages
+    assert line.endswith(f"ignored, as llama.cpp ignores it for this family: qwen2.rope.scaling.{key} = {value}")
+    assert config.rope_scaling == RopeScaling("yarn", 4.0, 128, 1.0, 1.0, 32.0, 1.0)
+
+
+def test_unread_scaling_of_any_kind_is_one_line(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {
+        "yarn_beta_fast": ([32.0, 1.0], ARRAY), "short_factor": ([1.0] * 5000, ARRAY), "names": (["a\n", "b"], ARRAY),
+        "text": ("\n" * 10**5, TEXT), **{f"key{i}\n": (i, U32) for i in range(300)},
+    }  # fmt: skip
+    config_of(None, {f"qwen2.rope.scaling.{name}": value for name, value in values.items()})
+    (line,) = caplog.messages
+    assert line.isprintable()
+    assert "rope.scaling.yarn_beta_fast (an array), qwen2.rope.scaling.short_factor (an array)" in line
+    assert len(line) < 2000
+
+
+def test_scaling_that_says_what_is_computed_anyway_is_not_named(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"yarn_ext_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_beta_fast": 32.0, "yarn_log_multiplier": 0.0}
+    keys: dict[str, Any] = {f"qwen2.rope.scaling.{key}": (value, F32) for key, value in values.items()}
+    config_of(None, {**keys, "qwen2.rope.scaling.finetuned": (True, ValueType.BOOL), TYPE: ("yarn", TEXT)})
+    assert caplog.messages == []
+
+
 REQUIRED = (
     "block_count",
     "context_length",
@@ -150,6 +208,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({EPS: (-1e-6, F32)}, "epsilon is -1e-06"),
     ({EPS: (float("nan"), F32)}, "epsilon is nan"),
     ({TYPE: ("longrope", TEXT)}, "type is 'longrope'; none, linear and yarn are supported"),
+    ({TYPE: ("mrope", TEXT)}, "type is 'mrope'; none, linear and yarn are supported"),
+    ({TYPE: ("default", TEXT)}, "type is 'default'; none, linear and yarn are supported"),
     ({TYPE: (1, U32)}, "type is 1, a string is needed"),
     ({FACTOR: (-4.0, F32)}, "factor is -4"),
     ({FACTOR: (float("nan"), F32)}, "factor is nan"),

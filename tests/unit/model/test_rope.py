@@ -127,6 +127,13 @@ def test_factors_divide_the_frequencies(name, dtype, pairs, tmp_path):
     assert np.abs(got - by_ggml(rope, positions, factors, pairs=pairs)).max() < (2e-3 if dtype is np.float64 else 2e-6)
 
 
+@pytest.mark.parametrize(("factor", "lost"), [(1.0, 0), (4.0, 0), (5.5, 2**-24), (12.0, 2**-24)])
+def test_the_temperature_is_rounded_as_in_llama_cpp(factor, lost, tmp_path):
+    """It divides by ggml's factor and multiplies by its own, in float32; the logits show the last bit."""
+    spec = TinySpec(scaling_kind="yarn", scaling_factor=factor)
+    assert rope_of(spec, tmp_path).attn_factor == 1 - lost
+
+
 def test_yarn_raises_the_temperature(tmp_path):
     """cos^2 + sin^2 is the square of 1 + 0.1 ln(factor) (arXiv 2309.00071, equation 15), in every dimension."""
     table = RopeTable(rope_of(SPECS["yarn"], tmp_path))(POSITIONS).astype(np.float64)

@@ -19,7 +19,7 @@ class Engine:
     n_vocab = 50
     can_rewind = True
 
-    def __init__(self, model, n_threads, exact_graph=False):
+    def __init__(self, model, n_threads, exact_graph=False, rope=None):
         self.exact = exact_graph
 
     def open(self, n_ctx, flash_attn):

@@ -21,7 +21,9 @@ N_CELLS = 512
 
 
 class LlamaEngine:
-    """An Engine on the CPU, otherwise with llama.cpp's defaults. n_chunk: llama.cpp's n_ubatch."""
+    """An Engine on the CPU, otherwise with llama.cpp's defaults. n_chunk: llama.cpp's n_ubatch; rope: fields of
+    RopeOptions.
+    """
 
     can_rewind = True
 
@@ -34,6 +36,7 @@ class LlamaEngine:
         n_batch: int = 2048,
         type_k: str = "f16",
         type_v: str = "f16",
+        rope: dict[str, Any] | None = None,
     ) -> None:
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         llama.llama_backend_init()
@@ -46,6 +49,7 @@ class LlamaEngine:
         self.version = f"llama-cpp-python {llama.__version__}"
         self.n_vocab: int = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
         self._n_chunk, self._n_batch, self._types = n_chunk, n_batch, (CACHE_TYPES[type_k], CACHE_TYPES[type_v])
+        self._rope = rope or {}
         self._context: Any = None
         # The callback for each node; kept alive here.
         self._look: Any = None
@@ -61,6 +65,7 @@ class LlamaEngine:
         params.type_k, params.type_v = self._types
         params.n_threads = params.n_threads_batch = self._n_threads
         params.offload_kqv = params.op_offload = False
+        self._set_rope(params)
         on, off = llama.LLAMA_FLASH_ATTN_TYPE_ENABLED, llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.flash_attn_type = on if flash_attn else off
         if self._look is not None:
@@ -68,6 +73,16 @@ class LlamaEngine:
         self._context = llama.llama_init_from_model(self._model, params)
         if not self._context:
             raise RuntimeError(f"llama.cpp cannot make a context of {n_ctx} tokens")
+
+    def _set_rope(self, params: Any) -> None:
+        """As llama.cpp's flags do."""
+        rope = self._rope
+        if rope.get("scaling") is not None:
+            params.rope_scaling_type = getattr(self._llama, f"LLAMA_ROPE_SCALING_TYPE_{rope['scaling'].upper()}")
+        if rope.get("scale") is not None:
+            params.rope_freq_scale = np.float32(1) / np.float32(rope["scale"])
+        params.rope_freq_base = rope.get("freq_base") or 0.0
+        params.yarn_orig_ctx = rope.get("orig_ctx") or 0
 
     def prefill(self, tokens: Sequence[int]) -> np.ndarray:
         for start in range(0, len(tokens), self._n_batch):

@@ -14,22 +14,25 @@ from pyggml_repkv.engine.session import Session
 from pyggml_repkv.lab.bench.workers._worker import serve
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.registry import policy_kind
+from pyggml_repkv.model.rope_options import RopeOptions
 
 # Tokens that are read to fill a depth with repeated keys and values.
 N_CELLS = 512
 
 
 class RepkvEngine:
-    """An Engine. memory: fields of MemoryConfig; by default `--kv full`."""
+    """An Engine. memory: fields of MemoryConfig, by default `--kv full`; rope: fields of RopeOptions."""
 
     version = f"pyggml_repkv {__version__}"
 
     def __init__(
         self, model: str, n_threads: int, exact_graph: bool = False, repack: bool = True,
-        memory: dict[str, Any] | None = None,
+        memory: dict[str, Any] | None = None, rope: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self._memory = MemoryConfig(**(memory or {}))
-        self._model = Model.load(model, threads=n_threads, repack=repack, exact_graph=exact_graph)
+        self._model = Model.load(
+            model, threads=n_threads, repack=repack, exact_graph=exact_graph, rope=RopeOptions(**(rope or {}))
+        )
         self.n_vocab = self._model.config.n_vocab
         self.can_rewind = policy_kind(self._memory.kv).rewinds
         self._session: Session | None = None

@@ -15,6 +15,7 @@ class FakeLlama:
 
     __version__ = "9.9"
     LLAMA_FLASH_ATTN_TYPE_ENABLED, LLAMA_FLASH_ATTN_TYPE_DISABLED = 1, 0
+    LLAMA_ROPE_SCALING_TYPE_YARN = 2
     llama_token = ctypes.c_int32
 
     def __init__(self):
@@ -103,6 +104,19 @@ def test_a_context_is_as_it_was_asked_for(llama):
         assert (params.n_threads, params.n_threads_batch, params.type_k, params.type_v) == (3, 3, 8, 30)
         assert not params.offload_kqv
         assert not params.op_offload
+
+
+def test_rope_is_scaled_as_llama_cpps_flags_do(llama):
+    rope = {"scaling": "yarn", "scale": 3.0, "freq_base": 5e5, "orig_ctx": 4096}
+    for given in (rope, dict.fromkeys(rope)):
+        LlamaEngine(llama, "m.gguf", 1, rope=given).open(256, flash_attn=True)
+    first, second = llama.contexts
+    assert (first.rope_scaling_type, first.rope_freq_base, first.yarn_orig_ctx) == (2, 5e5, 4096)
+    assert first.rope_freq_scale == np.float32(1 / 3)
+    # 0 leaves what the file says.
+    assert (second.rope_freq_base, second.yarn_orig_ctx) == (0, 0)
+    assert not hasattr(second, "rope_scaling_type")
+    assert not hasattr(second, "rope_freq_scale")
 
 
 @pytest.mark.parametrize(("n_batch", "sizes"), [(2048, [2048, 2048, 904]), (4096, [4096, 904])])

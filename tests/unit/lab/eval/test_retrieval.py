@@ -162,6 +162,7 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
         ["-b", "64"],
         ["-ctk", "q8_0"],
         ["-c", "500"],
+        ["--rope-freq-base", "200000"],
         ["--text", "{text}"],
         ["--depths", "3"],
         ["-m", "{other}"],
