@@ -145,7 +145,8 @@ def _file_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
     file = info.file
-    about = f"{size(len(file.data))}, GGUF version {file.version}, {len(file.tensors)} tensors"
+    parts = f" in {len(file.parts)} files" if len(file.parts) > 1 else ""
+    about = f"{size(file.n_bytes)}{parts}, GGUF version {file.version}, {len(file.tensors)} tensors"
     if info.unused:
         about += f", {len(info.unused)} of them unknown and ignored"
     return [("file", [printable(file.path, 400), about])]

@@ -66,7 +66,7 @@ class Weights:
     def __init__(self, file: GGUFFile, config: ModelConfig, *, repack: bool, join: bool) -> None:
         self._file, self._config = file, config
         self._context = TensorContext(len(fields(LayerWeights)) * config.n_layer + 16)
-        self._map = Buffer.over(file.data)
+        self._maps = [Buffer.over(part) for part in file.parts]
         self._buffers: list[Buffer] = []
         self._repacker = Repacker() if repack else None
         self.joins = join
@@ -143,7 +143,7 @@ class Weights:
         if rows.offset % _ALIGNMENT:
             return self._copied(rows.name, rows.info.type, rows.shape, rows.bytes_in(self._file))
         tensor = self._context.new(rows.info.type, rows.shape, rows.name)
-        self._map.place(tensor, rows.offset)
+        self._maps[rows.info.part].place(tensor, rows.offset)
         return tensor
 
     def _vector(self, name: str, values: np.ndarray) -> Tensor:
@@ -160,7 +160,7 @@ class Weights:
 
     def close(self) -> None:
         self._context.close()
-        for buffer in (*self._buffers, self._map):
+        for buffer in (*self._buffers, *self._maps):
             buffer.close()
 
 

@@ -170,7 +170,8 @@ class ModelInfo:
         return {
             "file": {
                 "path": str(self.file.path),
-                "bytes": len(self.file.data),
+                "bytes": self.file.n_bytes,
+                "n_parts": len(self.file.parts),
                 "gguf_version": self.file.version,
                 "n_tensors": len(self.file.tensors),
                 "n_unused_tensors": len(self.unused),
@@ -269,7 +270,7 @@ class _Planner(ExitStack):
         graph = GraphModel(info.config, self._weights, self._backend, exact=exact)
         # Copied matrices are not read from the file again, except for embeddings.
         copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
-        weights = {"weights": len(info.file.data) - copied + sum(repacked.values())}
+        weights = {"weights": info.file.n_bytes - copied + sum(repacked.values())}
         with ExitStack() as stack:
             policy, problem = self._policy(graph, memory)
             stack.callback(policy.close)

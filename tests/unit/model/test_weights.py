@@ -60,7 +60,7 @@ def q4_0(tmp_path):
 def test_tensors_lie_in_the_file(tmp_path):
     write_tiny_model(tmp_path / "m.gguf", SPEC)
     file, weights = load(tmp_path / "m.gguf")
-    start = file.data.ctypes.data
+    start = file.parts[0].ctypes.data
     for i, layer in enumerate(weights.layers):
         for part in MATRICES:
             assert address(getattr(layer, part)) == start + file.tensors[f"blk.{i}.{part}.weight"].offset
@@ -156,7 +156,7 @@ def test_what_the_file_has_joined_is_whole_and_in_parts(tmp_path, join):
     file, weights = load(tmp_path / "m.gguf", join=join)
     for i, layer in enumerate(weights.layers):
         whole = file.tensors[f"blk.{i}.attn_qkv.weight"]
-        assert address(layer.attn_qkv) == address(layer.attn_q) == file.data.ctypes.data + whole.offset
+        assert address(layer.attn_qkv) == address(layer.attn_q) == file.parts[0].ctypes.data + whole.offset
         parts = [tensor_bytes(getattr(layer, name)) for name in ("attn_q", "attn_k", "attn_v")]
         assert np.array_equal(np.concatenate(parts), tensor_bytes(layer.attn_qkv))
         biases = [tensor_bytes(bias).ravel() for bias in layer.qkv_biases]
@@ -192,7 +192,7 @@ def test_matrices_of_other_types_are_not_joined(tmp_path):
 
 def test_closing_gives_everything_back(q4_0):
     _, weights = load(q4_0[0], repack=True)
-    buffers = [*weights._buffers, weights._map]
+    buffers = [*weights._buffers, *weights._maps]
     weights.close()
     weights.close()
     assert all(buffer.closed for buffer in buffers)
