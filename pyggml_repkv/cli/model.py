@@ -182,7 +182,7 @@ def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
     t = info.tokenizer
-    unknown = "" if t.supported else " (unknown: `run` refuses it)"
+    refused = [] if t.supported else [f"`run` refuses it: {printable(t.problem, 200)}"]
     kind, pre = printable(t.kind or "not named"), printable(t.pre or "not named")
     specials = [_special(role, token) for role, token in (("bos", t.bos), ("eos", t.eos), ("eot", t.eot))]
     begins = "texts begin with bos" if t.add_bos and t.bos else "texts do not begin with bos"
@@ -190,7 +190,7 @@ def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     if len(t.chat_templates) > 5:
         templates += f" and {len(t.chat_templates) - 5} more"
     return [
-        ("tokenizer", [f"{kind}, pre-tokenizer {pre}{unknown}", f"{t.n_tokens:,} tokens, {t.n_merges:,} merges"]),
+        ("tokenizer", [f"{kind}, pre-tokenizer {pre}", f"{t.n_tokens:,} tokens, {t.n_merges:,} merges", *refused]),
         ("special", [*filter(None, specials), begins]),
         ("chat template", [templates]),
     ]

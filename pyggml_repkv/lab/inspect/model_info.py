@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from pyggml_repkv.engine import budget
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError, InputError, ModelFileError
 from pyggml_repkv.ffi.context import TensorContext
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
@@ -22,9 +22,8 @@ from pyggml_repkv.memory.policy import DiskNeed, Policy
 from pyggml_repkv.memory.registry import policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
-from pyggml_repkv.model.pretokenizers import PATTERNS
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
-from pyggml_repkv.model.tokenizer import adds_bos
+from pyggml_repkv.model.tokenizer import TokenizerKeys, special_ids
 from pyggml_repkv.model.weights import Repacker, Weights
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -38,13 +37,14 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """The file's tokenizer keys. supported: whether this program has such a tokenizer; bos, eos, eot: None if the file
-    names none; chat_templates: their names.
+    """The file's tokenizer keys. pre: the name in the file; supported: whether this program has such a tokenizer;
+    problem: why not, or ""; bos, eos, eot: None if the file names none; chat_templates: their names.
     """
 
     kind: str
     pre: str
     supported: bool
+    problem: str
     n_tokens: int
     n_merges: int
     add_bos: bool
@@ -58,17 +58,27 @@ class TokenizerInfo:
         """Reads the keys only: building the encoder takes longer than everything else here. Raises ModelFileError."""
         metadata = file.metadata
         kind, pre = (str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre"))
-        tokens, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        tokens, merges = (_array(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        problem, add_bos = "", False
+        try:
+            add_bos = TokenizerKeys.read(metadata).add_bos
+        except ModelFileError as error:
+            problem = str(error)
+        ids = special_ids(metadata, len(tokens))
+        bos, eos, eot = (
+            SpecialToken(ids[role], tokens[ids[role]]) if role in ids else None for role in ("bos", "eos", "eot")
+        )
         return cls(
             kind=kind,
             pre=pre,
-            supported=kind == "gpt2" and pre in PATTERNS,
+            supported=not problem,
+            problem=problem,
             n_tokens=len(tokens),
             n_merges=len(merges),
-            add_bos=adds_bos(metadata),
-            bos=_special(file, "bos", tokens),
-            eos=_special(file, "eos", tokens),
-            eot=_special(file, "eot", tokens),
+            add_bos=add_bos,
+            bos=bos,
+            eos=eos,
+            eot=eot,
             chat_templates=tuple(
                 key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
                 for key in metadata
@@ -77,21 +87,11 @@ class TokenizerInfo:
         )
 
 
-def _strings(file: GGUFFile, key: str) -> list[str]:
+def _array(file: GGUFFile, key: str) -> list[Any]:
     values = file.metadata.get(key, [])
     if not isinstance(values, list):
         raise file_error(file.path, f"{key} is not an array of strings")
     return values
-
-
-def _special(file: GGUFFile, role: str, tokens: Sequence[str]) -> SpecialToken | None:
-    key = f"tokenizer.ggml.{role}_token_id"
-    token = file.metadata.get(key)
-    if token is None:
-        return None
-    if type(token) is not int or not 0 <= token < len(tokens):
-        raise file_error(file.path, f"{key} is {token!r:.80}; it must be a token id, from 0 to {len(tokens) - 1}")
-    return SpecialToken(token, tokens[token])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +114,8 @@ class MemoryPlan:
     """What a policy needs after n_tokens tokens.
 
     ram: bytes by part, as `run` names them; `compute`, the buffer of the largest step, is missing if the graph cannot
-    be built. fits: whether RAM (weights included) and disk suffice; most_tokens: how many tokens would fit in RAM, at
-    most n_tokens; note: what does not fit, or "".
+    be built. fits: whether `run` takes the file, and RAM (weights included) and disk suffice; most_tokens: how many
+    tokens would fit in RAM, at most n_tokens; note: what does not fit, or "".
     """
 
     policy: str
@@ -290,6 +290,8 @@ class _Planner(ExitStack):
                     f"{n_tokens} tokens need {budget.size(sum(ram.values()))} and {budget.size(self._free)} are free"
                 )
                 problem += f": about {most} would fit" if most else ": none would fit"
+            elif not problem and info.tokenizer.problem:
+                problem = "`run` refuses the file's tokenizer"
             elif not problem and need is not None:
                 try:
                     budget.check_disk(need, n_tokens)

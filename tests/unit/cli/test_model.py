@@ -125,7 +125,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
     assert (code, err) == (0, "")
     assert all(c.isprintable() or c == "\n" for c in out)
     assert r"a\x1b[2Jb\nc" in out
-    assert "(unknown: `run` refuses it)" in out
+    assert "`run` refuses it: tokenizer.ggml.pre is " in out
     code, out, _ = info(path, "--json")
     assert code == 0
     assert out.isascii()
