@@ -162,6 +162,9 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     elif "rope_freqs.weight" in info.file.tensors:
         stretch = "each frequency scaled by the file's rope_freqs"
     turned = f", {config.rope_dim} of {config.head_dim} values of a head" if config.rope_dim != config.head_dim else ""
+    embeddings = info.file.tensors.get("token_embd.weight")
+    n_rows = embeddings.shape[0] if embeddings else config.n_vocab
+    rows = f" ({n_rows:,} rows)" if n_rows > config.n_vocab else ""
     output_is = "the token embedding (tied)" if config.tied_output else "a matrix of its own"
     return [
         ("model", [printable(config.name)]),
@@ -170,7 +173,7 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
         ("embedding", [str(config.n_embd)]),
         ("heads", [f"{config.n_head} for queries, {config.n_head_kv} for keys and values, of {config.head_dim}"]),
         ("feed-forward", [str(config.n_ff)]),
-        ("vocabulary", [f"{config.n_vocab:,} tokens"]),
+        ("vocabulary", [f"{config.n_vocab:,} tokens{rows}"]),
         ("trained on", [f"{config.n_ctx_train:,} tokens"]),
         ("rope", [f"base {config.rope_base:.9g}{turned}, {stretch}"]),
         ("norm", [f"RMS, epsilon {config.norm_eps:.3g}"]),

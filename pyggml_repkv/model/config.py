@@ -8,6 +8,7 @@ import numpy as np
 from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
+from pyggml_repkv.model.unread import warn_of_unread_keys
 
 # Far above any published model, far below what would overflow ggml's 32-bit counts.
 MAX_LAYERS = 512
@@ -50,7 +51,7 @@ class RopeScaling:
 class ModelConfig:
     """Sizes and constants of a model: `n_embd` values of hidden state, `n_head` heads of `head_dim` each.
 
-    arch: a key of `ARCHS`.
+    arch: a key of `ARCHS`. n_vocab: of tokens; matrices may have more rows, which belong to none and are left out.
     """
 
     arch: str
@@ -90,7 +91,9 @@ class ModelConfig:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> "ModelConfig":
-        """Read and check the metadata of `file`; raises ModelFileError that names the key."""
+        """Read and check the metadata of `file`, and warn of what nobody reads; raises ModelFileError that names the
+        key.
+        """
         arch = _known_arch(file)
         keys = _Keys(file, arch.name)
         _check_kind(keys)
@@ -107,7 +110,7 @@ class ModelConfig:
             raise keys.error(f"{keys.full('rope.dimension_count')} is {rope_dim}, it must be the {head_dim} of a head")
         n_ctx_train = keys.integer("context_length", 1, MAX_CONTEXT)
         scaling = _rope_scaling(keys, n_ctx_train)
-        return cls(
+        config = cls(
             arch=arch.name,
             name=printable(file.metadata.get("general.name", file.path.stem)),
             n_layer=keys.integer("block_count", 1, MAX_LAYERS),
@@ -125,6 +128,8 @@ class ModelConfig:
             n_ctx_train=n_ctx_train,
             tied_output="output.weight" not in file.tensors,
         )
+        warn_of_unread_keys(file, arch.name, keys.asked)
+        return config
 
 
 class _Keys:
@@ -132,11 +137,13 @@ class _Keys:
 
     def __init__(self, file: GGUFFile, prefix: str) -> None:
         self.file, self._prefix = file, prefix
+        self.asked: set[str] = set()
 
     def error(self, what: str, remedy: str = _CONVERT) -> ModelFileError:
         return file_error(self.file.path, what, remedy)
 
     def full(self, key: str) -> str:
+        self.asked.add(f"{self._prefix}.{key}")
         return f"{self._prefix}.{key}"
 
     def has(self, key: str) -> bool:
@@ -238,6 +245,6 @@ def _n_vocab(keys: _Keys) -> int:
     if len(tokens) > MAX_VOCAB:
         raise keys.error(f"its vocabulary has {len(tokens)} tokens, at most {MAX_VOCAB} are possible")
     embeddings = keys.file.tensors.get("token_embd.weight")
-    if embeddings is not None and embeddings.shape[0] != len(tokens):
+    if embeddings is not None and embeddings.shape[0] < len(tokens):
         raise keys.error(f"token_embd.weight has {embeddings.shape[0]} rows for {len(tokens)} tokens")
     return len(tokens)

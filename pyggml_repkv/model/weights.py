@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
@@ -75,17 +76,24 @@ class Weights:
         # Of the file, what is never read again since it was repacked.
         self.replaced_bytes = 0
 
-        self.token_embd = self._mapped(Rows.of(file, "token_embd.weight"))
+        self.token_embd = self._mapped(self._of_vocabulary("token_embd.weight"))
         self.output_norm = self._mapped(Rows.of(file, "output_norm.weight"))
         output_name = "token_embd.weight" if config.tied_output else "output.weight"
-        self.output = self._matrix([Rows.of(file, output_name)], "output.weight")
+        self.output = self._matrix([self._of_vocabulary(output_name)], "output.weight")
         self.output_bias, self.rope_freqs = (
-            self._mapped(Rows.of(file, name)) if name in file.tensors else None
-            for name in ("output.bias", "rope_freqs.weight")
+            self._mapped(rows(name)) if name in file.tensors else None
+            for name, rows in (
+                ("output.bias", self._of_vocabulary),
+                ("rope_freqs.weight", lambda name: Rows.of(file, name)),
+            )
         )
         self.layers = [self._layer(i) for i in range(config.n_layer)]
-        if self.repacked:
+        if self._buffers:
             file.release_pages()
+
+    def _of_vocabulary(self, name: str) -> Rows:
+        """Without the rows of no token: their logits are not computed, so that none of them is ever drawn."""
+        return replace(Rows.of(self._file, name), n=self._config.n_vocab)
 
     def _layer(self, layer: int) -> LayerWeights:
         rows = layer_rows(self._file, self._config, layer)
@@ -140,6 +148,8 @@ class Weights:
         return tensor
 
     def _mapped(self, rows: Rows) -> Tensor:
+        if len(rows.shape) == 1 and rows.info.type != GGMLQuantizationType.F32:
+            return self._vector(rows.name, rows.floats_in(self._file))
         if rows.offset % _ALIGNMENT:
             return self._copied(rows.name, rows.info.type, rows.shape, rows.bytes_in(self._file))
         tensor = self._context.new(rows.info.type, rows.shape, rows.name)

@@ -231,11 +231,11 @@ def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     repacker = Repacker()
     sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     found: dict[str, int] = {}
-    for name in expected_tensors(config, file.tensors):
+    for name, spec in expected_tensors(config, file.tensors).items():
         info = file.tensors[name]
-        key = int(info.type), info.shape
+        key = int(info.type), spec.shape
         # Token embeddings are multiplied only if they are the output matrix too.
-        if len(info.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
+        if len(spec.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
             continue
         buffer_type = repacker.buffer_type(*key)
         if buffer_type is None:
