@@ -182,10 +182,12 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
 
 
 def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
+    import textwrap
+
     from pyggml_repkv.model.gguf_file import printable
 
     t = info.tokenizer
-    refused = [] if t.supported else [f"`run` refuses it: {printable(t.problem, 200)}"]
+    refused = [] if t.supported else textwrap.wrap(f"`run` refuses it: {printable(t.problem, 200)}", _WIDTH - _INDENT)
     kind, pre = printable(t.kind or "not named"), printable(t.pre or "not named")
     specials = [_special(role, token) for role, token in (("bos", t.bos), ("eos", t.eos), ("eot", t.eot))]
     begins = "texts begin with bos" if t.add_bos and t.bos else "texts do not begin with bos"
