@@ -194,7 +194,7 @@ def _known_arch(file: GGUFFile) -> Arch:
 
 def _check_kind(keys: _Keys) -> None:
     kind = keys.file.metadata.get("general.type", "model")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise keys.error(f"its general.type is {printable(repr(kind))}, not a model", "give the model itself")
     if keys.file.metadata.get(keys.full("attention.causal"), True) is not True:
         raise keys.error("its attention is not causal: it makes embeddings, not text", _OTHER_MODEL)
@@ -240,7 +240,7 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
 
 def _n_vocab(keys: _Keys) -> int:
     tokens = keys.file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise keys.error("lacks the list of tokens tokenizer.ggml.tokens")
     if len(tokens) > MAX_VOCAB:
         raise keys.error(f"its vocabulary has {len(tokens)} tokens, at most {MAX_VOCAB} are possible")

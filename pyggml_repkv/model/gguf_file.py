@@ -103,10 +103,10 @@ def _n_parts(path: Path, head: Header) -> int:
     if type(count) is not int or count < 0:
         raise file_error(path, f"split.count is {printable(repr(count))}, a number of files is needed", _SPLIT_AGAIN)
     # A count of 0 is no split, as in llama.cpp. A merged model may keep the keys of its parts, and has all tensors.
-    merged = "general.architecture" in head.metadata and head.metadata.get("split.tensors.count") == len(head.tensors)
+    merged = "general.architecture" in head.metadata and _number(head, "split.tensors.count") == len(head.tensors)
     if count <= 1 or merged:
         return 1
-    number = _split_number(path, head)
+    number = _part_number(path, head)
     if number == 0:
         return count
     name = _PART_NAME.fullmatch(path.name)
@@ -114,12 +114,21 @@ def _n_parts(path: Path, head: Header) -> int:
     raise file_error(path, f"is part {number + 1} of a model split into {count} files", f"give the first part{first}")
 
 
-def _split_number(path: Path, head: Header) -> int:
-    number = head.metadata.get("split.no")
-    if type(number) is not int or number < 0:
-        what = "lacks the key split.no" if number is None else f"split.no is {printable(repr(number))}, not a number"
+def _part_number(path: Path, head: Header) -> int:
+    number = _number(head, "split.no")
+    if number is None or number < 0:
+        what = f"split.no is {_shown(head, 'split.no')}, the number of the part is needed"
         raise file_error(path, what, _SPLIT_AGAIN)
     return number
+
+
+def _number(head: Header, key: str) -> int | None:
+    value = head.metadata.get(key)
+    return value if type(value) is int else None
+
+
+def _shown(head: Header, key: str) -> str:
+    return printable(repr(head.metadata[key])) if key in head.metadata else "missing"
 
 
 def _part_path(first: Path, stem: str, number: int, count: int) -> Path:
@@ -144,10 +153,11 @@ def _all_parts(
             raise file_error(path, f"part {number + 1} of {n_parts} is missing", "download it beside the first part")
         data, head_of_part = _read(path)
         _refuse_joined(path, data, head_of_part)
-        found, count = _split_number(path, head_of_part), head_of_part.metadata.get("split.count")
-        if (found, count) != (number, n_parts):
-            what = f"split.no is {found} and split.count {printable(repr(count))}, not {number} and {n_parts}"
-            raise file_error(path, what, _SPLIT_AGAIN)
+        if (_part_number(path, head_of_part), _number(head_of_part, "split.count")) != (number, n_parts):
+            found = (
+                f"split.no is {_shown(head_of_part, 'split.no')} and split.count {_shown(head_of_part, 'split.count')}"
+            )
+            raise file_error(path, f"{found}, not {number} and {n_parts}", _SPLIT_AGAIN)
         for info in head_of_part.tensors.values():
             if info.name in tensors:
                 other = _part_path(first, name["stem"], tensors[info.name].part, n_parts).name
@@ -155,9 +165,8 @@ def _all_parts(
                 raise file_error(path, what, _SPLIT_AGAIN)
             tensors[info.name] = replace(info, part=number)
         parts.append(data)
-    n_tensors = head.metadata.get("split.tensors.count")
-    if n_tensors != len(tensors):
-        what = f"split.tensors.count is {printable(repr(n_tensors))}, its parts hold {len(tensors)} tensors"
+    if _number(head, "split.tensors.count") != len(tensors):
+        what = f"split.tensors.count is {_shown(head, 'split.tensors.count')}, its parts hold {len(tensors)} tensors"
         raise file_error(first, what, _SPLIT_AGAIN)
     return tuple(parts), tensors
 

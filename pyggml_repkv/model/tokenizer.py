@@ -92,7 +92,7 @@ class TokenizerKeys:
         `Tokenizer`, which takes far longer. Raises ModelFileError.
         """
         model = metadata.get("tokenizer.ggml.model")
-        if model != "gpt2":
+        if not isinstance(model, str) or model != "gpt2":
             raise ModelFileError(f"tokenizer.ggml.model is {printable(repr(model))}; only 'gpt2' is supported")
         tokens = _strings(metadata, "tokenizer.ggml.tokens")
         if "" in tokens:

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 # tensors say, notes of the converter, and settings of experts that there are none of.
 _HARMLESS = frozenset(
     (
-        *("vocab_size", "tensor_data_layout", "use_parallel_residual", "attention.layer_norm_epsilon"),
+        *("vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon"),
         *("expert_used_count", "expert_feed_forward_length", "expert_shared_count", "leading_dense_block_count"),
     )
 )

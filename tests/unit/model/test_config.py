@@ -160,6 +160,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"tokenizer.ggml.tokens": None}, "lacks the list of tokens tokenizer.ggml.tokens"),
     ({"tokenizer.ggml.tokens": ([1, 2], ARRAY)}, "lacks the list of tokens"),
     ({"tokenizer.ggml.tokens": ([*map(str, range(289))], ARRAY)}, "token_embd.weight has 288 rows for 289 tokens"),
+    ({"tokenizer.ggml.tokens": ([[1, 2], [3, 4]], ARRAY)}, "lacks the list of tokens"),
+    ({"general.type": ([1, 2], ARRAY)}, "not a model"),
     ({"general.type": ("adapter", TEXT)}, "general.type is 'adapter', not a model"),
     ({"qwen2.attention.causal": (False, ValueType.BOOL)}, "attention is not causal"),
     ({"qwen2.expert_count": (8, U32)}, "it is a mixture of 8 experts; give a dense model"),

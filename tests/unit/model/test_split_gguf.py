@@ -137,10 +137,37 @@ def test_a_whole_model_may_keep_the_keys_of_its_parts(tmp_path: Path, count: int
             GGUFFile.open(with_split(tmp_path / "first.gguf", 5, count))
 
 
-@pytest.mark.parametrize(("count", "kind"), [(-3, VT.INT32), ("3", VT.STRING), (3.0, VT.FLOAT32), (True, VT.BOOL)])
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [(-3, VT.INT32), ("3", VT.STRING), (3.0, VT.FLOAT32), (True, VT.BOOL), ([2, 2], VT.ARRAY), ([[2, 2]], VT.ARRAY)],
+)
 def test_a_count_of_files_is_a_number(tmp_path: Path, count: object, kind: VT) -> None:
     with pytest.raises(ModelFileError, match=r"split\.count is .*, a number of files is needed"):
         GGUFFile.open(with_split(tmp_path / "m.gguf", 0, count, kind))
+
+
+@pytest.mark.parametrize("key", ["split.no", "split.tensors.count"])
+@pytest.mark.parametrize(("value", "kind"), [(None, VT.STRING), ("0", VT.STRING), ([1, 2], VT.ARRAY), (-1, VT.INT32)])
+def test_other_numbers_of_a_split_are_numbers(tmp_path: Path, key: str, value: object, kind: VT) -> None:
+    first, _ = write_split_model(tmp_path / "m", SPEC, max_tensors=20)
+
+    def edit(metadata: Metadata, tensors: Tensors) -> None:
+        for name in tensors.keys() - kept:
+            del tensors[name]
+        metadata["split.no"] = (0, VT.UINT16)
+        metadata["split.count"] = (2, VT.UINT16)
+        metadata["split.tensors.count"] = (n_tensors, VT.INT32)
+        metadata[key] = (value, kind)
+        if value is None:
+            del metadata[key]
+
+    file = GGUFFile.open(first)
+    n_tensors, kept = len(file.tensors), {info.name for info in file.tensors.values() if info.part == 0}
+    write_tiny_model(tmp_path / "edited.gguf", SPEC, edit)
+    (tmp_path / "edited.gguf").replace(first)
+    with pytest.raises(ModelFileError, match=rf"m-00001-of-00002\.gguf: {key} is ") as caught:
+        GGUFFile.open(first)
+    assert str(caught.value).isprintable()
 
 
 def test_names_of_parts_may_be_links(parts: list[Path], tmp_path: Path) -> None:

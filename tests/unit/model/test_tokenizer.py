@@ -41,6 +41,8 @@ def pieces(tokenizer: Tokenizer, text: str, **options: bool) -> list[bytes]:
     [
         ({"model": "llama"}, "tokenizer.ggml.model is 'llama'"),
         ({"pre": "gpt-4o\n"}, r"tokenizer.ggml.pre is 'gpt-4o\n'"),
+        ({"model": np.arange(3)}, "tokenizer.ggml.model is array"),
+        ({"pre": np.arange(3)}, "tokenizer.ggml.pre is '[0 1 2]'"),
         ({"pre": 7}, "tokenizer.ggml.pre is '7'"),
         ({"tokens": []}, TOKENS),
         ({"tokens": None}, TOKENS),
@@ -163,6 +165,11 @@ def test_types_of_tokens_may_be_any_integers(kind: type) -> None:
     got = Tokenizer.from_metadata(vocabulary(token_type=np.array(vocabulary()[TYPES], kind)))
     text = "<|im_start|>x"
     assert got.encode(text, parse_special=True) == want.encode(text, parse_special=True)
+
+
+def test_text_that_is_not_byte_level_is_decoded_as_it_stands() -> None:
+    tokenizer = Tokenizer.from_metadata(with_tokens(("日本 x", TokenType.NORMAL)))
+    assert tokenizer.decode([274]) == "日本 x"
 
 
 def test_merges_may_be_pairs() -> None:
