@@ -51,7 +51,7 @@ class Model:
         repack: bool = True,
         exact_graph: bool = False,
     ) -> Model:
-        """Opens a GGUF file of one of the families in `ARCHS`.
+        """Opens a GGUF file of one of the families in `ARCHS`; of a split model, the first part.
 
         threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.

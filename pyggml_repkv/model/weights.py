@@ -80,15 +80,11 @@ class Weights:
         self.output_norm = self._mapped(Rows.of(file, "output_norm.weight"))
         output_name = "token_embd.weight" if config.tied_output else "output.weight"
         self.output = self._matrix([self._of_vocabulary(output_name)], "output.weight")
-        self.output_bias, self.rope_freqs = (
-            self._mapped(rows(name)) if name in file.tensors else None
-            for name, rows in (
-                ("output.bias", self._of_vocabulary),
-                ("rope_freqs.weight", lambda name: Rows.of(file, name)),
-            )
-        )
+        bias, freqs = "output.bias", "rope_freqs.weight"
+        self.output_bias = self._mapped(self._of_vocabulary(bias)) if bias in file.tensors else None
+        self.rope_freqs = self._mapped(Rows.of(file, freqs)) if freqs in file.tensors else None
         self.layers = [self._layer(i) for i in range(config.n_layer)]
-        if self._buffers:
+        if self._buffers:  # what was copied is hardly read from the file again
             file.release_pages()
 
     def _of_vocabulary(self, name: str) -> Rows:
