@@ -8,11 +8,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help venv run test lint sanitize bench report clean
 
 help:
-	@echo "make run [ARGS='-p \"Hello\" -n 32']  generate text (without -m: with the demo model; without ARGS: from a long text)"
+	@echo "make run [MODEL=NAME] [ARGS='-p \"Hello\" -n 32']  generate text (without MODEL: with the demo model;"
+	@echo "                                    without ARGS: from a long text). MODEL is a name, as qwen2.5-coder-0.5b, or a file"
 	@echo "make test [ARGS='-k name']          run every test"
 	@echo "make lint                           ruff and mypy"
 	@echo "make sanitize                       tests of the native code with ASan, UBSan and TSan"
-	@echo "make bench [MODEL=FILE] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
+	@echo "make bench [MODEL=NAME] [ARGS='...'] compare logits and speed with llama.cpp (compiles it once: ten minutes)"
 	@echo "make report TEXT=FILE               measure everything in docs/RESULTS.md, for hours (goes on where it was stopped)"
 	@echo "make venv                           only set up $(VENV)"
 	@echo "make clean                          remove $(VENV) and what was built (the cached ggml wheel stays)"
@@ -40,10 +41,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml setup.py $(wildcard vendor/g
 
 # A document longer than the demo model was trained for, and a question whose answer stands near its start.
 QUESTION := What is the secret word? The secret word is
+run: MODEL =
 run: ARGS ?= --kv repkv -f docs/examples/logbook.txt -p "$$(printf '\n\n$(QUESTION)')" --greedy -n 16
 run: venv
 	@$(if $(filter file,$(origin ARGS)),echo "reading docs/examples/logbook.txt; $(QUESTION) ..." >&2)
-	@$(BIN)/python -m pyggml_repkv run $(ARGS)
+	@$(BIN)/python -m pyggml_repkv run $(if $(MODEL),-m "$(MODEL)") $(ARGS)
 
 test: venv
 	@$(BIN)/python -m pytest $(ARGS)

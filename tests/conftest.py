@@ -40,9 +40,9 @@ def golden_model(golden_dir: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The converted demo model; fetched once into the user's cache."""
-    from pyggml_repkv.model.demo import demo_model_path
+    from pyggml_repkv.model.names import find_model
 
-    return demo_model_path()
+    return find_model("demo")
 
 
 @pytest.fixture

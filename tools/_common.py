@@ -9,21 +9,21 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pyggml_repkv.cli import output
+from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options
 from pyggml_repkv.cli.parser import Parser, integer
 from pyggml_repkv.cli.run import memory_config
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.model.demo import demo_model_path
+from pyggml_repkv.model.names import find_model
 
 MAX_TOKENS = 2**20
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Adds -m, -t, --seed, --llama-python and --json."""
-    parser.add_argument("-m", "--model", metavar="FILE", type=Path, help="GGUF file (default: the demo model)")
+    parser.add_argument("-m", "--model", metavar="MODEL", default="demo", help="GGUF file or name (default: demo)")
     parser.add_argument(
         "-t",
         "--threads",
@@ -91,8 +91,9 @@ def say(line: str) -> None:
 
 
 def model_path(args: argparse.Namespace) -> Path:
-    """Returns the path of -m, or of the demo model."""
-    return args.model or demo_model_path(say)
+    """Returns the path of -m; a model that has a name is fetched if it is missing."""
+    with progress.downloads(quiet=False) as move:
+        return find_model(args.model, move)
 
 
 def write_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, n_left: int = 1) -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.model.demo import demo_model_path
+from pyggml_repkv.model.names import find_model
 from tests.oracle import oracle_logits
 from tests.tiny_models import TinySpec
 
@@ -29,7 +29,7 @@ FORMS = (
 
 
 def main(text_file: str) -> None:
-    path = demo_model_path()
+    path = find_model("demo")
     with Model.load(path, repack=False) as model:
         tokens = model.tokenizer.encode(Path(text_file).read_text())[:N_TOKENS]
         true = log_probs(oracle_logits(oracle_spec(model), oracle_weights(model), tokens))

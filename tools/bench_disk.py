@@ -46,7 +46,7 @@ HEADER = (
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench_disk.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    parser.add_argument("-m", "--model", metavar="MODEL", default="demo", help="GGUF file or name (default: demo)")
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--text", metavar="FILE", required=True, help="a text of more than --tokens tokens")
     parser.add_argument("--session", metavar="DIR", required=True, help="the saved session; made if it is missing")

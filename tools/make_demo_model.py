@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 from pyggml_repkv.errors import RepkvError
-from pyggml_repkv.model.demo import convert_smollm2, demo_model_path
+from pyggml_repkv.model.demo import convert_smollm2
+from pyggml_repkv.model.names import find_model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give both --from and --out, or neither for the cached demo model")
     try:
         if args.source is None:
-            print(demo_model_path(lambda message: print(message, file=sys.stderr)))
+            print(find_model("demo"))
         else:
             convert_smollm2(args.source, args.out)
             print(args.out)

@@ -36,7 +36,7 @@ MAX_APART_MS = 0.05
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="plot_prefetch.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    parser.add_argument("-m", "--model", metavar="MODEL", default="demo", help="GGUF file or name (default: demo)")
     parser.add_argument("-t", "--threads", metavar="N", type=integer(1, 512), default=default_threads())
     parser.add_argument("--session", metavar="DIR", required=True, help="a session that has read some of the text")
     parser.add_argument("--ours", metavar="FLAGS", default="--kv repkv", help="the flags of `run` that made it")

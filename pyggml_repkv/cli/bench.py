@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output
+from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import kind_of, memory_config, model_path, repacks
+from pyggml_repkv.cli.run import kind_of, memory_config, repacks
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -45,7 +46,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds `bench` and its options."""
     parser = subparsers.add_parser(
         "bench",
-        usage="%(prog)s [-m FILE] [-p N,..] [-n N,..] [-d N,..] [options]",
+        usage="%(prog)s [-m MODEL] [-p N,..] [-n N,..] [-d N,..] [options]",
         description="Measures speed as llama-bench does. Each policy and each llama.cpp runs in its own process, and "
         "the processes take turns.",
         epilog=EXAMPLES,

@@ -108,7 +108,7 @@ def _write_page(args: argparse.Namespace, done: Traced) -> None:
     from pyggml_repkv.lab.inspect.trace import node_times
 
     snapshot = done.steps[-1].snapshot
-    about = {"model": Path(args.model or "demo model").name, "phase": args.phase, **snapshot.about}
+    about = {"model": Path(args.model or args.hf_repo or "demo").name, "phase": args.phase, **snapshot.about}
     # What this graph needs: the buffer was made for the largest graph.
     needed = max(t.offset + t.bytes for t in snapshot.nodes if t.buffer == "compute")
     shown = replace(snapshot, about=about, compute_bytes=needed, by_id={})

@@ -19,7 +19,7 @@ COMMANDS = {
     "bench": "measure speed, and compare it with llama.cpp",
     "eval": "measure what a KV memory retrieves",
     "graph": "show, verify and compare the graphs that ggml computes",
-    "model": "show what a model file holds, and the memory it needs",
+    "model": "list and fetch models, show what a file holds and the memory it needs",
 }
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.

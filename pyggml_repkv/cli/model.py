@@ -1,4 +1,4 @@
-"""`model`: shows what a model file holds, and the memory it needs."""
+"""`model`: lists, fetches and removes models, and shows what a file holds and the memory it needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output
+from pyggml_repkv.cli import model_cache, output
+from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.cli.run import kind_of, memory_config
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 examples:
   %(prog)s
-  %(prog)s qwen2.5-7b-instruct-q4_k_m.gguf -c 131072
+  %(prog)s qwen2.5-coder-1.5b -c 131072
   %(prog)s -m model.gguf -c 1000000 --kv repkv --kv-ram 2G --json
 """
 
@@ -38,7 +39,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "model",
         usage="%(prog)s TASK [options]",
-        description="Shows what model files hold, without reading their weights.",
+        description="Lists, fetches and removes models that have a name; shows what a model file holds.",
         epilog="`%(prog)s TASK --help` lists the options of a task.",
         formatter_class=HelpFormatter,
     )
@@ -47,17 +48,18 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     info = tasks.add_parser(
         "info",
-        usage="%(prog)s [FILE] [options]",
+        usage="%(prog)s [MODEL] [options]",
         help="sizes, tokenizer, types of the weights, and the memory that a context needs",
         description="Shows what a GGUF file holds, and how much RAM and disk `run` would need with the same options.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    info.add_argument("file", metavar="FILE", nargs="?", help="GGUF file, as -m FILE (default: the demo model)")
+    info.add_argument("file", metavar="MODEL", nargs="?", help="GGUF file or name, as -m MODEL")
     info.add_argument("--json", action="store_true", help="print one JSON object (docs/model_info.md has the keys)")
     add_model_options(info)
     add_context_options(info)
     add_memory_options(info)
+    model_cache.add_tasks(tasks)
     for action in info._actions:
         if action.dest == "kv":
             action.default = None
@@ -69,7 +71,11 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `model info` and returns its exit code. Raises RepkvError."""
+    """Runs a task and returns its exit code. Raises RepkvError."""
+    return _info(args) if args.task == "info" else model_cache.main(args)
+
+
+def _info(args: argparse.Namespace) -> int:
     from pyggml_repkv.engine import budget
     from pyggml_repkv.lab.inspect.model_info import ModelInfo, PlanInputs
     from pyggml_repkv.model.gguf_file import GGUFFile
@@ -93,14 +99,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _path(args: argparse.Namespace) -> Path:
-    if args.file is not None and args.model is not None:
-        raise InputError("a model file was given as FILE and with -m: leave one out")
-    name = args.file if args.file is not None else args.model
-    if name is not None:
-        return Path(name)
-    from pyggml_repkv.model.demo import demo_model_path
-
-    return demo_model_path(output.say)
+    if args.file is not None:
+        if args.model is not None or args.hf_repo is not None:
+            raise InputError("a model was given as MODEL and with -m or -hf: leave one out")
+        args.model = args.file
+    args.quiet = True
+    return model_path(args)
 
 
 def _memories(args: argparse.Namespace) -> list[MemoryConfig]:

@@ -26,7 +26,22 @@ MAX_SEED = 2**32 - 1
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds -m, -t and the flags that say how weights are held and computed."""
     group = parser.add_argument_group("model")
-    group.add_argument("-m", "--model", metavar="FILE", help="GGUF file (default: the demo model)")
+    group.add_argument(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        type=filled_text,
+        help="GGUF file, or a name that `model list` shows (default: demo)",
+    )
+    group.add_argument(
+        "-hf",
+        "-hfr",
+        "--hf-repo",
+        metavar="USER/REPO[:QUANT]",
+        type=filled_text,
+        help="model of the Hugging Face hub, kept in its cache (default QUANT: Q4_K_M, else the first GGUF file)",
+    )
+    group.add_argument("-hff", "--hf-file", metavar="FILE", type=filled_text, help="this file of the repository of -hf")
     group.add_argument(
         "-t",
         "--threads",

@@ -1,4 +1,4 @@
-"""Progress on stderr while a long prompt is read: a bar, or lines where no bar can be drawn."""
+"""Progress on stderr while a long prompt is read or a model downloaded: a bar, or lines where none can be drawn."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pyggml_repkv.cli import output
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 
 def wanted() -> bool:
@@ -104,3 +105,77 @@ def prompt_bar(n_tokens: int) -> Iterator[Callable[[int, int], None]]:
             yield move
         finally:
             _console = None
+
+
+@contextmanager
+def downloads(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """Yields a function of the bytes that are here and of all; it shows them from its first call on.
+
+    The library's notices are shown too. quiet: yields None, and shows warnings only.
+    """
+    if quiet:
+        yield None
+        return
+    logger = logging.getLogger("pyggml_repkv")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    shown = _DownloadBar() if wanted() else _DownloadLines()
+    try:
+        yield shown.move
+    finally:
+        shown.close()
+        logger.setLevel(level)
+
+
+class _DownloadBar:
+    """A bar that appears with the first byte and disappears at the end."""
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def move(self, n_done: int, n_total: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        global _console
+        if self._bar is None:
+            columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            console = Console(stderr=True)
+            self._bar = Progress(
+                TextColumn("downloading"), *columns, console=console, auto_refresh=False, transient=True,
+                redirect_stdout=False, redirect_stderr=False,
+            )  # fmt: skip
+            # What an earlier run has fetched is no speed of this one.
+            self._bar.add_task("", total=n_total, completed=n_done)
+            self._bar.start()
+            _console = console
+        self._bar.update(self._bar.task_ids[0], completed=n_done, total=n_total, refresh=True)
+
+    def close(self) -> None:
+        global _console
+        if self._bar is not None:
+            self._bar.stop()
+            _console = None
+
+
+class _DownloadLines:
+    """A line every LINE_EVERY seconds."""
+
+    def __init__(self) -> None:
+        self._said = perf_counter()
+
+    def move(self, n_done: int, n_total: int) -> None:
+        now = perf_counter()
+        if now - self._said >= LINE_EVERY and n_done < n_total:
+            self._said = now
+            output.say(f"downloaded {n_done / 1e6:.0f} of {n_total / 1e6:.0f} MB")
+
+    def close(self) -> None:
+        """Nothing is left on the terminal."""

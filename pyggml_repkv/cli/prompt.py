@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,7 @@ from typing import TYPE_CHECKING
 from pyggml_repkv.errors import InputError
 
 if TYPE_CHECKING:
-    from pyggml_repkv.model.chat_template import ChatTemplate
-    from pyggml_repkv.model.tokenizer import Tokenizer
+    from pyggml_repkv.engine.model import Model
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -29,7 +29,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def read_text_file(name: str, flag: str) -> str:
-    """Returns the text of the UTF-8 file `name`, given with `flag`. Raises InputError if it cannot be read."""
+    """Returns the text of the UTF-8 file `name`, given with `flag`, without a byte order mark.
+
+    Raises InputError if it cannot be read.
+    """
     try:
         path = Path(name)
         if path.is_char_device() or path.is_block_device():
@@ -45,30 +48,25 @@ def check_chat_flags(args: argparse.Namespace, prompt: str) -> None:
     """Raises InputError if a flag needs --chat, or --chat excludes a flag."""
     if args.system is not None and not args.chat:
         raise InputError("--system needs --chat: only a chat template has a system message")
-    if args.chat and args.no_parse_special:
-        raise InputError("--no-parse-special cannot go with --chat: the template is written in special tokens")
     if args.chat and not prompt:
         raise InputError("--chat needs a message: -p TEXT or -f FILE is empty")
 
 
-def apply_template(args: argparse.Namespace, prompt: str, template: ChatTemplate | None) -> str:
-    """Returns the prompt as the user's message in the model's template. Raises InputError if the model has none."""
-    if template is None:
-        raise InputError("--chat: this model has no chat template; leave --chat out, or use an instruct model")
-    messages = [{"role": "user", "content": prompt}]
-    if args.system is not None:
-        messages.insert(0, {"role": "system", "content": args.system})
-    return template.render(messages)
+def tokenize(args: argparse.Namespace, prompt: str, model: Model) -> tuple[str, list[int]]:
+    """Returns the prompt, as the user's message in the model's template with --chat, and its token ids.
 
-
-def tokenize(args: argparse.Namespace, text: str, tokenizer: Tokenizer) -> list[int]:
-    """Returns the token ids of the prompt. Raises InputError if there are none."""
-    tokens = tokenizer.encode(text, add_special=True, parse_special=not args.no_parse_special)
-    if args.chat and tokenizer.add_bos and tokens[:2] == [tokenizer.bos_id] * 2:
-        tokens = tokens[1:]  # The template writes a start token too.
+    Raises InputError if there are no ids, or no template.
+    """
+    if args.chat:
+        messages = [{"role": "user", "content": prompt}]
+        if args.system is not None:
+            messages.insert(0, {"role": "system", "content": args.system})
+        prompt, tokens = model.chat_prompt(messages)
+    else:
+        tokens = model.tokenizer.encode(prompt, parse_special=not args.no_parse_special)
     if not tokens:
         raise InputError("the prompt is empty, and this model has no start token: give -p or -f some text")
-    return tokens
+    return prompt, tokens
 
 
 def _read_stdin() -> bytes:
@@ -77,8 +75,10 @@ def _read_stdin() -> bytes:
 
 
 def _decoded(data: bytes, source: str) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{source}: UTF-16 text; convert it to UTF-8 (iconv -f UTF-16 -t UTF-8)")
     try:
-        return data.decode("utf-8")
+        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{source}: not UTF-8 text (byte 0x{data[error.start]:02x} at {error.start}); convert it first"

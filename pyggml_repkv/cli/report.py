@@ -11,13 +11,17 @@ from pyggml_repkv.engine.generate import GenerationResult
 
 
 def timings(result: GenerationResult, load_ms: float) -> str:
-    """Returns the timings in llama.cpp's layout: a "run" is a step of one token; the total excludes loading."""
+    """Returns the timings in llama.cpp's layout, and what ended the text.
+
+    A "run" is a step of one token; the total excludes loading.
+    """
     n_tokens = result.n_prompt + result.n_decoded
     return (
         f"perf:        load time = {load_ms:10.2f} ms\n"
         f"perf: prompt eval time = {_per_token(result.prompt_ms, result.n_prompt, 'tokens')}\n"
         f"perf:        eval time = {_per_token(result.predicted_ms, result.n_decoded, 'runs  ')}\n"
         f"perf:       total time = {result.total_ms:10.2f} ms / {n_tokens:5d} tokens\n"
+        f"perf:    finish reason = {result.finish_reason or 'interrupted'}\n"
     )
 
 

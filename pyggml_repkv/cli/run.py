@@ -7,10 +7,10 @@ import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import (
     MAX_INT,
     add_context_options,
@@ -19,10 +19,10 @@ from pyggml_repkv.cli.options import (
     add_sampling_options,
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
-from pyggml_repkv.cli.prompt import apply_template, check_chat_flags, read_prompt, tokenize
+from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
-from pyggml_repkv.memory.config import MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
+from pyggml_repkv.memory.config import MAX_CONTEXT, MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 EXAMPLES = r"""
 examples:
   %(prog)s -p 'The capital of France is' -n 32 --greedy
-  %(prog)s -m qwen2.5-0.5b-instruct-q4_0.gguf --chat -p 'Why is the sky blue?'
+  %(prog)s -m qwen2.5-coder-0.5b --chat -p 'Why is the sky blue?'
+  %(prog)s -hf Qwen/Qwen2.5-7B-Instruct-GGUF:Q4_K_M --chat -p 'Why is the sky blue?'
   %(prog)s -m model.gguf --chat -c 16384 -f report.txt -p $'\n\nSum this up.'
   git diff | %(prog)s --chat --system 'You review code.' -p - --stop $'\n\n'
   %(prog)s -p 'Once upon a time' -n 64 --seed 7 --json | jq .predicted_per_second
@@ -44,7 +45,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Adds `run` and its options."""
     parser = subparsers.add_parser(
         "run",
-        usage="%(prog)s [-m FILE] [-f FILE] [-p TEXT] [options]",
+        usage="%(prog)s [-m MODEL] [-f FILE] [-p TEXT] [options]",
         description="Continues a prompt. The text goes to stdout as it comes, everything else to stderr.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
@@ -64,7 +65,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--no-parse-special",
         action="store_true",
-        help="read special tokens that the prompt spells out as plain text",
+        help="read special tokens that the prompt spells out as plain text, as --chat always does",
+    )
+    group.add_argument(
+        "--no-normalize",
+        action="store_true",
+        help="keep decomposed characters (NFD), as llama.cpp and --exact-graph do; Qwen's own tokenizer composes them "
+        "(NFC), and so is the default for its models",
     )
     add_model_options(parser)
     add_context_options(parser)
@@ -74,9 +81,10 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "-n",
         "--n-predict",
         metavar="N",
-        type=integer(-1, MAX_INT),
+        type=integer(-2, MAX_INT),
         default=-1,
-        help="generate at most N tokens; -1: until the context is full (default: -1)",
+        help="generate at most N tokens; -1: at most as many as the model was trained on, or 32768 if that is less; "
+        "-2: until the context is full (default: -1)",
     )
     group.add_argument(
         "-r",
@@ -110,9 +118,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
 
     with load_model(args) as model:
-        if args.chat:
-            prompt = apply_template(args, prompt, model.chat_template)
-        tokens = tokenize(args, prompt, model.tokenizer)
+        prompt, tokens = tokenize(args, prompt, model)
         if args.verbose_prompt:
             _list_tokens(tokens, model)
         with _session(args, model, len(tokens)) as session:
@@ -131,6 +137,7 @@ def load_model(args: argparse.Namespace) -> Model:
         threads=args.threads or default_threads(),
         repack=repacks(args, args.kv),
         exact_graph=args.exact_graph,
+        normalize=False if getattr(args, "no_normalize", False) else None,
     )
 
 
@@ -146,17 +153,6 @@ def kind_of(policy: str) -> PolicyKind:
     return policy_kind(policy)
 
 
-def model_path(args: argparse.Namespace) -> str | Path:
-    """Returns the path of -m, or of the demo model, which is made if it is missing."""
-    if args.model is not None:
-        return str(args.model)
-    from pyggml_repkv.model.demo import demo_model_path
-
-    path = demo_model_path(lambda message: _note(args, message))
-    _note(args, f"no -m given, using the demo model {path}")
-    return path
-
-
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     n_ctx_train = model.config.n_ctx_train
     unbounded = kind_of(args.kv).bounded
@@ -164,7 +160,8 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     if n_ctx and n_prompt > n_ctx:
         raise InputError(
             f"the prompt has {n_prompt} tokens and the context holds {n_ctx}: give -c {n_prompt} or more, "
-            f"or a shorter prompt (the model was trained on {n_ctx_train})"
+            f"or a shorter prompt (the model was trained on {n_ctx_train}"
+            + ("; --kv repkv reads on past it)" if not unbounded else ")")
         )
     if unbounded and args.positions == "exact" and n_prompt > n_ctx_train:
         output.say(f"warning: --positions exact with {n_prompt} tokens, but the model was trained on {n_ctx_train}")
@@ -172,7 +169,9 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: -c {n_ctx} exceeds the {n_ctx_train} tokens that the model was trained on")
     if unbounded and not n_ctx and n_prompt > n_ctx_train:
         # This tells the memory from the start that the context will be long.
-        n_ctx = max(UNBOUNDED_CONTEXT, n_prompt)
+        limit = _config(args).limit(n_ctx_train)
+        n_more = UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT)
+        n_ctx = min(max(UNBOUNDED_CONTEXT, n_prompt + n_more), MAX_CONTEXT)
     return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
@@ -248,6 +247,9 @@ def _generate(
     if result.finish_reason == "context":
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
+    if result.finish_reason == "length" and args.n_predict == -1:
+        n = len(result.tokens)
+        output.say(f"warning: cut off after {n} tokens without an end; -n N allows more, -n -2 as many as the context")
     _say_timings(args, generation, model, session)
 
 

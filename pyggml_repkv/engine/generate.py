@@ -10,16 +10,22 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.arguments import check_callable, check_fields, check_type
 from pyggml_repkv.engine.sampling import Sampler, SamplingConfig
 from pyggml_repkv.errors import ContextFullError, InputError
 
-FinishReason = Literal["stop", "length", "context"]
+FinishReason = Literal["eos", "stop", "length", "context"]
 Progress = Callable[[int, int], None]
+
+# The most tokens that are generated where nobody says how many; no more than the model was trained on.
+MAX_UNASKED = 32768
 
 
 class TokenSession(Protocol):
     """What generation needs of a session; logits are [n_vocab] and valid until the next call."""
 
+    @property
+    def n_ctx_train(self) -> int: ...
     def prefill(self, tokens: Sequence[int], *, on_progress: Progress | None = None) -> NDArray[np.float32]: ...
     def decode(self, token: int) -> NDArray[np.float32]: ...
 
@@ -44,9 +50,9 @@ class TextTokenizer(Protocol):
 class GenerationConfig:
     """When to stop and what to show. Raises InputError for a value out of range.
 
-    n_predict: most tokens to generate; -1 goes on until the model ends its text or the context is full.
-    stop: strings that end the text; none of them is part of it. ignore_eos: end-of-generation tokens are
-    never drawn. special: special tokens appear in the text.
+    n_predict: most tokens to generate; -1 is as many as the model was trained on, at most MAX_UNASKED, and -2 has no
+    limit but the context. stop: strings (or one) that end the text; none of them is part of it. ignore_eos:
+    end-of-generation tokens are never drawn. special: special tokens appear in the text.
     """
 
     n_predict: int = -1
@@ -56,10 +62,22 @@ class GenerationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        if self.n_predict < -1:
-            raise InputError(f"n_predict must be -1 (no limit) or more, got {self.n_predict}")
+        check_fields(self)
+        if self.n_predict < -2:
+            raise InputError(f"n_predict must be -2 (until the context is full) or more, got {self.n_predict}")
+        check_type("stop", self.stop, (str, tuple, list), "a text, or several")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for stop in self.stop:
+            check_type("stop", stop, str, "a text, or several")
         if "" in self.stop:
             raise InputError("a stop string must not be empty")
+        check_type("sampling", self.sampling, SamplingConfig, "a SamplingConfig")
+
+    def limit(self, n_ctx_train: int) -> int | None:
+        """The most tokens to generate, with a model that was trained on n_ctx_train; None: no limit."""
+        if self.n_predict == -1:
+            return min(n_ctx_train, MAX_UNASKED)
+        return None if self.n_predict < 0 else self.n_predict
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +87,8 @@ class GenerationResult:
 
     tokens: every id drawn, an end-of-generation token or those of a stop string included.
     n_prompt: prompt tokens read: all of them, less those that the session had and unless reading was interrupted.
-    finish_reason: 'stop' (end-of-generation token or stop string), 'length' (n_predict), 'context' (full), or
-    None when the generation was left before its end.
+    finish_reason: 'eos' (an end-of-generation token), 'stop' (a stop string), 'length' (n_predict), 'context' (full),
+    or None when the generation was left before its end.
     """
 
     text: str
@@ -142,7 +160,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Generation:
-    """One continuation of a session by `prompt` token ids: iterate it once for the pieces of text.
+    """One continuation of a session by `prompt` token ids: iterate it once for the pieces of text; then it is over.
 
     `result()` may be asked for at any time. Raises InputError for an empty prompt; iterating raises what
     `prefill` raises, and ComputeError when the model's output is not numbers.
@@ -160,7 +178,10 @@ class Generation:
     ) -> None:
         if not prompt:
             raise InputError("the prompt is empty and this model has no start token: give it some text")
+        check_type("config", config, (GenerationConfig, type(None)), "a GenerationConfig")
         self.config = config or GenerationConfig()
+        self._limit = self.config.limit(session.n_ctx_train)
+        self._iterated = False
         self._eog = tokenizer.eog_ids
         self.sampler = sampler or Sampler(self.config.sampling, self._eog if self.config.ignore_eos else ())
         self._begun_with = begun or Begun()
@@ -181,7 +202,7 @@ class Generation:
 
     def prefill(self, on_progress: Progress | None = None) -> None:
         """Reads the prompt, as iterating does if need be. Raises ContextFullError when it does not fit."""
-
+        check_callable("on_progress", on_progress)
         n_before = self._begun_with.n_read
 
         def count(n_done: int, n_total: int) -> None:
@@ -198,6 +219,9 @@ class Generation:
             self._prompt_s = perf_counter() - self._begun
 
     def __iter__(self) -> Iterator[str]:
+        if self._iterated:
+            return
+        self._iterated = True
         stops = StopStrings(self.config.stop)
         try:
             for piece in self._pieces():
@@ -268,16 +292,16 @@ class Generation:
     def _until_end(self) -> Iterator[int]:
         if self._logits is None:
             self.prefill()
-        if self.config.n_predict == 0:
+        if self._limit == 0:
             self._finish_reason = "length"
             return
         try:
             for token in self._steps():
                 yield token
                 if token in self._eog:
-                    self._finish_reason = "stop"
+                    self._finish_reason = "eos"
                     return
-                if len(self._tokens) == self.config.n_predict:
+                if len(self._tokens) == self._limit:
                     self._finish_reason = "length"
                     return
         except ContextFullError:

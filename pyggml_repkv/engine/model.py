@@ -6,12 +6,14 @@ import hashlib
 import os
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pyggml_repkv.arguments import check_bool, check_int, check_path, check_type
 from pyggml_repkv.engine.session import Session
 from pyggml_repkv.engine.session_store import SessionStore, kept_settings
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
@@ -25,21 +27,26 @@ from pyggml_repkv.memory.registry import POLICIES, policy_identity, policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.first_keys import FirstLayerKeys
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.names import find_model
 from pyggml_repkv.model.tensors import check_tensors
 from pyggml_repkv.model.tokenizer import Tokenizer
 from pyggml_repkv.model.weights import Weights
 
 if TYPE_CHECKING:
+    from pyggml_repkv.model.chat_prompt import ChatPrompt
     from pyggml_repkv.model.chat_template import ChatTemplate
 
 
 class Model:
     """Read-only after loading. Its sessions share one set of threads and take turns, step by step."""
 
-    def __init__(self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
+    def __init__(
+        self, file: GGUFFile, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool, normalize: bool
+    ) -> None:
         self.file, self.config, self.weights, self.backend = file, config, weights, backend
         self.graph = GraphModel(config, weights, backend, exact=exact)
         self.load_ms = 0.0
+        self._normalize = normalize
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
     @classmethod
@@ -50,23 +57,32 @@ class Model:
         threads: int | None = None,
         repack: bool = True,
         exact_graph: bool = False,
+        normalize: bool | None = None,
     ) -> Model:
         """Opens a GGUF file of one of the families in `ARCHS`; of a split model, the first part.
 
+        path: a file, a name that `model list` shows, or "hf:USER/REPO[:QUANT]"; the last two are fetched once
+        (`model.names.find_model` says which is which, and shows progress).
         threads: None = the physical cores this process may use.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
+        normalize: bring text to NFC where the model's own tokenizer does; None: unless exact_graph, as llama.cpp.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).
         """
         start = time.perf_counter()
-        n_threads = default_threads() if threads is None else threads
+        check_path("the model's path", path)
+        for name, flag in (("repack", repack), ("exact_graph", exact_graph)):
+            check_bool(name, flag)
+        check_type("normalize", normalize, (bool, type(None)), "True, False or None")
+        n_threads = default_threads() if threads is None else check_int("threads", threads)
         if not 1 <= n_threads <= MAX_THREADS:
             raise InputError(f"-t is {n_threads}; it must be between 1 and {MAX_THREADS}")
-        file = GGUFFile.open(Path(path))
+        file = GGUFFile.open(find_model(path))
         config = ModelConfig.from_gguf(file)
         check_tensors(file, config)
         weights = Weights(file, config, repack=repack, join=not exact_graph)
-        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph)
+        normalize = not exact_graph if normalize is None else normalize
+        model = cls(file, config, weights, Backend(n_threads), exact=exact_graph, normalize=normalize)
         # The tokenizer is part of loading: a broken vocabulary should be known before a prompt is typed.
         try:
             _ = model.tokenizer
@@ -86,7 +102,9 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_metadata(self.file.metadata)
+        tokenizer = Tokenizer.from_metadata(self.file.metadata)
+        tokenizer.normalizes &= self._normalize
+        return tokenizer
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
@@ -94,6 +112,18 @@ class Model:
         from pyggml_repkv.model.chat_template import ChatTemplate
 
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatPrompt:
+        """The text and the token ids of a conversation in the model's chat template, for `Session.generate`.
+
+        What messages say is text, whatever they spell out. options: those of `ChatTemplate.render`. Raises InputError
+        where the model has no template, and for messages that it cannot render.
+        """
+        from pyggml_repkv.model.chat_prompt import chat_prompt
+
+        if self.chat_template is None:
+            raise InputError("this model has no chat template; leave --chat out, or use an instruct model")
+        return chat_prompt(self.chat_template, self.tokenizer, messages, **options)
 
     def session(
         self, memory: MemoryConfig | None = None, *, directory: str | os.PathLike[str] | None = None
@@ -105,6 +135,9 @@ class Model:
         """
         if self.backend.closed:
             raise InputError("the model is closed")
+        check_type("memory", memory, (MemoryConfig, type(None)), "a MemoryConfig")
+        if directory is not None:
+            check_path("directory", directory)
         memory = memory or MemoryConfig()
         if directory is not None and memory.kv_dir:
             raise InputError("--session keeps evicted blocks in its own directory: leave out --kv-dir")
@@ -142,6 +175,7 @@ class Model:
         limit on RAM; not for a memory that a file of the user's makes, since what a directory names is not run. Raises
         as `session` does; InputError where there is none.
         """
+        check_path("directory", directory)
         if not (Path(directory) / "session.db").is_file():
             raise InputError(f"{directory}: there is no session")
         kept = kept_settings(Path(directory))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.arguments import check_fields
 from pyggml_repkv.errors import ComputeError, InputError
 
 MAX_SEED = 2**32 - 1
@@ -37,6 +38,7 @@ class SamplingConfig:
     seed: int = -1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check("temp", self.temp, math.isfinite(self.temp) and self.temp >= 0, "a finite number, 0 or more")
         _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
         _check("top_p", self.top_p, 0 <= self.top_p <= 1, "from 0 to 1")

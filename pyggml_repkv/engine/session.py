@@ -6,12 +6,13 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from pyggml_repkv.arguments import check_callable, check_int, check_type
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
@@ -96,6 +97,11 @@ class Session:
         return self.policy.n_ctx
 
     @property
+    def n_ctx_train(self) -> int:
+        """Tokens that the model was trained on."""
+        return self.config.n_ctx_train
+
+    @property
     def compute_bytes(self) -> int:
         """Bytes of the compute buffer so far."""
         return 0 if self._closed else self._stepper.plans.compute_bytes
@@ -125,6 +131,7 @@ class Session:
         on_progress(n_done, n_total) is called after each chunk of at most n_batch tokens.
         Raises ContextFullError, before anything is computed, if they do not all fit; InputError for a bad token.
         """
+        check_callable("on_progress", on_progress)
         ids = self._checked(tokens)
         logits: np.ndarray | None = None
         end = 0
@@ -158,7 +165,7 @@ class Session:
 
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
-        logits = self._step(self._checked((token,)), "all")
+        logits = self._step(self._checked((check_int("token", token),)), "all")
         assert logits is not None
         return logits[0]
 
@@ -167,21 +174,27 @@ class Session:
 
         Raises InputError for an empty prompt; iterating raises as prefill does.
         """
-        tokens = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
-        return Generation(self, self._tokenizer, tokens, config)
+        if isinstance(prompt, str):
+            return Generation(self, self._tokenizer, self._tokenizer.encode(prompt, parse_special=True), config)
+        return Generation(self, self._tokenizer, self._prompt(prompt), config)
+
+    def _prompt(self, tokens: Sequence[int]) -> list[int]:
+        is_empty = isinstance(tokens, Sized) and not len(tokens)
+        return [] if is_empty else check_tokens(tokens, self.config.n_vocab).tolist()
 
     def continue_text(self, prompt: Sequence[int], config: GenerationConfig | None = None) -> Generation:
         """`generate`, from what a kept session has of the prompt, or of a text after it that was cut off.
 
         Call it before anything was read; from then on saves hold the state of the text. `save` once it is over.
         """
-        generation = Generation(self, self._tokenizer, list(prompt), config)
+        prompt = self._prompt(prompt)
+        generation = Generation(self, self._tokenizer, prompt, config)
         resumed = self.go_back_to(prompt, generation.was_cut_off)
         text = tuple(self._stepper.tokens[len(prompt) : self.n_past])
         begun = Begun(
             min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra.get("sampler") if text else None
         )
-        generation = Generation(self, self._tokenizer, list(prompt), config, begun=begun)
+        generation = Generation(self, self._tokenizer, prompt, config, begun=begun)
         self.save_also(generation.saved)
         return generation
 
@@ -202,7 +215,7 @@ class Session:
         self._check_open()
         if not self.policy.rewinds:
             raise InputError(f"--kv {self.policy.name} cannot go back to an earlier token")
-        if not 0 <= n_past <= self.n_past:
+        if not 0 <= check_int("n_past", n_past) <= self.n_past:
             raise InputError(f"position {n_past} is not among the {self.n_past} tokens that were read")
         self._stepper.rewind(n_past)
 
@@ -211,7 +224,7 @@ class Session:
         self._check_open()
         if not isinstance(self.policy, Repeatable):
             raise InputError(f"--kv {self.policy.name} has no repeated tokens")
-        if not 0 < self.n_past <= n_past <= self.n_ctx:
+        if not 0 < self.n_past <= check_int("n_past", n_past) <= self.n_ctx:
             raise InputError(f"{self.n_past} tokens cannot be repeated up to {n_past} of {self.n_ctx}")
         self._stepper.repeat(n_past)
 
@@ -236,6 +249,8 @@ class Session:
         ComputeError where the memory was stopped halfway, so that the save before is the last good one.
         """
         self._check_open()
+        if directory is not None:
+            check_type("directory", directory, (str, os.PathLike), "a path")
         if directory is not None and not is_kept_in(self._store, directory):
             save_copy(self._stepper, Path(directory), self._open_store, self._saved_extra())
         elif self._keeper is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pyggml_repkv.arguments import check_fields
 from pyggml_repkv.errors import InputError
 
 # Tokens a bounded memory may hold where nobody says how many.
@@ -115,6 +116,7 @@ class MemoryConfig:
     kv_debug: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.n_ctx <= MAX_CONTEXT:
             raise InputError(
                 f"-c is {self.n_ctx}; it must be 0 (the trained context) or a number of tokens, at most {MAX_CONTEXT}"

@@ -65,15 +65,15 @@ class ChatTemplate:
         documents: Sequence[Any] | None = None,
         **variables: Any,
     ) -> str:
-        """The prompt, which spells out its special tokens: encode it with parse_special, without add_special.
+        """The prompt, which spells out its special tokens and those in messages: `chat_prompt` tells them apart.
 
         Raises InputError for messages that are not dicts with a role and content, and for whatever the
         template refuses or cannot do.
         """
-        _check_messages(messages)
+        messages = plain_messages(messages)
         name = self._choose(tools)
         given = {
-            "messages": list(messages),
+            "messages": messages,
             "add_generation_prompt": add_generation_prompt,
             "tools": tools,
             "documents": documents,
@@ -181,14 +181,50 @@ def _bounded(blocks: Iterable[str]) -> Iterator[str]:
         yield block
 
 
-def _check_messages(messages: object) -> None:
-    """Raises InputError unless `messages` is what a template expects."""
+def plain_messages(messages: object) -> list[dict[str, Any]]:
+    """Messages as templates expect them: content parts joined by newlines (as llama.cpp does), arguments of tool calls
+    as objects. Raises InputError unless they are dicts with a role and content.
+    """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages: expected a list with at least one dict, each with a role and content")
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InputError(f"messages[{number}] is {message!r:.80}; it must be a dict with a role and content")
-        if not isinstance(message.get("role"), str):
-            raise InputError(f"messages[{number}] has no role; 'system', 'user' and 'assistant' are usual ones")
-        if "content" not in message and "tool_calls" not in message:
-            raise InputError(f"messages[{number}] has no content; give it a text")
+    return [_plain_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+
+
+def _plain_message(message: object, name: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f"{name} is {message!r:.80}; it must be a dict with a role and content")
+    if not isinstance(message.get("role"), str):
+        raise InputError(f"{name} has no role; 'system', 'user' and 'assistant' are usual ones")
+    calls = message.get("tool_calls")
+    if "content" not in message and not calls:
+        raise InputError(f"{name} has no content; give it a text")
+    plain = dict(message)
+    content = message.get("content")
+    if isinstance(content, list | tuple):
+        plain["content"] = "\n".join(_part_text(part, f"{name}.content[{n}]") for n, part in enumerate(content))
+    elif content is None and "content" in message and not calls:
+        plain["content"] = ""
+    elif content is not None and not isinstance(content, str):
+        raise InputError(f"{name}.content is {content!r:.80}; it must be a text or a list of parts")
+    if isinstance(calls, list | tuple):
+        plain["tool_calls"] = [_plain_call(call) for call in calls]
+    return plain
+
+
+def _part_text(part: object, name: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+    if not isinstance(text, str):
+        raise InputError(f"{name} is {part!r:.80}; it must be a dict of type 'text' with a text")
+    return text
+
+
+def _plain_call(call: Any) -> Any:
+    """With its arguments as an object, where they are JSON in a string: templates write them as JSON themselves."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call

@@ -54,8 +54,18 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(sorted(LLAMA3), (_words(r"\p{N}{1,3}"),)),
 }
 
-# No word goes on past these places and no lookahead sees across them, with any of the patterns above.
-_WORD_ENDS = re.compile(r"(?<=\S) |(?<=\S\n)(?=\S)")
+# Names whose models were trained on NFC text: their own tokenizers normalize, and a GGUF file has no key for it.
+NFC = frozenset(("qwen2", "deepseek-r1-qwen"))
+
+# No word goes on past these places and no lookahead sees across them, with any of the patterns above; nor does NFC
+# join what stands on their two sides.
+_WORD_ENDS = re.compile(
+    r"(?<=\S) |(?<=\S\n)(?=\S)"
+    # No word holds a letter or digit before anything else: ASCII, kana, ideographs and Hangul before punctuation.
+    r"|(?<=[0-9A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])"
+    r"(?=[\x00-/:-@\[-`{-\x7f\u3001\u3002\uff01-\uff0f\uff1a-\uff20])"
+    r"|(?<=[!-/:-~])(?=[0-9])"  # nor a digit after anything else
+)
 
 
 def pre_name(metadata: Mapping[str, Any]) -> str:

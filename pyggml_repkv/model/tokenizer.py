@@ -8,22 +8,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from gguf.constants import TokenType
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.models import BPE
+from tokenizers.normalizers import NFC
 
 from pyggml_repkv.errors import InputError, ModelFileError
+from pyggml_repkv.model import pretokenizers
 from pyggml_repkv.model.gguf_header import printable
 from pyggml_repkv.model.pretokenizers import LLAMA3, check_known, chunks, pre_name, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
+from pyggml_repkv.model.text import apart, unmask, valid_text
 
 log = logging.getLogger(__name__)
 
 # Characters. One call costs 170 bytes for each of them, and cannot be interrupted.
 CHUNK = 16384
+# A word of more characters is encoded in a thread, which Ctrl-C need not wait for: some milliseconds.
+LONG_CHUNK = 4 * CHUNK
 
 # Tokens that end generation, and are control tokens, whatever their type says.
 EOG_TEXTS = frozenset(
@@ -58,6 +64,8 @@ _FIM_ROLES = (
 
 # Of the ids in a file's metadata, those that this program asks for.
 _ROLES = ("bos", "eos", "eot", "eom", *(name for role in _FIM_ROLES for name in role.roles))
+
+_NFC = NFC()
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _SPELLED_OUT = (*_CONTROL, TokenType.USER_DEFINED)  # their text is their bytes
@@ -121,7 +129,8 @@ class Tokenizer:
     """Byte-level BPE over the vocabulary of a GGUF file.
 
     n_vocab: number of tokens, padding included. bos_id, eos_id: None where the file names none.
-    eog_ids: tokens that end generation. add_bos: whether a text starts with bos_id.
+    eog_ids: tokens that end generation. add_bos: whether a text starts with bos_id. normalizes: whether text is brought
+    to NFC first, as the model's own tokenizer does (llama.cpp does not).
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class Tokenizer:
         self.eos_id = eos_id
         self.eog_ids = eog_ids
         self.add_bos = add_bos and bos_id is not None
+        self.normalizes = pre in pretokenizers.NFC
         self._tokens = tokens
         self._kinds = dict(kinds or {})
         words = pre_tokenizer(pre)
@@ -153,6 +163,7 @@ class Tokenizer:
         # Longest first, by bytes: the order in which llama.cpp looks for them.
         by_length = sorted(self._kinds, key=lambda i: len(tokens[i].encode()), reverse=True)
         self._specials = [i for i in by_length if self._kinds[i] in _SPELLED_OUT]
+        self.control_texts = tuple(tokens[i] for i in by_length if self._kinds[i] in _CONTROL and tokens[i])
         self._user_defined = [i for i in by_length if self._kinds[i] == TokenType.USER_DEFINED]
 
     @classmethod
@@ -174,20 +185,29 @@ class Tokenizer:
             add_bos=keys.add_bos,
         )
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = False,
+        masks: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[int]:
         """Token ids of `text`. Lone surrogates count as U+FFFD; bytes that no token covers are dropped.
 
         add_special: begin with bos_id if add_bos. parse_special: control tokens spelled out in the text
-        become those tokens; user-defined tokens always do.
+        become those tokens; user-defined tokens always do. masks: characters that stand for others, by which a control
+        token is not found. Raises InputError if `text` is no string.
         """
+        if not isinstance(text, str):
+            raise InputError(f"text must be a string, got {text!r:.80}")
         ids = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
-        specials = self._specials if parse_special else self._user_defined
-        for part in self._split_specials(_valid(text), specials):
+        for part in self._split_specials(text if masks else valid_text(text), parse_special, masks):
             if isinstance(part, int):
                 ids.append(part)
                 continue
             for chunk in chunks(part, CHUNK):
-                ids += self._bpe.encode(chunk, add_special_tokens=False).ids
+                ids += self._encode_words(chunk) if len(chunk) <= LONG_CHUNK else apart(self._encode_words, chunk)
         if self._dropped is not None and self._dropped in ids:
             return [i for i in ids if i != self._dropped]
         return ids
@@ -227,9 +247,23 @@ class Tokenizer:
             return b""
         return self.token_bytes(token)
 
-    def _split_specials(self, text: str, specials: Sequence[int]) -> list[str | int]:
-        """`text` cut at every occurrence of one of `specials`, earlier ones in the list first."""
+    def _encode_words(self, text: str) -> list[int]:
+        if self.normalizes and not text.isascii():
+            text = _NFC.normalize_str(text)
+        return self._bpe.encode(text, add_special_tokens=False).ids
+
+    def _split_specials(self, text: str, parse_special: bool, masks: Mapping[str, str]) -> list[str | int]:
+        """`text`, unmasked, cut at every special token, the longest first."""
         parts: list[str | int] = [text] if text else []
+        if parse_special:
+            parts = self._cut(parts, text, self._specials)
+        if masks:
+            text = unmask(text, masks)
+            parts = [part if isinstance(part, int) else valid_text(unmask(part, masks)) for part in parts]
+        return self._cut(parts, text, self._user_defined)
+
+    def _cut(self, parts: list[str | int], text: str, specials: Iterable[int]) -> list[str | int]:
+        """`parts` of `text` cut at every occurrence of one of `specials`, earlier ones in the list first."""
         for special in specials:
             spelled = self._tokens[special]
             if spelled in text:
@@ -263,15 +297,6 @@ def _cut(part: str | int, spelled: str, special: int) -> list[str | int]:
     for piece in part.split(spelled):
         cuts += [special, piece] if piece else [special]
     return cuts[1:]
-
-
-def _valid(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates replaced, as UTF-8 has neither."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
 
 
 def _byte_token(text: str) -> bytes:

@@ -1,28 +1,16 @@
 """The demo model gives llama.cpp's logits, bit for bit with the exact graph, and nearly with the fused one."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.ffi.library import describe
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.catalogue import CATALOGUE
 from pyggml_repkv.model.config import ModelConfig
-from pyggml_repkv.model.demo import SOURCE_SHA256
 from pyggml_repkv.model.gguf_file import GGUFFile
-
-
-def log_probs(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def nll(logits: np.ndarray, tokens: list[int]) -> float:
-    """Mean over all tokens of the prompt but the first."""
-    return float(-log_probs(logits[:-1])[np.arange(len(tokens) - 1), tokens[1:]].mean())
+from tests.golden_numbers import SAME_KERNELS, nll
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -44,10 +32,6 @@ def model(request, demo_model):
         yield loaded
 
 
-# The golden run used a CPU with AVX-512 and without half-precision arithmetic. On other CPUs ggml's kernels round
-# differently, in llama.cpp too: the numbers are near, and a greedy text may differ after some tokens.
-HAS_FP16 = any("avx512_fp16" in line.split() for line in Path("/proc/cpuinfo").read_text().splitlines())
-SAME_KERNELS = "avx512" in describe()["cpu"].split() and not HAS_FP16
 NLL_TOLERANCE, MIN_COSINE = (1e-3, 0.9999) if SAME_KERNELS else (2e-2, 0.999)
 
 # The golden run had no flash attention.
@@ -88,7 +72,7 @@ def original(demo_model, tmp_path_factory):
             )
             pairs = rows.swapaxes(1, 2).copy()
             rows[...] = pairs.reshape(rows.shape)
-    assert hashlib.sha256(data).hexdigest() == SOURCE_SHA256
+    assert hashlib.sha256(data).hexdigest() == CATALOGUE["demo"].sha256
     path = tmp_path_factory.mktemp("original") / "SmolLM2.gguf"
     data.tofile(path)
     return path

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pyggml_repkv.model.demo import demo_model_path
 from pyggml_repkv.model.gguf_file import GGUFFile
+from pyggml_repkv.model.names import find_model
 from pyggml_repkv.model.tokenizer import CHUNK, Tokenizer
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
@@ -24,8 +24,10 @@ def golden() -> dict[str, Any]:
 
 @cache
 def tokenizer(vocabulary: str) -> Tokenizer:
-    path = GOLDEN / "qwen2-vocab.gguf" if vocabulary == "qwen2" else demo_model_path()
-    return Tokenizer.from_metadata(GGUFFile.open(path).metadata)
+    path = GOLDEN / "qwen2-vocab.gguf" if vocabulary == "qwen2" else find_model("demo")
+    tokenizer = Tokenizer.from_metadata(GGUFFile.open(path).metadata)
+    tokenizer.normalizes = False  # as in llama.cpp
+    return tokenizer
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyggml_repkv.model import tokenizer as tokenizer_module
 from pyggml_repkv.model.pretokenizers import chunks, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
 from pyggml_repkv.model.tokenizer import Tokenizer
@@ -41,6 +42,8 @@ SNIPPETS = (
         "👩\u200d👧",
         "\u200b",
     ),
+    *("，", "。", "ア", "か", "か\u3099", "글"),
+    *("{", '":', ",", "x1", "1.5", "<\u0338", "e\u0301", "\u1112\u1161\u11ab", "\u2126", "\u0958", "\u0323"),
     *("<|im_start|>", "<|im_end|>", "<|im_", "|>", "<|endoftext|>", "\ufffd", "\x00"),
 )
 # Starts and middles of characters, and bytes that are neither.
@@ -70,9 +73,11 @@ IDS = st.lists(st.one_of(st.integers(0, N_VOCAB - 1), st.integers(-2, N_VOCAB + 
 
 
 @cache
-def tokenizer(pre: str) -> Tokenizer:
+def tokenizer(pre: str, *, normalizes: bool = False) -> Tokenizer:
     keys = {key: value for key, (value, _) in tiny_tokenizer(N_VOCAB).items()}
-    return Tokenizer.from_metadata(keys | {"tokenizer.ggml.pre": pre})
+    tokenizer = Tokenizer.from_metadata(keys | {"tokenizer.ggml.pre": pre})
+    tokenizer.normalizes = normalizes
+    return tokenizer
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
@@ -93,6 +98,17 @@ def test_any_text_can_be_encoded(pre: str, text: str, parse_special: bool) -> No
     ids = tokenizer(pre).encode(text, parse_special=parse_special)
     assert all(0 <= i < N_VOCAB for i in ids)
     assert len(tokenizer(pre).decode(ids)) <= len(text)
+
+
+@CHECKED
+@given(text=TEXTS, size=st.integers(1, 6))
+def test_normalizing_is_that_of_the_whole_text(text: str, size: int) -> None:
+    text = "".join(c for c in text if unicodedata.category(c) != "Cn")  # not every library knows the newest ones
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "CHUNK", size)
+        patch.setattr(tokenizer_module, "LONG_CHUNK", 3 * size)
+        found = tokenizer("qwen2", normalizes=True).encode(text)
+    assert found == tokenizer("qwen2").encode(unicodedata.normalize("NFC", text))
 
 
 @CHECKED

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "pyggml_repkv"
 
 # From the top down. `native` is compiled: only its build script is Python.
-ROOMS = ("cli", "lab", "engine", "graph", "memory", "ops", "model", "arch", "ffi", "errors")
+ROOMS = ("cli", "lab", "engine", "graph", "memory", "ops", "model", "arch", "ffi", "arguments", "errors")
 
 
 def module_of(path: Path) -> str:

@@ -295,6 +295,10 @@ class TestMakefile:
         targets = set(phony[1].split()) - {"help"}
         assert set(re.findall(r"^make (\w+)", result.stdout, re.MULTILINE)) == targets
 
+    @pytest.mark.parametrize("target", ["run", "bench"])
+    def test_a_model_can_be_named(self, target: str) -> None:
+        assert '-m "qwen2.5-coder-0.5b" -n 1' in make("-n", target, "MODEL=qwen2.5-coder-0.5b", "ARGS=-n 1").stdout
+
     def test_ci_script_is_executable_and_parses(self) -> None:
         path = ROOT / ".ci" / "run"
         assert os.access(path, os.X_OK)

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine import budget
-from pyggml_repkv.errors import ContextFullError
-from pyggml_repkv.model import demo
+from pyggml_repkv.errors import ContextFullError, InputError
+from pyggml_repkv.model import names
 
 
 class FakeTokenizer:
@@ -43,6 +44,7 @@ class FakeSession:
         self.model = model
         self.memory = memory
         self.n_ctx = memory.n_ctx
+        self.n_ctx_train = 256
         self.n_past = self.n_said = 0
 
     def __enter__(self):
@@ -95,7 +97,7 @@ class FakeModel:
     def __init__(self):
         self.config = SimpleNamespace(n_ctx_train=256)
         self.tokenizer = FakeTokenizer()
-        self.chat_template = SimpleNamespace(render=self.render)
+        self.chat_template = SimpleNamespace()
         self.load_ms = 12.5
         self.kv_bytes = 100
         self.reply = "Hello, world"
@@ -118,8 +120,11 @@ class FakeModel:
         self.memory, self.directory = memory, directory
         return FakeSession(self, memory)
 
-    def render(self, messages):
-        return "".join(f"<s>{message['role']}:{message['content']}" for message in messages)
+    def chat_prompt(self, messages):
+        if self.chat_template is None:
+            raise InputError("this model has no chat template")
+        tokens = [t for message in messages for t in (257, *f"{message['role']}:{message['content']}".encode())]
+        return self.tokenizer.decode(tokens), tokens
 
 
 @dataclass(frozen=True)
@@ -142,7 +147,7 @@ class Done:
 def model(monkeypatch):
     fake = FakeModel()
     monkeypatch.setitem(sys.modules, "pyggml_repkv.engine.model", SimpleNamespace(Model=fake))
-    monkeypatch.setattr(demo, "demo_model_path", lambda progress: "demo.gguf")
+    monkeypatch.setattr(names, "find_model", lambda name, progress: Path(f"{name}.gguf" if name == "demo" else name))
     return fake
 
 

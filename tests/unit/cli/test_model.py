@@ -168,10 +168,10 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
     [
         (["/nowhere/at/all"], "/nowhere/at/all: no such file"),
         (["/"], "/: is a directory"),
-        (["a\0b"], "null byte"),
+        (["a\0b"], "no file and no model named 'a\\x00b'"),
         ([__file__], "is not a GGUF file"),
-        ([""], "is a directory"),
-        (["-m", "a", "b"], "as FILE and with -m: leave one out"),
+        ([""], "no file and no model named ''; the names are demo"),
+        (["-m", "a", "b"], "as MODEL and with -m or -hf: leave one out"),
         (["MODEL", "-c", "100000000000"], "-c/--ctx-size: must be a whole number from 0 to 134217728"),
         (["MODEL", "--kv", "nope"], "'nope' is none of full, window, repkv"),
         (["MODEL", "--kv", "nope.py"], "--kv nope.py: there is no such file"),

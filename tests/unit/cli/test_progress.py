@@ -74,3 +74,36 @@ def test_a_notice_stands_above_the_bar(capsys, monkeypatch):
     with progress.notices(quiet=False), progress.prompt_bar(10):
         logging.getLogger("pyggml_repkv").info("[far]")
     assert "pyggml_repkv: [far]\n" in capsys.readouterr().err
+
+
+def test_a_download_draws_bytes_from_the_first_on(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(progress, "wanted", lambda: True)
+    with progress.notices(quiet=True), progress.downloads(quiet=False) as move:
+        logging.getLogger("pyggml_repkv.model.fetch").info("downloading")
+        assert capsys.readouterr().err == "pyggml_repkv: downloading\n"
+        move(0, 477_000_000)
+        move(96_000_000, 477_000_000)
+        logging.getLogger("pyggml_repkv").info("waiting")
+    logging.getLogger("pyggml_repkv").info("unheard")
+    drawn = capsys.readouterr().err
+    assert "96.0/477.0 MB" in drawn
+    assert "pyggml_repkv: waiting\n" in drawn
+    assert "unheard" not in drawn
+    assert drawn.rindex("\x1b[?25h") > drawn.rindex("\x1b[?25l")
+
+
+def test_without_a_terminal_a_download_says_a_line_now_and_then(capsys, monkeypatch):
+    clock = iter([0.0, 5.0, 11.0, 12.0, 30.0])
+    monkeypatch.setattr(progress, "perf_counter", lambda: next(clock))
+    with progress.downloads(quiet=False) as tell:
+        for n_done in (100, 200, 300, 400):
+            tell(n_done * 10**6, 400 * 10**6)
+    assert capsys.readouterr().err == "pyggml_repkv: downloaded 200 of 400 MB\n"
+
+
+def test_a_quiet_download_shows_nothing():
+    with progress.downloads(quiet=True) as move:
+        assert move is None

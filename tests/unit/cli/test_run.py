@@ -41,10 +41,11 @@ def test_the_timings_have_llama_cpps_layout(run):
         rf"perf: prompt eval time =\s+[\d.]+ ms /\s+2 tokens {each}",
         rf"perf:        eval time =\s+[\d.]+ ms /\s+12 runs   {each}",
         r"perf:       total time =\s+[\d.]+ ms /\s+14 tokens",
+        r"perf:    finish reason = eos",
         r"perf:           memory = 0 kB of keys and values, peak RSS [\d.]+ [MG]B",
     )
     assert budget.startswith("pyggml_repkv: memory for 2 tokens: 1 MB (weights 1 MB, keys and values 0 kB); ")
-    assert len(lines) == 5
+    assert len(lines) == 6
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
 
@@ -80,6 +81,7 @@ def test_every_option_reaches_its_place(run, model):
         "3",
         "--no-repack",
         "--exact-graph",
+        "--no-normalize",
         "-c",
         "99",
         "-b",
@@ -89,7 +91,7 @@ def test_every_option_reaches_its_place(run, model):
         "-ctv",
         "bf16",
     )
-    assert model.loaded == ("x.gguf", {"threads": 3, "repack": False, "exact_graph": True})
+    assert model.loaded == ("x.gguf", {"threads": 3, "repack": False, "exact_graph": True, "normalize": False})
     memory = model.memory
     assert (memory.kv, memory.n_ctx, memory.n_batch, memory.type_k, memory.type_v) == (
         "full",
@@ -109,7 +111,9 @@ def test_the_defaults_are_the_librarys(run, model):
         patch.setattr("pyggml_repkv.cli.run._config", lambda args: seen.append(_config(args)) or seen[0])
         run()
     assert seen == [GenerationConfig()]
-    assert model.loaded[1] == {"threads": options.default_threads(), "repack": True, "exact_graph": False}
+    assert model.loaded[1] == {"threads": options.default_threads(), "repack": True, "exact_graph": False} | {
+        "normalize": None
+    }
     assert (model.memory.n_ctx, model.memory.n_batch, model.memory.type_k) == (256, 512, "f16")
 
 
@@ -138,6 +142,24 @@ def test_the_file_comes_before_the_prompt_byte_for_byte(run, model, tmp_path):
     assert bytes(model.prompt) == "über\r\n\n?".encode()
     run("-f", str(file), prompt=None)
     assert bytes(model.prompt) == "über\r\n\n".encode()
+
+
+@pytest.mark.parametrize("given", ["-f", "-p"])
+def test_a_byte_order_mark_is_no_text(run, model, tmp_path, monkeypatch, given):
+    """Of UTF-8: dropped at the start, and only there; of UTF-16: the text must be converted."""
+    file = tmp_path / "prompt.txt"
+
+    def said(data):
+        file.write_bytes(data)
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=SimpleNamespace(read=lambda: data)))
+        return run("-f", str(file), "-q", prompt=None) if given == "-f" else run("-q", prompt="-")
+
+    assert said(b"\xef\xbb\xbfa\xef\xbb\xbfb").code == 0
+    assert bytes(model.prompt) == b"a\xef\xbb\xbfb"
+    for encoding in ("utf-16-le", "utf-16-be"):
+        done = said("\ufeffab".encode(encoding))
+        assert done.code == 2
+        assert "UTF-16 text; convert it to UTF-8" in done.error_line
 
 
 def test_a_dash_reads_stdin(run, model, monkeypatch):
@@ -188,6 +210,44 @@ def test_a_full_context_is_said_even_when_quiet(run):
     assert (done.code, done.out) == (0, "Hello\n")
     assert "cut off after 5 tokens: the context of 6 is full" in done.error_line
     assert json.loads(run("--json", "-c", "6").out)["finish_reason"] == "context"
+
+
+def test_what_ended_the_text_is_said(run, model):
+    def reason(*argv):
+        return json.loads(run("--json", "--greedy", *argv).out)["finish_reason"]
+
+    assert [reason(), reason("-r", "wor"), reason("-n", "3"), reason("-c", "6")] == ["eos", "stop", "length", "context"]
+    assert "perf:    finish reason = stop\n" in run("--greedy", "-r", "wor").err
+    model.failure = ("decode", KeyboardInterrupt())
+    assert "perf:    finish reason = interrupted\n" in run().err
+
+
+def test_without_a_number_there_is_a_limit_and_it_is_said(run):
+    done = run("--kv", "window", "--greedy", "--ignore-eos", "-q")
+    assert (done.code, len(done.out)) == (0, 256 + 1)
+    assert "cut off after 256 tokens without an end; -n N allows more, -n -2" in done.error_line
+    assert run("--kv", "window", "--greedy", "--ignore-eos", "-q", "-n", "300").err == ""
+    assert "cut off after 399 tokens: the context" in run("--greedy", "--ignore-eos", "-n", "-2", "-c", "400").err
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "argv", "n_ctx"),
+    [
+        (100, [], 0),
+        (100, ["-n", "2000000000"], 0),
+        (300, [], 2**20),
+        (2**20 - 1, [], 2**20 + 255),
+        (2**20 + 5, [], 2**20 + 261),
+        (2**20 + 5, ["-n", "1000"], 2**20 + 1005),
+        (2**20 + 5, ["-n", "-2"], 2**21 + 5),
+        (2**20 + 5, ["-n", "2000000000"], 2**21 + 5),
+    ],
+)
+def test_an_unbounded_context_holds_the_prompt_and_what_is_generated(run, model, n_prompt, argv, n_ctx, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"x" * n_prompt)
+    run("--kv", "window", "-f", str(file), "-q", "-r", "H", "--greedy", *argv, prompt=None)
+    assert model.memory.n_ctx == n_ctx
 
 
 def test_an_interrupt_ends_the_line_and_says_how_far_it_came(run, model):

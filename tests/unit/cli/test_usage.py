@@ -5,6 +5,8 @@ def test_a_prompt_beyond_the_context_names_the_numbers_and_the_remedy(run, model
     done = run("-q", "-c", "8", prompt="123456789")
     assert (done.code, done.out) == (2, "")
     assert "9 tokens and the context holds 8: give -c 9 or more" in done.error_line
+    assert "--kv repkv reads on past it" in done.error_line
+    assert "--kv" not in run("-q", "-c", "8", "--kv", "repkv", prompt="123456789").error_line
     assert model.prompt is None
 
 
@@ -16,7 +18,7 @@ def test_a_context_past_the_training_is_warned_about(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["-n", "-2"], "-n/--n-predict: must be a whole number from -1"),
+        (["-n", "-3"], "-n/--n-predict: must be a whole number from -2"),
         (["-n", "1.5"], "got '1.5'"),
         (["-n", "1e3"], "got '1e3'"),
         (["-n", "9" * 5000], "got '9999"),
@@ -43,7 +45,7 @@ def test_a_context_past_the_training_is_warned_about(run):
         (["-n"], "-n/--n-predict: expected one argument"),
         (["--json", "--display-prompt"], "--display-prompt cannot go with --json"),
         (["--system", "x"], "--system needs --chat"),
-        (["--chat", "--no-parse-special"], "--no-parse-special cannot go with --chat"),
+        (["-m", ""], "argument -m/--model: must not be empty"),
         (["-f", "/nowhere/at/all"], "-f /nowhere/at/all: No such file or directory"),
         (["-f", "/"], "-f /: Is a directory"),
         (["-f", "a\0b"], "null byte"),

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,8 @@ class LetterTokenizer:
 
 class ScriptedSession:
     """Gives `script` whatever it reads. decoded: counts its steps of one token."""
+
+    n_ctx_train = 50
 
     def __init__(self, script, n_ctx=100):
         self.script = LetterTokenizer().encode(script)
@@ -72,7 +76,7 @@ def generate(script, n_ctx=100, prompt=(2, 3, 4), **config):
 def test_the_text_ends_with_the_models_end_token():
     pieces, result, session = generate("abc$")
     assert "".join(pieces) == result.text == "abc."
-    assert result.finish_reason == "stop"
+    assert result.finish_reason == "eos"
     assert result.tokens == (2, 3, 4, EOG)
     assert (result.n_prompt, result.n_decoded) == (3, 3)
     assert session.decoded == [2, 3, 4]
@@ -207,7 +211,54 @@ def test_rates_are_those_of_the_steps_measured():
     assert generate("ab", n_predict=1)[1].predicted_per_second == 0
 
 
-@pytest.mark.parametrize("config", [{"n_predict": -2}, {"stop": ("a", "")}])
+def test_where_nobody_says_how_many_there_is_a_limit(monkeypatch):
+    _, result, _ = generate("abcdef")
+    assert (len(result.tokens), result.finish_reason) == (50, "length")
+    monkeypatch.setattr("pyggml_repkv.engine.generate.MAX_UNASKED", 20)
+    assert len(generate("abcdef")[1].tokens) == 20
+    _, result, _ = generate("abcdef", n_predict=-2)
+    assert (len(result.tokens), result.finish_reason) == (98, "context")
+    assert generate("abcdef", n_predict=2**63)[1].finish_reason == "context"
+
+
+def test_a_generation_is_over_once_it_was_iterated():
+    generation = Generation(ScriptedSession("abc"), LetterTokenizer(), [2], GenerationConfig(n_predict=3))
+    assert len(list(generation)) == 4
+    assert list(generation) == []
+    assert len(generation.result().tokens) == 3
+    left = Generation(ScriptedSession("abc"), LetterTokenizer(), [2])
+    assert next(iter(left))
+    assert list(left) == []
+
+
+def test_one_stop_string_needs_no_tuple():
+    assert GenerationConfig(stop="END").stop == ("END",)
+    assert GenerationConfig(stop=["a", "b"]).stop == ("a", "b")
+    assert GenerationConfig(n_predict=np.int64(3)).n_predict == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"n_predict": 1.5}, "n_predict must be an integer, got 1.5"),
+        ({"n_predict": "5"}, "n_predict must be an integer, got '5'"),
+        ({"n_predict": True}, "n_predict must be an integer, got True"),
+        ({"n_predict": float("nan")}, "n_predict must be an integer, got nan"),
+        ({"n_predict": None}, "n_predict must be an integer, got None"),
+        ({"stop": [1]}, "stop must be a text, or several, got 1"),
+        ({"stop": None}, "stop must be a text, or several, got None"),
+        ({"stop": ""}, "a stop string must not be empty"),
+        ({"ignore_eos": 1}, "ignore_eos must be True or False, got 1"),
+        ({"special": "no"}, "special must be True or False, got 'no'"),
+        ({"sampling": {"temp": 0}}, "sampling must be a SamplingConfig, got {'temp': 0}"),
+    ],
+)
+def test_wrong_types_are_named(config, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        GenerationConfig(**config)
+
+
+@pytest.mark.parametrize("config", [{"n_predict": -3}, {"stop": ("a", "")}])
 def test_a_wrong_configuration_is_refused(config):
     with pytest.raises(InputError):
         GenerationConfig(**config)

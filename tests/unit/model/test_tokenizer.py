@@ -1,3 +1,4 @@
+import threading
 from typing import Any
 
 import numpy as np
@@ -396,10 +397,58 @@ def test_long_text_is_encoded_in_chunks_to_the_same_ids(monkeypatch: pytest.Monk
     assert tokenizer.encode(text) == whole
 
 
+def test_text_is_composed_where_the_models_own_tokenizer_does_so() -> None:
+    text = "cafe\u0301 \u1112\u1161\u11ab"
+    for pre, composes in (("qwen2", True), ("deepseek-r1-qwen", True), ("smollm", False), ("llama-bpe", False)):
+        tokenizer = Tokenizer.from_metadata(vocabulary(pre=pre))
+        assert tokenizer.normalizes == composes
+        assert tokenizer.decode(tokenizer.encode(text)) == ("café 한" if composes else text)
+        tokenizer.normalizes = False
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_special_tokens_are_found_before_text_is_composed() -> None:
+    metadata = with_tokens(("e\u0301", TokenType.CONTROL), pre="qwen2")
+    tokenizer = Tokenizer.from_metadata(metadata)
+    assert tokenizer.encode("e\u0301\u0301", parse_special=True)[0] == len(metadata[TOKENS]) - 1
+    assert tokenizer.decode(tokenizer.encode("e\u0301")) == "é"
+
+
+def test_a_word_that_is_too_long_to_wait_for_is_encoded_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    encoded_in = []
+    plain = tokenizer._encode_words
+    monkeypatch.setattr(
+        tokenizer, "_encode_words", lambda text: encoded_in.append(threading.current_thread()) or plain(text)
+    )
+    assert len(tokenizer.encode("the" * tokenizer_module.CHUNK * 4)) == 2 * 4 * tokenizer_module.CHUNK
+    assert encoded_in[0] is not threading.current_thread()
+    monkeypatch.setattr(tokenizer, "_encode_words", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tokenizer.encode("the" * tokenizer_module.CHUNK * 4)
+
+
+def test_minified_json_is_cut() -> None:
+    text = '[{"id":12,"name":"abc","v":[1.5,2,null]},{"id":3}]' * 50
+    assert max(map(len, chunks(text, 40))) < 50
+
+
+def test_text_without_blanks_is_cut() -> None:
+    for text in ("你好，世界。" * 50, "これはペンです。" * 50, "안녕하세요！" * 50):
+        assert max(map(len, chunks(text, 40))) < 50
+
+
+def test_a_text_that_is_no_string_is_an_error() -> None:
+    for text in (None, 5, b"bytes"):
+        with pytest.raises(InputError, match="text must be a string"):
+            Tokenizer.from_metadata(vocabulary()).encode(text)  # type: ignore[arg-type]
+
+
 def test_text_without_a_place_to_cut_stays_whole() -> None:
     assert list(chunks("a" * 100, 10)) == ["a" * 100]
     assert list(chunks("", 10)) == [""]
-    assert list(chunks("ab cd\nef", 1)) == ["ab", " cd\n", "ef"]
+    assert list(chunks("ab cd\nef", 1)) == ["ab", " cd", "\n", "ef"]
+    assert list(chunks("é!cd\n!é", 1)) == ["é!cd", "\n", "!é"]
 
 
 @pytest.mark.slow
