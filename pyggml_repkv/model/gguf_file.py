@@ -18,7 +18,9 @@ from pyggml_repkv.model.gguf_header import Header, TensorInfo, UnsoundError, fil
 __all__ = ["GGUFFile", "TensorInfo", "file_error", "printable"]
 
 _SPLIT_AGAIN = "download or split the model again"
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})\.gguf", re.DOTALL)
+_PART_NAME = re.compile(
+    r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})(?P<end>\.gguf)", re.DOTALL | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ def _n_parts(path: Path, head: Header) -> int:
     if number == 0:
         return count
     name = _PART_NAME.fullmatch(path.name)
-    first = f", {printable(_part_path(path, name['stem'], 0, count), 400)}" if name else ""
+    first = f", {printable(_part_path(path, name, 0, count), 400)}" if name else ""
     raise file_error(path, f"is part {number + 1} of a model split into {count} files", f"give the first part{first}")
 
 
@@ -131,8 +133,9 @@ def _shown(head: Header, key: str) -> str:
     return printable(repr(head.metadata[key])) if key in head.metadata else "missing"
 
 
-def _part_path(first: Path, stem: str, number: int, count: int) -> Path:
-    return first.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf")
+def _part_path(path: Path, name: re.Match[str], number: int, count: int) -> Path:
+    """Of part `number`, from 0; path, name: of any part, and what _PART_NAME makes of its name."""
+    return path.with_name(f"{name['stem']}-{number + 1:05}-of-{count:05}{name['end']}")
 
 
 def _all_parts(
@@ -148,7 +151,7 @@ def _all_parts(
         raise file_error(first, what, f"its name must end with -00001-of-{n_parts:05}.gguf, theirs likewise")
     parts, tensors = [data], dict(head.tensors)
     for number in range(1, n_parts):
-        path = _part_path(first, name["stem"], number, n_parts)
+        path = _part_path(first, name, number, n_parts)
         if not os.path.exists(path):
             raise file_error(path, f"part {number + 1} of {n_parts} is missing", "download it beside the first part")
         data, head_of_part = _read(path)
@@ -160,7 +163,7 @@ def _all_parts(
             raise file_error(path, f"{found}, not {number} and {n_parts}", _SPLIT_AGAIN)
         for info in head_of_part.tensors.values():
             if info.name in tensors:
-                other = _part_path(first, name["stem"], tensors[info.name].part, n_parts).name
+                other = _part_path(first, name, tensors[info.name].part, n_parts).name
                 what = f"tensor {printable(info.name)} is in {printable(other)} too"
                 raise file_error(path, what, _SPLIT_AGAIN)
             tensors[info.name] = replace(info, part=number)

@@ -177,3 +177,8 @@ def test_names_of_parts_may_be_links(parts: list[Path], tmp_path: Path) -> None:
         path.rename(tmp_path / "blobs" / f"{i}{i}")
         path.symlink_to(tmp_path / "blobs" / f"{i}{i}")
     assert len(GGUFFile.open(parts[0]).parts) == len(parts)
+
+
+def test_names_may_end_in_capitals(parts: list[Path]) -> None:
+    first, *_ = [path.rename(path.with_suffix(".GGUF")) for path in parts]
+    assert len(GGUFFile.open(first).parts) == len(parts)
