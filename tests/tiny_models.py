@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod, sqrt
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,29 @@ def write_tiny_model(
         for name, packed in tensors.items()
         if packed.type in WEIGHT_TYPES
     }
+
+
+def write_split_model(
+    stem: Path, spec: TinySpec, *, max_tensors: int = 10, small_first: bool = False
+) -> list[Path]:  # fmt: skip
+    """Writes the model of `spec` in parts of up to max_tensors tensors, the first one without any if `small_first`, and
+    returns their paths: `stem`-00001-of-0000N.gguf and so on.
+    """
+    metadata = {**tiny_metadata(spec), **tiny_tokenizer(spec.n_vocab)}
+    arch = metadata.pop("general.architecture")[0]
+    writer = GGUFWriter(f"{stem}.gguf", arch, split_max_tensors=max_tensors, small_first_shard=small_first)
+    for key, (value, kind) in metadata.items():
+        if kind is VT.ARRAY:
+            writer.add_array(key, value)
+        else:
+            writer.add_key_value(key, value, kind)
+    for name, packed in tiny_tensors(spec).items():
+        writer.add_tensor(name, packed.data, raw_dtype=None if packed.type is QT.F32 else packed.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(stem.parent.glob(f"{stem.name}-*-of-*.gguf"))
 
 
 def tiny_metadata(spec: TinySpec) -> Metadata:

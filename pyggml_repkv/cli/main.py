@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.ffi.lost_files import exit_on_lost_files
 
 PROG = "python -m pyggml_repkv"
 COMMANDS = {
@@ -30,6 +31,7 @@ exit codes: 0 ok, 1 runtime failure, 2 bad usage or bad input, 130 interrupted
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: that of the process) and returns its exit code."""
     output.prepare()
+    exit_on_lost_files("pyggml_repkv: error: ")
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))
         output.flush()

@@ -149,7 +149,8 @@ def _file_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     from pyggml_repkv.model.gguf_file import printable
 
     file = info.file
-    about = f"{size(len(file.data))}, GGUF version {file.version}, {len(file.tensors)} tensors"
+    parts = f" in {len(file.parts)} files" if len(file.parts) > 1 else ""
+    about = f"{size(file.n_bytes)}{parts}, GGUF version {file.version}, {len(file.tensors)} tensors"
     if info.unused:
         about += f", {len(info.unused)} of them unknown and ignored"
     return [("file", [printable(file.path, 400), about])]
@@ -163,6 +164,9 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     if scaling.kind == "none" and "rope_freqs.weight" in info.file.tensors:
         stretch = "each frequency scaled by the file's rope_freqs"
     turned = f", {config.rope_dim} of {config.head_dim} values of a head" if config.rope_dim != config.head_dim else ""
+    embeddings = info.file.tensors.get("token_embd.weight")
+    n_rows = embeddings.shape[0] if embeddings else config.n_vocab
+    rows = f" ({n_rows:,} rows)" if n_rows > config.n_vocab else ""
     output_is = "the token embedding (tied)" if config.tied_output else "a matrix of its own"
     return [
         ("model", [printable(config.name)]),
@@ -171,7 +175,7 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
         ("embedding", [str(config.n_embd)]),
         ("heads", [f"{config.n_head} for queries, {config.n_head_kv} for keys and values, of {config.head_dim}"]),
         ("feed-forward", [str(config.n_ff)]),
-        ("vocabulary", [f"{config.n_vocab:,} tokens"]),
+        ("vocabulary", [f"{config.n_vocab:,} tokens{rows}"]),
         ("trained on", [f"{config.n_ctx_train:,} tokens"]),
         ("rope", [f"base {config.rope_base:.9g}{turned}, {stretch}"]),
         ("norm", [f"RMS, epsilon {config.norm_eps:.3g}"]),
@@ -180,10 +184,12 @@ def _config_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
 
 
 def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
+    import textwrap
+
     from pyggml_repkv.model.gguf_file import printable
 
     t = info.tokenizer
-    unknown = "" if t.supported else " (unknown: `run` refuses it)"
+    refused = [] if t.supported else textwrap.wrap(f"`run` refuses it: {printable(t.problem, 200)}", _WIDTH - _INDENT)
     kind, pre = printable(t.kind or "not named"), printable(t.pre or "not named")
     specials = [_special(role, token) for role, token in (("bos", t.bos), ("eos", t.eos), ("eot", t.eot))]
     begins = "texts begin with bos" if t.add_bos and t.bos else "texts do not begin with bos"
@@ -191,7 +197,7 @@ def _tokenizer_facts(info: ModelInfo) -> list[tuple[str, Sequence[str]]]:
     if len(t.chat_templates) > 5:
         templates += f" and {len(t.chat_templates) - 5} more"
     return [
-        ("tokenizer", [f"{kind}, pre-tokenizer {pre}{unknown}", f"{t.n_tokens:,} tokens, {t.n_merges:,} merges"]),
+        ("tokenizer", [f"{kind}, pre-tokenizer {pre}", f"{t.n_tokens:,} tokens, {t.n_merges:,} merges", *refused]),
         ("special", [*filter(None, specials), begins]),
         ("chat template", [templates]),
     ]

@@ -63,7 +63,7 @@ class Model:
         normalize: bool | None = None,
         rope: RopeOptions = AS_IN_FILE,
     ) -> Model:
-        """Opens a GGUF file of one of the families in `ARCHS`.
+        """Opens a GGUF file of one of the families in `ARCHS`; of a split model, the first part.
 
         path: a file, a name that `model list` shows, or "hf:USER/REPO[:QUANT]"; the last two are fetched once
         (`model.names.find_model` says which is which, and shows progress).
@@ -106,7 +106,7 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that stay in memory: the mapped file, and repacked copies instead of what they replace."""
-        return len(self.file.data) - self.weights.replaced_bytes + self.weights.repacked_bytes
+        return self.file.n_bytes - self.weights.replaced_bytes + self.weights.repacked_bytes
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -208,13 +208,16 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the file: its size, its header and the beginning of every tensor. Reading all would take a second a GB."""
+        """Of each part of the file: its size, its header and the beginning of every tensor. Reading all would take a
+        second a GB.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        data, offsets = self.file.data, sorted(info.offset for info in self.file.tensors.values())
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(bytes(data[: offsets[0]]))
-        for offset in offsets:
-            digest.update(bytes(data[offset : offset + 4096]))
+        for number, data in enumerate(self.file.parts):
+            offsets = sorted(info.offset for info in self.file.tensors.values() if info.part == number)
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(bytes(data[: offsets[0]] if offsets else data))
+            for offset in offsets:
+                digest.update(bytes(data[offset : offset + 4096]))
         return digest.hexdigest()
 
     def _boundaries(self) -> BoundaryScores:

@@ -9,6 +9,7 @@ import numpy as np
 from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
+from pyggml_repkv.model.unread import warn_of_unread_keys
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class RopeScaling:
 class ModelConfig:
     """Sizes and constants of a model: `n_embd` values of hidden state, `n_head` heads of `head_dim` each.
 
-    arch: a key of `ARCHS`.
+    arch: a key of `ARCHS`. n_vocab: of tokens; matrices may have more rows, which belong to none and are left out.
     """
 
     arch: str
@@ -113,7 +114,9 @@ class ModelConfig:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> "ModelConfig":
-        """Read and check the metadata of `file`; raises ModelFileError that names the key."""
+        """Read and check the metadata of `file`, and warn of what nobody reads; raises ModelFileError that names the
+        key.
+        """
         arch = _known_arch(file)
         keys = _Keys(file, arch.name)
         _check_kind(keys)
@@ -133,7 +136,7 @@ class ModelConfig:
         if scaling.kind == "yarn" and scaling.orig_context == n_ctx_train:
             # Converters that copy max_position_embeddings leave out what YaRN adds.
             n_ctx_train = scaling.reach
-        return cls(
+        config = cls(
             arch=arch.name,
             name=printable(file.metadata.get("general.name", file.path.stem)),
             n_layer=keys.integer("block_count", 1, MAX_LAYERS),
@@ -151,6 +154,8 @@ class ModelConfig:
             n_ctx_train=n_ctx_train,
             tied_output="output.weight" not in file.tensors,
         )
+        warn_of_unread_keys(file, arch.name, keys.asked)
+        return config
 
 
 class _Keys:
@@ -158,11 +163,13 @@ class _Keys:
 
     def __init__(self, file: GGUFFile, prefix: str) -> None:
         self.file, self._prefix = file, prefix
+        self.asked: set[str] = set()
 
     def error(self, what: str, remedy: str = _CONVERT) -> ModelFileError:
         return file_error(self.file.path, what, remedy)
 
     def full(self, key: str) -> str:
+        self.asked.add(f"{self._prefix}.{key}")
         return f"{self._prefix}.{key}"
 
     def has(self, key: str) -> bool:
@@ -213,7 +220,7 @@ def _known_arch(file: GGUFFile) -> Arch:
 
 def _check_kind(keys: _Keys) -> None:
     kind = keys.file.metadata.get("general.type", "model")
-    if kind != "model":
+    if not isinstance(kind, str) or kind != "model":
         raise keys.error(f"its general.type is {printable(repr(kind))}, not a model", "give the model itself")
     if keys.file.metadata.get(keys.full("attention.causal"), True) is not True:
         raise keys.error("its attention is not causal: it makes embeddings, not text", _OTHER_MODEL)
@@ -276,11 +283,11 @@ def _warn_of_unread(keys: _Keys) -> None:
 
 def _n_vocab(keys: _Keys) -> int:
     tokens = keys.file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):
         raise keys.error("lacks the list of tokens tokenizer.ggml.tokens")
     if len(tokens) > MAX_VOCAB:
         raise keys.error(f"its vocabulary has {len(tokens)} tokens, at most {MAX_VOCAB} are possible")
     embeddings = keys.file.tensors.get("token_embd.weight")
-    if embeddings is not None and embeddings.shape[0] != len(tokens):
+    if embeddings is not None and embeddings.shape[0] < len(tokens):
         raise keys.error(f"token_embd.weight has {embeddings.shape[0]} rows for {len(tokens)} tokens")
     return len(tokens)

@@ -33,9 +33,9 @@ def convert_smollm2(src: Path, dst: Path) -> None:
     if config.arch != LLAMA.name:
         raise file_error(src, f"its architecture is {config.arch!r}", "SmolLM2 is a 'llama' model")
     unused = check_tensors(file, config)
-    if unused or any(_is_more_than_plain(name) for name in file.tensors):
+    if unused or len(file.parts) > 1 or any(_is_more_than_plain(name) for name in file.tensors):
         raise file_error(src, "is no plain llama model", "SmolLM2 is what can be converted")
-    data = np.array(file.data)
+    data = np.array(file.parts[0])
     _rename_keys(file, data)
     for name, info in file.tensors.items():
         if name.endswith((".attn_q.weight", ".attn_k.weight")):

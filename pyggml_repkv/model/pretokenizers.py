@@ -4,7 +4,8 @@ The names and what they match are llama.cpp's (src/llama-vocab.cpp and src/unico
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import ByteLevel, PreTokenizer, Sequence, Split
@@ -27,17 +28,29 @@ def _words(digits: str) -> str:
 
 
 _QWEN2 = _words(r"\p{N}")
-_GPT2_WITHOUT_DIGITS = r"'(?:[stmd]|re|ve|ll)| ?\p{L}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s"
+
+
+def _gpt2_words(digits: str) -> str:
+    return rf"'(?:[stmd]|re|ve|ll)| ?\p{{L}}++{digits}| ?[^\s\p{{L}}\p{{N}}]++|\s+(?!\S)|\s"
+
+
+_DIGIT_BY_DIGIT = (r"\p{N}", _gpt2_words(""))
 
 # Names of one pre-tokenizer. With it a word that is a token stays one, whatever the merges say, and a text starts with
 # BOS unless the file says otherwise.
-LLAMA3 = frozenset(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0"))
+LLAMA3 = frozenset(
+    ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+)
+# Others that cut as these do, and have no more to them.
+_AS_QWEN2 = ("deepseek-r1-qwen", "megrez", "kormo", "f2llmv2", "stablelm2", "hunyuan", "solar-open", "grok-2")
+_AS_SMOLLM = ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")
 
 # Each pattern cuts what the one before left; what it does not match stays whole.
 PATTERNS: dict[str, tuple[str, ...]] = {
-    "qwen2": (_QWEN2,),
-    "deepseek-r1-qwen": (_QWEN2,),
-    "smollm": (r"\p{N}", _GPT2_WITHOUT_DIGITS),
+    **dict.fromkeys(("qwen2", *_AS_QWEN2), (_QWEN2,)),
+    **dict.fromkeys(("smollm", *_AS_SMOLLM), _DIGIT_BY_DIGIT),
+    # Of a model that nothing is known about.
+    "default": (r"[\p{P}$+<=>^~|]++", _gpt2_words(r"| ?\p{N}++"), r"\p{N}++", "[0-9][0-9][0-9]"),
     **dict.fromkeys(sorted(LLAMA3), (_words(r"\p{N}{1,3}"),)),
 }
 
@@ -55,11 +68,36 @@ _WORD_ENDS = re.compile(
 )
 
 
-def pre_tokenizer(name: str) -> PreTokenizer:
-    """The pre-tokenizer called `name` in `tokenizer.ggml.pre`. Raises ModelFileError for an unknown one."""
+def pre_name(metadata: Mapping[str, Any]) -> str:
+    """The name in `tokenizer.ggml.pre`; where that is missing, empty or "default", the one that a model of this
+    architecture and vocabulary was trained with, or "default" if that is unknown.
+    """
+    name = metadata.get("tokenizer.ggml.pre", "")
+    if not isinstance(name, str) or name not in ("", "default"):
+        return str(name)
+    arch, tokens = metadata.get("general.architecture"), metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        return "default"
+    n_tokens = len(tokens)
+    if arch == "llama" and ("<|begin_of_text|>" in tokens or 128_000 <= n_tokens < 129_000):
+        return "llama-bpe"
+    # Padding apart, all vocabularies of Qwen 2, 2.5 and 3 have 151,6xx tokens. Models of other families have
+    # <|im_start|> too.
+    if 151_000 <= n_tokens < 153_000 or (arch in ("qwen2", "qwen3") and "<|im_start|>" in tokens):
+        return "qwen2"
+    return "default"
+
+
+def check_known(name: str) -> None:
+    """Raises ModelFileError for the name of a pre-tokenizer that is unknown here."""
     if name not in PATTERNS:
         known = ", ".join(sorted(PATTERNS))
         raise ModelFileError(f"tokenizer.ggml.pre is {name!r:.80}; the pre-tokenizers known here are {known}")
+
+
+def pre_tokenizer(name: str) -> PreTokenizer:
+    """The pre-tokenizer called `name` in `tokenizer.ggml.pre`. Raises ModelFileError for an unknown one."""
+    check_known(name)
     splits = [Split(Regex(pattern), "isolated") for pattern in PATTERNS[name]]
     return Sequence([*splits, ByteLevel(add_prefix_space=False, use_regex=False)])
 

@@ -35,7 +35,7 @@ class Rows:
 
     @property
     def offset(self) -> int:
-        """From the start of the file, in bytes."""
+        """From the start of the part of the file that it lies in, in bytes."""
         return self.info.offset + self.first * self._row_bytes
 
     @property
@@ -44,7 +44,8 @@ class Rows:
 
     def bytes_in(self, file: GGUFFile) -> np.ndarray:
         """The mapped bytes: uint8 [n_bytes], read-only."""
-        return file.data[self.offset : self.offset + self.n * self._row_bytes].view(np.ndarray)
+        first = self.first * self._row_bytes
+        return file.tensor_bytes(self.info.name)[first : first + self.n * self._row_bytes]
 
     def floats_in(self, file: GGUFFile) -> np.ndarray:
         """float32, in the shape of the rows."""

@@ -9,6 +9,7 @@ from gguf.constants import GGMLQuantizationType
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
 from pyggml_repkv.model.rows import Rows
+from pyggml_repkv.model.unread import warn_of_unused_tensors
 
 QT = GGMLQuantizationType
 
@@ -22,18 +23,26 @@ MATRIX_TYPES = frozenset(
         *(QT.TQ1_0, QT.TQ2_0, QT.MXFP4, QT.NVFP4),
     }
 )
-VECTOR_TYPES = frozenset({QT.F32})
+# Of these, all but F32 are converted at load: ggml adds and multiplies vectors in F32 only.
+VECTOR_TYPES = frozenset({QT.F32, QT.F16, QT.BF16})
 
-# A tensor under these names would take part in the computation, so an unknown one may not be passed over.
-_MEANINGFUL = ("blk.", "token_embd", "output", "rope_")
+# A tensor under these names would take part in the computation (a norm of queries, a bias, another layer), so an
+# unknown one may not be passed over; llama.cpp refuses any tensor that it does not use.
+_MEANINGFUL = ("blk.", "token_embd", "position_embd", "token_types", "output", "rope_")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What one tensor must be: `shape` in numpy order, one of `types`."""
+    """What one tensor must be: `shape` in numpy order, one of `types`. padded: it may have more rows, for no token."""
 
     shape: tuple[int, ...]
     types: frozenset[QT]
+    padded: bool = False
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor may have this shape."""
+        rows = shape[0] >= self.shape[0] if self.padded else shape[0] == self.shape[0]
+        return rows and shape[1:] == self.shape[1:]
 
 
 def expected_tensors(config: ModelConfig, present: Container[str]) -> dict[str, TensorSpec]:
@@ -41,26 +50,27 @@ def expected_tensors(config: ModelConfig, present: Container[str]) -> dict[str, 
     that may be missing the ones in `present`, the names that the file has.
     """
     optional = config.family.optional
-    specs = {"token_embd.weight": _matrix(config.n_vocab, config.n_embd)}
+    of_vocabulary = TensorSpec((config.n_vocab, config.n_embd), MATRIX_TYPES, padded=True)
+    specs = {"token_embd.weight": of_vocabulary}
     if "rope_freqs.weight" in optional and "rope_freqs.weight" in present:
         specs["rope_freqs.weight"] = _vector(config.rope_dim // 2)
     for layer in range(config.n_layer):
-        joined = f"blk.{layer}.attn_qkv.weight" in present
-        for suffix, spec in _block_tensors(config, joined=joined).items():
+        joined = frozenset(kind for kind in ("weight", "bias") if f"blk.{layer}.attn_qkv.{kind}" in present)
+        for suffix, spec in _block_tensors(config, joined).items():
             name = f"blk.{layer}.{suffix}"
             if name in present if suffix in optional else suffix.endswith(".weight"):
                 specs[name] = spec
     specs["output_norm.weight"] = _vector(config.n_embd)
     if not config.tied_output:
-        specs["output.weight"] = _matrix(config.n_vocab, config.n_embd)
+        specs["output.weight"] = of_vocabulary
     if "output.bias" in optional and "output.bias" in present:
-        specs["output.bias"] = _vector(config.n_vocab)
+        specs["output.bias"] = TensorSpec((config.n_vocab,), VECTOR_TYPES, padded=True)
     return specs
 
 
 def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
     """Check presence, shape and type of every tensor, and the divisors of RoPE's frequencies; return the names of
-    tensors the model has no use for.
+    tensors the model has no use for, of which it warns.
 
     Raises ModelFileError. That rows are whole blocks and lie in the file is checked when the file is opened.
     """
@@ -70,7 +80,7 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
         if info is None:
             hint = "a vocabulary-only file cannot be run" if not file.tensors else "the file is incomplete"
             raise file_error(file.path, f"lacks the tensor {name}", f"{hint}: give a complete model")
-        if info.shape != spec.shape:
+        if not spec.fits(info.shape):
             shapes = f"has the shape {list(info.shape)}, its metadata call for {list(spec.shape)}"
             raise file_error(file.path, f"tensor {name} {shapes}")
         if info.type not in spec.types:
@@ -88,18 +98,22 @@ def check_tensors(file: GGUFFile, config: ModelConfig) -> tuple[str, ...]:
                 f"tensor {printable(name)} is no part of a {config.arch} model of {config.n_layer} layers",
                 "convert the model again with a current converter",
             )
+    warn_of_unused_tensors(file, extra)
     return extra
 
 
-def _block_tensors(config: ModelConfig, *, joined: bool) -> dict[str, TensorSpec]:
-    """Of one layer, with every bias that any family may have; joined: q, k and v are one matrix."""
+def _block_tensors(config: ModelConfig, joined: Container[str]) -> dict[str, TensorSpec]:
+    """Of one layer, with every bias that any family may have. joined: "weight" where q, k and v are one matrix, "bias"
+    where their biases are one vector; a file may have either without the other.
+    """
     c = config
-    qkv = {"attn_qkv": c.n_embd_q + 2 * c.n_embd_kv} if joined else {
-        "attn_q": c.n_embd_q, "attn_k": c.n_embd_kv, "attn_v": c.n_embd_kv,
-    }  # fmt: skip
+    parts = {"attn_q": c.n_embd_q, "attn_k": c.n_embd_kv, "attn_v": c.n_embd_kv}
+    whole = {"attn_qkv": c.n_embd_q + 2 * c.n_embd_kv}
     specs = {"attn_norm.weight": _vector(c.n_embd)}
-    for name, n_rows in qkv.items():
-        specs |= {f"{name}.weight": _matrix(n_rows, c.n_embd), f"{name}.bias": _vector(n_rows)}
+    for name, n_rows in (whole if "weight" in joined else parts).items():
+        specs[f"{name}.weight"] = _matrix(n_rows, c.n_embd)
+    for name, n_rows in (whole if "bias" in joined else parts).items():
+        specs[f"{name}.bias"] = _vector(n_rows)
     if c.family.qk_norm:
         specs |= {"attn_q_norm.weight": _vector(c.head_dim), "attn_k_norm.weight": _vector(c.head_dim)}
     specs |= {

@@ -5,7 +5,9 @@ Special tokens and the end-of-generation set follow llama.cpp (src/llama-vocab.c
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,9 +19,12 @@ from tokenizers.normalizers import NFC
 
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.model import pretokenizers
-from pyggml_repkv.model.pretokenizers import LLAMA3, chunks, pre_tokenizer
+from pyggml_repkv.model.gguf_header import printable
+from pyggml_repkv.model.pretokenizers import LLAMA3, check_known, chunks, pre_name, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
 from pyggml_repkv.model.text import apart, unmask, valid_text
+
+log = logging.getLogger(__name__)
 
 # Characters. One call costs 170 bytes for each of them, and cannot be interrupted.
 CHUNK = 16384
@@ -57,6 +62,9 @@ _FIM_ROLES = (
     _FimRole(("fim_sep",), ("<|file_sep|>",), ends=True),
 )
 
+# Of the ids in a file's metadata, those that this program asks for.
+_ROLES = ("bos", "eos", "eot", "eom", *(name for role in _FIM_ROLES for name in role.roles))
+
 _NFC = NFC()
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
@@ -73,6 +81,50 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTE_OF = _byte_alphabet()
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerKeys:
+    """The `tokenizer.ggml.*` keys of a file. merges: "left right", or pairs; kinds: types of the tokens that are not
+    normal ones; ids: of the special tokens that the file names, by role.
+    """
+
+    tokens: list[str]
+    merges: list[str | tuple[str, str]]
+    pre: str
+    kinds: dict[int, int]
+    ids: dict[str, int]
+    add_bos: bool
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, Any]) -> TokenizerKeys:
+        """Checks each key, and warns where one is made up for. Whether merges contradict the tokens is left to
+        `Tokenizer`, which takes far longer. Raises ModelFileError.
+        """
+        model = metadata.get("tokenizer.ggml.model")
+        if not isinstance(model, str) or model != "gpt2":
+            raise ModelFileError(f"tokenizer.ggml.model is {printable(repr(model))}; only 'gpt2' is supported")
+        tokens = _strings(metadata, "tokenizer.ggml.tokens")
+        if "" in tokens:
+            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+        _check_scores(metadata, len(tokens))
+        pre, given = pre_name(metadata), metadata.get("tokenizer.ggml.pre")
+        check_known(pre)
+        keys = cls(
+            tokens, _merges(metadata), pre, _token_kinds(metadata, len(tokens)),
+            special_ids(metadata, len(tokens)), _adds_bos(metadata),
+        )  # fmt: skip
+        if given in (None, "", "default"):
+            named = "is missing" if given is None else f"is {given!r}"
+            guess = f"architecture and vocabulary are those of {pre}, which is used"
+            if pre == "default":
+                guess = "words are cut by a general rule, perhaps not the one that the model was trained with"
+            log.warning("tokenizer.ggml.pre %s: %s", named, guess)
+        wrong = [key for role in _ROLES if role not in keys.ids and (key := _id_key(role)) in metadata]
+        if wrong:
+            named = ", ".join(f"{key} is {printable(repr(metadata[key]), 40)}" for key in wrong)
+            log.warning("%s: no token of a vocabulary of %d, treated as none", named, len(tokens))
+        return keys
+
+
 class Tokenizer:
     """Byte-level BPE over the vocabulary of a GGUF file.
 
@@ -84,7 +136,7 @@ class Tokenizer:
     def __init__(
         self,
         tokens: Sequence[str],
-        merges: Sequence[str],
+        merges: Sequence[str | tuple[str, str]],
         pre: str,
         *,
         kinds: Mapping[int, int] | None = None,
@@ -116,24 +168,21 @@ class Tokenizer:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """The tokenizer that the `tokenizer.ggml.*` keys describe. Raises ModelFileError."""
-        model = metadata.get("tokenizer.ggml.model")
-        if model != "gpt2":
-            raise ModelFileError(f"tokenizer.ggml.model is {model!r:.80}; only 'gpt2' is supported")
-        tokens = _strings(metadata, "tokenizer.ggml.tokens")
-        if "" in tokens:
-            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-        kinds = _token_kinds(metadata, len(tokens))
-        eog_ids = _mark_special_tokens(metadata, tokens, kinds)
+        """The tokenizer that the `tokenizer.ggml.*` keys describe; warns as TokenizerKeys.read does. Raises
+        ModelFileError.
+        """
+        keys = TokenizerKeys.read(metadata)
+        kinds = dict(keys.kinds)
+        eog_ids = _mark_special_tokens(keys.ids, keys.tokens, kinds)
         return cls(
-            tokens,
-            _strings(metadata, "tokenizer.ggml.merges"),
-            str(metadata.get("tokenizer.ggml.pre", "missing")),
+            keys.tokens,
+            keys.merges,
+            keys.pre,
             kinds=kinds,
-            bos_id=_token_id(metadata, "bos", len(tokens)),
-            eos_id=_token_id(metadata, "eos", len(tokens)),
+            bos_id=keys.ids.get("bos"),
+            eos_id=keys.ids.get("eos"),
             eog_ids=eog_ids,
-            add_bos=adds_bos(metadata),
+            add_bos=keys.add_bos,
         )
 
     def encode(
@@ -222,9 +271,23 @@ class Tokenizer:
         return parts
 
 
-def adds_bos(metadata: Mapping[str, Any]) -> bool:
-    """Whether a text starts with the BOS token."""
-    return bool(metadata.get("tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.pre") in LLAMA3))
+def _adds_bos(metadata: Mapping[str, Any]) -> bool:
+    """Whether a text starts with the BOS token. Raises ModelFileError."""
+    key = "tokenizer.ggml.add_bos_token"
+    adds = metadata.get(key, pre_name(metadata) in LLAMA3)
+    if not isinstance(adds, bool | int):
+        raise ModelFileError(f"{key} is {printable(repr(adds))}; true or false is needed")
+    return bool(adds)
+
+
+def special_ids(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
+    """The ids that the file names, by role, less what is no id: converters write -1 for a token that there is not."""
+    named = {role: metadata.get(_id_key(role)) for role in _ROLES}
+    return {role: token for role, token in named.items() if type(token) is int and 0 <= token < n_tokens}
+
+
+def _id_key(role: str) -> str:
+    return f"tokenizer.ggml.{role}_token_id"
 
 
 def _cut(part: str | int, spelled: str, special: int) -> list[str | int]:
@@ -245,7 +308,7 @@ def _byte_token(text: str) -> bytes:
 
 
 def _byte_pair_encoder(
-    tokens: Sequence[str], merges: Sequence[str], *, ignore_merges: bool
+    tokens: Sequence[str], merges: Sequence[str | tuple[str, str]], *, ignore_merges: bool
 ) -> tuple[HFTokenizer, int | None]:
     """The encoder, and the id that it gives to bytes without a token (None if every byte has one).
 
@@ -260,7 +323,7 @@ def _byte_pair_encoder(
         )
     pairs: list[tuple[str, str]] = []
     for merge in dict.fromkeys(merges):  # of a merge listed twice the first one counts
-        left, _, right = merge.partition(" ")
+        left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], "", merge[1])
         # Checked here because the encoder panics where a merge makes no token.
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelFileError(
@@ -287,34 +350,46 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     return values
 
 
+def _merges(metadata: Mapping[str, Any]) -> list[str | tuple[str, str]]:
+    key = "tokenizer.ggml.merges"
+    values = metadata.get(key)
+    if not isinstance(values, list) or not values or not isinstance(values[0], list):
+        return [*_strings(metadata, key)]
+    if any(not isinstance(pair, list) or len(pair) != 2 for pair in values):
+        raise ModelFileError(f"{key} is an array of arrays, and not all of them are pairs of tokens")
+    return [(left, right) for left, right in values]
+
+
+def _check_scores(metadata: Mapping[str, Any], n_tokens: int) -> None:
+    """Nobody reads them, but a file where they do not fit the tokens is damaged."""
+    key = "tokenizer.ggml.scores"
+    scores = metadata.get(key)
+    if scores is not None and (not isinstance(scores, np.ndarray) or len(scores) < n_tokens):
+        raise ModelFileError(f"{key} is not an array of {n_tokens} numbers, one for each token")
+
+
 def _token_kinds(metadata: Mapping[str, Any], n_tokens: int) -> dict[int, int]:
     """The types of the tokens that are not normal ones."""
     key = "tokenizer.ggml.token_type"
     if key not in metadata:
         return {}
-    types = np.asarray(metadata[key])
+    try:
+        types = np.asarray(metadata[key])
+    except ValueError:  # arrays of several lengths
+        types = np.empty(0)
     if types.dtype.kind not in "iu" or types.ndim != 1 or len(types) < n_tokens:
         raise ModelFileError(f"{key} is not an array of {n_tokens} integers, one for each token")
     return {int(i): int(types[i]) for i in np.flatnonzero(types[:n_tokens] != TokenType.NORMAL)}
 
 
-def _token_id(metadata: Mapping[str, Any], role: str, n_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{role}_token_id"
-    token = metadata.get(key)
-    if token is not None and (not isinstance(token, int) or not 0 <= token < n_tokens):
-        raise ModelFileError(f"{key} is {token!r:.80}; it must be a token id, from 0 to {n_tokens - 1}")
-    return token
-
-
-def _mark_special_tokens(metadata: Mapping[str, Any], tokens: Sequence[str], kinds: dict[int, int]) -> frozenset[int]:
+def _mark_special_tokens(ids: Mapping[str, int], tokens: Sequence[str], kinds: dict[int, int]) -> frozenset[int]:
     """The end-of-generation ids; tokens known by their text to be control tokens are marked so in `kinds`."""
-    n_tokens = len(tokens)
     known = EOG_TEXTS.union(*(role.texts for role in _FIM_ROLES))
     found = {token: i for i, token in enumerate(tokens) if token in known}
     control = {found[text] for text in EOG_TEXTS if text in found}
 
     def named(*roles: str) -> list[int]:
-        return [i for role in roles if (i := _token_id(metadata, role, n_tokens)) is not None]
+        return [ids[role] for role in roles if role in ids]
 
     eog = control.union(named("eos", "eot", "eom"))
     for roles, texts, ends in _FIM_ROLES:

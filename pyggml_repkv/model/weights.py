@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGMLQuantizationType
 
 from pyggml_repkv.ffi.context import Tensor, TensorContext
 from pyggml_repkv.ffi.handles import Buffer, aligned_zeros
@@ -66,7 +67,7 @@ class Weights:
     def __init__(self, file: GGUFFile, config: ModelConfig, *, repack: bool, join: bool) -> None:
         self._file, self._config = file, config
         self._context = TensorContext(len(fields(LayerWeights)) * config.n_layer + 16)
-        self._map = Buffer.over(file.data)
+        self._maps = [Buffer.over(part) for part in file.parts]
         self._buffers: list[Buffer] = []
         self._repacker = Repacker() if repack else None
         self.joins = join
@@ -75,17 +76,20 @@ class Weights:
         # Of the file, what is never read again since it was repacked.
         self.replaced_bytes = 0
 
-        self.token_embd = self._mapped(Rows.of(file, "token_embd.weight"))
+        self.token_embd = self._mapped(self._of_vocabulary("token_embd.weight"))
         self.output_norm = self._mapped(Rows.of(file, "output_norm.weight"))
         output_name = "token_embd.weight" if config.tied_output else "output.weight"
-        self.output = self._matrix([Rows.of(file, output_name)], "output.weight")
-        self.output_bias, self.rope_freqs = (
-            self._mapped(Rows.of(file, name)) if name in file.tensors else None
-            for name in ("output.bias", "rope_freqs.weight")
-        )
+        self.output = self._matrix([self._of_vocabulary(output_name)], "output.weight")
+        bias, freqs = "output.bias", "rope_freqs.weight"
+        self.output_bias = self._mapped(self._of_vocabulary(bias)) if bias in file.tensors else None
+        self.rope_freqs = self._mapped(Rows.of(file, freqs)) if freqs in file.tensors else None
         self.layers = [self._layer(i) for i in range(config.n_layer)]
-        if self.repacked:
+        if self._buffers:  # what was copied is hardly read from the file again
             file.release_pages()
+
+    def _of_vocabulary(self, name: str) -> Rows:
+        """Without the rows of no token: their logits are not computed, so that none of them is ever drawn."""
+        return replace(Rows.of(self._file, name), n=self._config.n_vocab)
 
     def _layer(self, layer: int) -> LayerWeights:
         rows = layer_rows(self._file, self._config, layer)
@@ -140,10 +144,12 @@ class Weights:
         return tensor
 
     def _mapped(self, rows: Rows) -> Tensor:
+        if len(rows.shape) == 1 and rows.info.type != GGMLQuantizationType.F32:
+            return self._vector(rows.name, rows.floats_in(self._file))
         if rows.offset % _ALIGNMENT:
             return self._copied(rows.name, rows.info.type, rows.shape, rows.bytes_in(self._file))
         tensor = self._context.new(rows.info.type, rows.shape, rows.name)
-        self._map.place(tensor, rows.offset)
+        self._maps[rows.info.part].place(tensor, rows.offset)
         return tensor
 
     def _vector(self, name: str, values: np.ndarray) -> Tensor:
@@ -160,7 +166,7 @@ class Weights:
 
     def close(self) -> None:
         self._context.close()
-        for buffer in (*self._buffers, self._map):
+        for buffer in (*self._buffers, *self._maps):
             buffer.close()
 
 

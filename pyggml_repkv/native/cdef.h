@@ -83,6 +83,8 @@ struct repkv_regions {
 };
 
 int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);
+int repkv_watch_map(const void *begin, size_t n_bytes, const char *line);
+void repkv_unwatch_map(int slot);
 
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 

@@ -62,7 +62,7 @@ def test_chunking_keeps_the_answer(model, golden_model):
 def original(demo_model, tmp_path_factory):
     """The file of the wheel, of llama architecture: the conversion taken back, as its hash proves."""
     file = GGUFFile.open(demo_model)
-    config, data = ModelConfig.from_gguf(file), np.array(file.data)
+    config, data = ModelConfig.from_gguf(file), np.array(file.parts[0])
     n_header = min(info.offset for info in file.tensors.values())
     data[:n_header] = np.frombuffer(data[:n_header].tobytes().replace(b"qwen2", b"llama"), np.uint8)
     for name, info in file.tensors.items():

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.model import tokenizer as tokenizer_module
-from pyggml_repkv.model.pretokenizers import LLAMA3, PATTERNS, chunks, pre_tokenizer
+from pyggml_repkv.model.pretokenizers import chunks, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
 from pyggml_repkv.model.tokenizer import Tokenizer
 from tests.tiny_models import tiny_tokenizer
@@ -61,7 +62,7 @@ FRAGMENTS = (
     ),
 )
 # One name for each pattern.
-PRE_TOKENIZERS = sorted(PATTERNS.keys() - LLAMA3 - {"deepseek-r1-qwen"} | {"llama-bpe"})
+PRE_TOKENIZERS = ("default", "llama-bpe", "qwen2", "smollm")
 CHARACTERS = st.characters(exclude_categories=("Cs",))
 TEXTS = st.one_of(
     st.text(CHARACTERS),
@@ -168,21 +169,36 @@ QWEN2 = (
     r"|[0-9]| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
+PUNCTUATION = r"[!-/:-@\[-_{-~]+"  # of ASCII all but the backtick, which is a symbol
 
 
 def plain_words(pre: str, text: str) -> list[str]:
     kinds = "".join(map(kind, text))
-    if pre == "smollm":
-        parts = [m.span() for m in re.finditer("[0-9]|[^0-9]+", kinds)]
-        spans = [
-            (start + m.start(), start + m.end())
-            for start, end in parts
-            for m in re.finditer(GPT2, kinds[start:end], re.ASCII)
-        ]
-    else:
-        pattern = QWEN2.replace("|[0-9]|", "|[0-9]{1,3}|") if pre == "llama-bpe" else QWEN2
-        spans = [m.span() for m in re.finditer(pattern, kinds, re.ASCII)]
+    digits = "".join(
+        c if c.isascii() else "*" for c in text
+    )  # past ASCII, what the last of default's patterns passes over
+    qwen2 = QWEN2.replace("|[0-9]|", "|[0-9]{1,3}|") if pre == "llama-bpe" else QWEN2
+    steps = {
+        "smollm": [(kinds, "[0-9]"), (kinds, GPT2)],
+        "default": [(kinds, PUNCTUATION), (kinds, GPT2), (kinds, "[0-9]+"), (digits, "[0-9]{3}")],
+    }
+    spans = [(0, len(text))] if text else []
+    for chars, pattern in steps.get(pre, [(kinds, qwen2)]):
+        spans = [cut for span in spans for cut in cuts(chars, pattern, *span)]
     return [text[start:end] for start, end in spans]
+
+
+def cuts(chars: str, pattern: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields the matches and what lies between them, in chars[start:end]."""
+    at = start
+    for match in re.finditer(pattern, chars[start:end], re.ASCII):
+        first, last = start + match.start(), start + match.end()
+        if at < first:
+            yield at, first
+        yield first, last
+        at = last
+    if at < end:
+        yield at, end
 
 
 def kind(char: str) -> str:
@@ -191,4 +207,4 @@ def kind(char: str) -> str:
         return char
     if char.isspace():
         return "\x0b"
-    return {"L": "z", "N": "0"}.get(unicodedata.category(char)[0], "*")
+    return {"L": "z", "N": "0", "P": "*"}.get(unicodedata.category(char)[0], "`")

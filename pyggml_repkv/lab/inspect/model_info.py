@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 from pyggml_repkv.engine import budget
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError, InputError, ModelFileError
 from pyggml_repkv.ffi.context import TensorContext
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
@@ -22,10 +22,9 @@ from pyggml_repkv.memory.policy import DiskNeed, Policy
 from pyggml_repkv.memory.registry import policy_kind
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
-from pyggml_repkv.model.pretokenizers import PATTERNS
 from pyggml_repkv.model.rope_options import AS_IN_FILE, RopeOptions
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
-from pyggml_repkv.model.tokenizer import adds_bos
+from pyggml_repkv.model.tokenizer import TokenizerKeys, special_ids
 from pyggml_repkv.model.weights import Repacker, Weights
 
 _TEMPLATE = "tokenizer.chat_template"
@@ -39,13 +38,14 @@ class SpecialToken:
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """The file's tokenizer keys. supported: whether this program has such a tokenizer; bos, eos, eot: None if the file
-    names none; chat_templates: their names.
+    """The file's tokenizer keys. pre: the name in the file; supported: whether this program has such a tokenizer;
+    problem: why not, or ""; bos, eos, eot: None if the file names none; chat_templates: their names.
     """
 
     kind: str
     pre: str
     supported: bool
+    problem: str
     n_tokens: int
     n_merges: int
     add_bos: bool
@@ -59,17 +59,27 @@ class TokenizerInfo:
         """Reads the keys only: building the encoder takes longer than everything else here. Raises ModelFileError."""
         metadata = file.metadata
         kind, pre = (str(metadata.get(f"tokenizer.ggml.{key}", "")) for key in ("model", "pre"))
-        tokens, merges = (_strings(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        tokens, merges = (_array(file, f"tokenizer.ggml.{key}") for key in ("tokens", "merges"))
+        problem, add_bos = "", False
+        try:
+            add_bos = TokenizerKeys.read(metadata).add_bos
+        except ModelFileError as error:
+            problem = str(error)
+        ids = special_ids(metadata, len(tokens))
+        bos, eos, eot = (
+            SpecialToken(ids[role], tokens[ids[role]]) if role in ids else None for role in ("bos", "eos", "eot")
+        )
         return cls(
             kind=kind,
             pre=pre,
-            supported=kind == "gpt2" and pre in PATTERNS,
+            supported=not problem,
+            problem=problem,
             n_tokens=len(tokens),
             n_merges=len(merges),
-            add_bos=adds_bos(metadata),
-            bos=_special(file, "bos", tokens),
-            eos=_special(file, "eos", tokens),
-            eot=_special(file, "eot", tokens),
+            add_bos=add_bos,
+            bos=bos,
+            eos=eos,
+            eot=eot,
             chat_templates=tuple(
                 key.removeprefix(_TEMPLATE).removeprefix(".") or "default"
                 for key in metadata
@@ -78,21 +88,11 @@ class TokenizerInfo:
         )
 
 
-def _strings(file: GGUFFile, key: str) -> list[str]:
+def _array(file: GGUFFile, key: str) -> list[Any]:
     values = file.metadata.get(key, [])
     if not isinstance(values, list):
         raise file_error(file.path, f"{key} is not an array of strings")
     return values
-
-
-def _special(file: GGUFFile, role: str, tokens: Sequence[str]) -> SpecialToken | None:
-    key = f"tokenizer.ggml.{role}_token_id"
-    token = file.metadata.get(key)
-    if token is None:
-        return None
-    if type(token) is not int or not 0 <= token < len(tokens):
-        raise file_error(file.path, f"{key} is {token!r:.80}; it must be a token id, from 0 to {len(tokens) - 1}")
-    return SpecialToken(token, tokens[token])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,8 @@ class MemoryPlan:
     """What a policy needs after n_tokens tokens.
 
     ram: bytes by part, as `run` names them; `compute`, the buffer of the largest step, is missing if the graph cannot
-    be built. fits: whether RAM (weights included) and disk suffice; most_tokens: how many tokens would fit in RAM, at
-    most n_tokens; note: what does not fit, or "".
+    be built. fits: whether `run` takes the file, and RAM (weights included) and disk suffice; most_tokens: how many
+    tokens would fit in RAM, at most n_tokens; note: what does not fit, or "".
     """
 
     policy: str
@@ -171,7 +171,8 @@ class ModelInfo:
         return {
             "file": {
                 "path": str(self.file.path),
-                "bytes": len(self.file.data),
+                "bytes": self.file.n_bytes,
+                "n_parts": len(self.file.parts),
                 "gguf_version": self.file.version,
                 "n_tensors": len(self.file.tensors),
                 "n_unused_tensors": len(self.unused),
@@ -231,11 +232,11 @@ def _repacked_bytes(file: GGUFFile, config: ModelConfig) -> dict[str, int]:
     repacker = Repacker()
     sizes: dict[tuple[int, tuple[int, ...]], int] = {}
     found: dict[str, int] = {}
-    for name in expected_tensors(config, file.tensors):
+    for name, spec in expected_tensors(config, file.tensors).items():
         info = file.tensors[name]
-        key = int(info.type), info.shape
+        key = int(info.type), spec.shape
         # Token embeddings are multiplied only if they are the output matrix too.
-        if len(info.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
+        if len(spec.shape) != 2 or (name == "token_embd.weight" and not config.tied_output):
             continue
         buffer_type = repacker.buffer_type(*key)
         if buffer_type is None:
@@ -270,7 +271,7 @@ class _Planner(ExitStack):
         graph = GraphModel(info.config, self._weights, self._backend, exact=exact)
         # Copied matrices are not read from the file again, except for embeddings.
         copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
-        weights = {"weights": len(info.file.data) - copied + sum(repacked.values())}
+        weights = {"weights": info.file.n_bytes - copied + sum(repacked.values())}
         with ExitStack() as stack:
             policy, problem = self._policy(graph, memory)
             stack.callback(policy.close)
@@ -290,6 +291,8 @@ class _Planner(ExitStack):
                     f"{n_tokens} tokens need {budget.size(sum(ram.values()))} and {budget.size(self._free)} are free"
                 )
                 problem += f": about {most} would fit" if most else ": none would fit"
+            elif not problem and info.tokenizer.problem:
+                problem = "`run` refuses the file's tokenizer"
             elif not problem and need is not None:
                 try:
                     budget.check_disk(need, n_tokens)

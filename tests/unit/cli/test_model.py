@@ -7,7 +7,7 @@ import pytest
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
-from tests.tiny_models import QT, VT, TinySpec, write_tiny_model
+from tests.tiny_models import QT, VT, TinySpec, write_split_model, write_tiny_model
 
 
 @pytest.fixture
@@ -91,6 +91,37 @@ def test_senseless_scaling_is_one_line(info, tiny_model, flags, message):
     assert message in err
 
 
+def test_all_parts_and_rows_of_no_token_are_counted(info, tmp_path):
+    parts = write_split_model(tmp_path / "m", TinySpec())
+    n_bytes = sum(path.stat().st_size for path in parts)
+    code, out, err = info(parts[0])
+    assert (code, err) == (0, "")
+    assert f"{n_bytes / 1e3:.0f} kB in 3 files, GGUF version 3, 27 tensors" in out
+    assert json.loads(info(parts[0], "--json")[1])["file"]["n_parts"] == 3
+    code, _, err = info(parts[1])
+    assert (code, err.count("\n")) == (2, 1)
+
+    def fewer(metadata, _):
+        for key in ("tokens", "token_type"):
+            values, kind = metadata[f"tokenizer.ggml.{key}"]
+            metadata[f"tokenizer.ggml.{key}"] = (values[:-16], kind)
+
+    write_tiny_model(tmp_path / "fewer.gguf", TinySpec(), fewer)
+    assert "vocabulary    272 tokens (288 rows)" in info(tmp_path / "fewer.gguf")[1]
+
+
+def test_it_says_why_run_refuses_a_tokenizer(info, tmp_path):
+    def edit(metadata, _):
+        del metadata["tokenizer.ggml.merges"]
+
+    write_tiny_model(tmp_path / "m.gguf", TinySpec(), edit)
+    code, out, err = info(tmp_path / "m.gguf")
+    assert (code, err) == (0, "")
+    assert "`run` refuses it: tokenizer.ggml.merges is missing" in out
+    assert cells(out, "fits") == ["no"] * 3
+    assert all(len(line) <= 80 for line in out.splitlines()[1:])
+
+
 def test_it_fits_a_terminal_of_80_columns(info, tiny_model, monkeypatch):
     path = tiny_model(n_layer=1, n_ctx=256, weight_type=QT.Q4_0, head_dim=64)
     monkeypatch.chdir(path.parent)
@@ -160,7 +191,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
     assert (code, err) == (0, "")
     assert all(c.isprintable() or c == "\n" for c in out)
     assert r"a\x1b[2Jb\nc" in out
-    assert "(unknown: `run` refuses it)" in out
+    assert "`run` refuses it: tokenizer.ggml.pre is " in out
     code, out, _ = info(path, "--json")
     assert code == 0
     assert out.isascii()

@@ -219,7 +219,9 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({ORIG: (2**31, U32)}, "original_context_length is 2147483648"),
     ({"tokenizer.ggml.tokens": None}, "lacks the list of tokens tokenizer.ggml.tokens"),
     ({"tokenizer.ggml.tokens": ([1, 2], ARRAY)}, "lacks the list of tokens"),
-    ({"tokenizer.ggml.tokens": (["a", "b"], ARRAY)}, "token_embd.weight has 288 rows for 2 tokens"),
+    ({"tokenizer.ggml.tokens": ([*map(str, range(289))], ARRAY)}, "token_embd.weight has 288 rows for 289 tokens"),
+    ({"tokenizer.ggml.tokens": ([[1, 2], [3, 4]], ARRAY)}, "lacks the list of tokens"),
+    ({"general.type": ([1, 2], ARRAY)}, "not a model"),
     ({"general.type": ("adapter", TEXT)}, "general.type is 'adapter', not a model"),
     ({"qwen2.attention.causal": (False, ValueType.BOOL)}, "attention is not causal"),
     ({"qwen2.expert_count": (8, U32)}, "it is a mixture of 8 experts; give a dense model"),
@@ -254,3 +256,27 @@ def test_architecture_is_required(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF\x03" + bytes(19))
     with pytest.raises(ModelFileError, match=r"lacks the key general\.architecture"):
         ModelConfig.from_gguf(GGUFFile.open(path))
+
+
+def test_unread_keys_are_named_in_one_warning(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("attention.scale", "logit_scale", "sliding", "a\n", "vocab_size", "rope.unknown")
+    config_of(None, {f"qwen2.{name}": (4, U32) for name in names} | {"llama.scale": (1.0, F32), "general.x": (1, U32)})
+    (record,) = caplog.records
+    end = "keys that are not used here: qwen2.attention.scale, qwen2.logit_scale, qwen2.sliding and 1 more"
+    assert record.levelname == "WARNING"
+    assert record.message.endswith(end)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama"])
+def test_keys_that_are_read_or_harmless_are_not_warned_of(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture, arch: str
+) -> None:
+    spec = TinySpec(arch=arch, scaling_kind="yarn", scaling_factor=2.0, scaling_orig_ctx=64, n_embd=96)
+    config_of(spec, {f"{arch}.vocab_size": (288, U32), f"{arch}.expert_used_count": (0, U32)})
+    assert not caplog.records
+
+
+def test_more_rows_than_tokens_are_left_out(config_of: Callable[..., ModelConfig]) -> None:
+    assert config_of(None, {"tokenizer.ggml.tokens": ([*map(str, range(200))], ARRAY)}).n_vocab == 200

@@ -48,7 +48,7 @@ def test_conversion_renames_keys_and_reorders_rows(tmp_path: Path, llama: Path) 
     for key, (start, end) in source.value_spans.items():
         if key != "general.architecture":
             moved = file.value_spans[key.replace("llama.", "qwen2.", 1)]
-            assert bytes(file.data[slice(*moved)]) == bytes(source.data[start:end]), key
+            assert bytes(file.parts[0][slice(*moved)]) == bytes(source.parts[0][start:end]), key
 
 
 def test_conversion_replaces_in_place_and_leaves_nothing_else(tmp_path: Path, llama: Path) -> None:

@@ -69,11 +69,15 @@ def test_matrix_types_are_those_that_ggml_multiplies() -> None:
     assert multiplied == MATRIX_TYPES
 
 
-def test_tensors_of_no_consequence_are_listed(tmp_path: Path) -> None:
-    def edit(tensors: Tensors) -> None:
-        tensors["notes.weight"] = Packed(np.zeros(4, np.float32), QuantType.F32)
+def test_tensors_of_no_consequence_are_listed_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("notes.weight", "cls\n", "v.one", "v.two")
 
-    assert checked(tmp_path / "tiny.gguf", TinySpec(), edit) == ("notes.weight",)
+    def edit(tensors: Tensors) -> None:
+        tensors |= {name: Packed(np.zeros(4, np.float32), QuantType.F32) for name in names}
+
+    assert checked(tmp_path / "tiny.gguf", TinySpec(), edit) == names
+    (record,) = caplog.records
+    assert record.message.endswith(r"tiny.gguf: tensors that are not used here: notes.weight, cls\n, v.one and 1 more")
 
 
 def f32(name: str, *shape: int) -> Edit:
@@ -103,14 +107,17 @@ BAD_TENSORS: list[tuple[Edit, str]] = [
     (f32("blk.0.attn_k.bias", 64), r"attn_k\.bias has the shape \[64\]"),
     (f32("blk.1.ffn_norm.weight", 1, 64), r"ffn_norm\.weight has the shape \[1, 64\]"),
     (f32("output.weight", 287, 64), r"output\.weight has the shape \[287, 64\]"),
-    (typed("blk.0.attn_v.bias", QuantType.F16), r"attn_v\.bias is F16; convert it to one of F32$"),
-    (typed("output_norm.weight", QuantType.BF16), r"output_norm\.weight is BF16; convert it to one of F32$"),
+    (typed("output_norm.weight", QuantType.Q8_0), r"output_norm\.weight is Q8_0; convert it to one of F32, F16, BF16$"),
+    (integers("blk.0.attn_v.bias"), r"attn_v\.bias is I32; convert it to one of F32, F16, BF16$"),
     (integers("blk.0.ffn_up.weight"), r"ffn_up\.weight is I32; convert it to one of F32, F16, Q4_0"),
     (f32("rope_freqs.weight", 8), r"rope_freqs\.weight is no part of a qwen2 model of 2 layers"),
     (f32("rope_factors_long.weight", 8), "rope_factors_long"),
     (f32("blk.2.attn_norm.weight", 64), r"blk\.2\.attn_norm\.weight is no part"),
     (f32("blk.0.attn_output.bias", 64), r"attn_output\.bias is no part"),
-    (f32("blk.1.attn_qkv.bias", 128), r"attn_qkv\.bias is no part"),
+    (f32("blk.0.attn_q_norm.weight", 16), r"attn_q_norm\.weight is no part"),
+    (f32("blk.0.ffn_gate_exps.weight", 2, 96, 64), r"ffn_gate_exps\.weight is no part"),
+    (f32("position_embd.weight", 128, 64), r"position_embd\.weight is no part"),
+    (f32("blk.1.attn_qkv.bias", 128), r"attn_q\.bias is no part"),
     (f32("blk.1.attn_qkv.weight", 128, 64), r"attn_q\.weight is no part"),
     (f32("blk.1.attn_qkv.weight", 64, 64), r"attn_qkv\.weight has the shape \[64, 64\].* for \[128, 64\]"),
     (f32("output.bias", 287), r"output\.bias has the shape \[287\]"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as QT
 from gguf import GGUFValueType as VT
+from gguf.quants import dequantize, quantize
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.ffi.library import g, native
@@ -14,7 +15,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile
 from pyggml_repkv.model.weights import Repacker, Weights
 from tests.oracle import oracle_logits
-from tests.tiny_models import MIN_VOCAB, TinySpec, write_tiny_model
+from tests.tiny_models import MIN_VOCAB, OPTIONAL, WEIGHT_TYPES, Packed, TinySpec, write_tiny_model
 from tests.unit.native.op_bench import tensor_bytes
 
 SPEC = TinySpec(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ff=96, seed=5)
@@ -60,7 +61,7 @@ def q4_0(tmp_path):
 def test_tensors_lie_in_the_file(tmp_path):
     write_tiny_model(tmp_path / "m.gguf", SPEC)
     file, weights = load(tmp_path / "m.gguf")
-    start = file.data.ctypes.data
+    start = file.parts[0].ctypes.data
     for i, layer in enumerate(weights.layers):
         for part in MATRICES:
             assert address(getattr(layer, part)) == start + file.tensors[f"blk.{i}.{part}.weight"].offset
@@ -79,7 +80,7 @@ def test_a_tied_output_is_the_embedding(tmp_path, tied):
     assert relative_error(logits_of(tmp_path / "m.gguf"), oracle_logits(spec, written, TOKENS)) < 2e-5
 
 
-@pytest.mark.parametrize("alignment", [8, 16, 64])
+@pytest.mark.parametrize("alignment", [8, 16, 64, 4096])
 @pytest.mark.parametrize("options", [{}, {"exact_graph": True}], ids=["fused", "exact"])
 def test_any_alignment_of_the_file(tmp_path, alignment, options):
     """Odd rows of Q8_0 give the tensors after them addresses that vector loads cannot use: those are copied."""
@@ -100,6 +101,93 @@ def test_any_alignment_of_the_file(tmp_path, alignment, options):
             assert np.array_equal(tensor_bytes(tensor).ravel(), file.tensor_bytes(name).ravel())
     want = oracle_logits(spec, written, TOKENS)
     assert relative_error(logits_of(tmp_path / "m.gguf", **options), want) < 2e-2
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
+def test_weights_of_any_type_at_any_address(tmp_path, kind):
+    """What an alignment of 8 puts at odd addresses gives the logits of a file of 64."""
+    spec = TinySpec(n_layer=1, head_dim=64, n_ff=256, n_vocab=279, weight_type=kind, seed=2)
+
+    def aligned(alignment):
+        def edit(metadata, tensors):
+            metadata["general.alignment"] = (alignment, VT.UINT32)
+            # A tensor of 24 bytes before them moves all others.
+            moved = {"first.weight": Packed(np.zeros(6, np.float32), QT.F32), **tensors}
+            tensors.clear()
+            tensors.update(moved)
+
+        path = tmp_path / f"{alignment}.gguf"
+        write_tiny_model(path, spec, edit)
+        return path
+
+    paths = {alignment: aligned(alignment) for alignment in (8, 64)}
+    file = GGUFFile.open(paths[8])
+    assert any(info.offset % 32 for name, info in file.tensors.items() if name.endswith("ffn_up.weight"))
+    for options in ({"repack": False}, {"exact_graph": True}):
+        assert np.array_equal(logits_of(paths[8], **options), logits_of(paths[64], **options))
+
+
+@pytest.mark.parametrize("kind", [QT.F16, QT.BF16], ids=["F16", "BF16"])
+@pytest.mark.parametrize("options", [{}, {"exact_graph": True}], ids=["fused", "exact"])
+@pytest.mark.parametrize(("arch", "joined"), [("qwen2", False), ("qwen2", True), ("qwen3", False), ("llama", False)])
+def test_vectors_of_half_precision_are_converted(tmp_path, kind, options, arch, joined):
+    """As if the file had them in F32, rounded likewise."""
+    spec = replace(SPEC, arch=arch, optional=OPTIONAL[arch], joined=joined)
+
+    def edit(to):
+        def vectors(_, tensors):
+            for name in [name for name, packed in tensors.items() if packed.data.ndim == 1]:
+                half = quantize(tensors[name].data, kind)
+                tensors[name] = Packed(half, kind) if to is kind else Packed(dequantize(half, kind), QT.F32)
+
+        return vectors
+
+    for to in (kind, QT.F32):
+        write_tiny_model(tmp_path / f"{to.name}.gguf", spec, edit(to))
+    got, want = (logits_of(tmp_path / f"{to.name}.gguf", **options) for to in (kind, QT.F32))
+    assert np.array_equal(got, want)
+
+
+def join_qkv(*kinds):
+    def edit(_, tensors):
+        for i in range(SPEC.n_layer):
+            for kind in kinds:
+                parts = [tensors.pop(f"blk.{i}.attn_{c}.{kind}") for c in "qkv"]
+                data = np.concatenate([part.data for part in parts])
+                tensors[f"blk.{i}.attn_qkv.{kind}"] = Packed(data, parts[0].type)
+
+    return edit
+
+
+@pytest.mark.parametrize("kind", [QT.F32, QT.Q8_0, QT.Q4_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("joined", [("weight", "bias"), ("weight",), ("bias",)], ids="+".join)
+def test_joined_weights_or_biases_are_the_separate_ones_bit_for_bit(tmp_path, kind, joined):
+    spec = replace(SPEC, weight_type=kind)
+    write_tiny_model(tmp_path / "separate.gguf", spec)
+    write_tiny_model(tmp_path / "joined.gguf", spec, join_qkv(*joined))
+    for options in ({}, {"repack": False}, {"exact_graph": True}, {"exact_graph": True, "repack": False}):
+        got, want = (logits_of(tmp_path / f"{name}.gguf", **options) for name in ("joined", "separate"))
+        assert np.array_equal(got, want), options
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", [QT.F32, QT.Q4_0], ids=lambda kind: kind.name)
+def test_rows_of_no_token_are_left_out(tmp_path, tied, kind):
+    """The logits of the tokens are those of the file whose other rows have tokens too."""
+    n_tokens = 273
+
+    def fewer(metadata, _):
+        for key in ("tokens", "token_type"):
+            values, of = metadata[f"tokenizer.ggml.{key}"]
+            metadata[f"tokenizer.ggml.{key}"] = (values[:n_tokens], of)
+
+    spec = replace(SPEC, tied=tied, weight_type=kind, optional=OPTIONAL["qwen2"])
+    write_tiny_model(tmp_path / "padded.gguf", spec)
+    write_tiny_model(tmp_path / "fewer.gguf", spec, fewer)
+    for options in ({}, {"exact_graph": True}):
+        got, want = (logits_of(tmp_path / f"{name}.gguf", **options) for name in ("fewer", "padded"))
+        assert got.shape[1] == n_tokens
+        assert relative_error(got, want[:, :n_tokens]) < 1e-6
 
 
 @pytest.mark.parametrize("join", [True, False])
@@ -156,7 +244,7 @@ def test_what_the_file_has_joined_is_whole_and_in_parts(tmp_path, join):
     file, weights = load(tmp_path / "m.gguf", join=join)
     for i, layer in enumerate(weights.layers):
         whole = file.tensors[f"blk.{i}.attn_qkv.weight"]
-        assert address(layer.attn_qkv) == address(layer.attn_q) == file.data.ctypes.data + whole.offset
+        assert address(layer.attn_qkv) == address(layer.attn_q) == file.parts[0].ctypes.data + whole.offset
         parts = [tensor_bytes(getattr(layer, name)) for name in ("attn_q", "attn_k", "attn_v")]
         assert np.array_equal(np.concatenate(parts), tensor_bytes(layer.attn_qkv))
         biases = [tensor_bytes(bias).ravel() for bias in layer.qkv_biases]
@@ -192,7 +280,7 @@ def test_matrices_of_other_types_are_not_joined(tmp_path):
 
 def test_closing_gives_everything_back(q4_0):
     _, weights = load(q4_0[0], repack=True)
-    buffers = [*weights._buffers, weights._map]
+    buffers = [*weights._buffers, *weights._maps]
     weights.close()
     weights.close()
     assert all(buffer.closed for buffer in buffers)

@@ -11,6 +11,7 @@ import numpy as np
 from pyggml_repkv import __version__
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.engine.session import Session
+from pyggml_repkv.ffi.lost_files import exit_on_lost_files
 from pyggml_repkv.lab.bench.workers._worker import serve
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.registry import policy_kind
@@ -65,4 +66,5 @@ class RepkvEngine:
 
 
 if __name__ == "__main__":
+    exit_on_lost_files("")  # the last line on stderr is what the command shows
     serve(RepkvEngine)

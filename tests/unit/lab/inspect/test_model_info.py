@@ -76,10 +76,36 @@ def test_templates_are_named_and_an_unknown_tokenizer_is_no_error(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("tokenizer.ggml.merges", None, "tokenizer.ggml.merges is missing"),
+        ("tokenizer.ggml.pre", ("tekken", VT.STRING), "tokenizer.ggml.pre is 'tekken'"),
+        ("tokenizer.ggml.token_type", ([1, 1], VT.ARRAY), "tokenizer.ggml.token_type is not an array of 288"),
+    ],
+)
+def test_a_tokenizer_that_run_refuses_does_not_fit(tmp_path, key, value, problem):
+    def edit(metadata, _):
+        del metadata[key]
+        if value is not None:
+            metadata[key] = value
+
+    info = info_of(edited(tmp_path, edit))
+    assert info.tokenizer.problem.startswith(problem)
+    (plan,) = info.plans(PlanInputs([MemoryConfig()], 100), 10**10)
+    assert (plan.fits, plan.note) == (False, "`run` refuses the file's tokenizer")
+
+
+def test_ids_that_are_no_tokens_are_none(tmp_path):
+    keys = {"bos": (4294967295, VT.UINT32), "eos": ("\n", VT.STRING)}
+    tokenizer = info_of(
+        edited(tmp_path, lambda m, _: m.update({f"tokenizer.ggml.{role}_token_id": v for role, v in keys.items()}))
+    ).tokenizer
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.supported) == (None, None, True)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tokenizer.ggml.eos_token_id", (288, VT.UINT32), "is 288; it must be a token id, from 0 to 287"),
-        ("tokenizer.ggml.bos_token_id", ("\n", VT.STRING), r"is '\\n'; it must be a token id"),
         ("tokenizer.ggml.merges", (7, VT.UINT32), "tokenizer.ggml.merges is not an array of strings"),
         ("qwen2.block_count", (3, VT.UINT32), "lacks the tensor blk.2.attn_norm.weight"),
     ],
@@ -143,7 +169,7 @@ def test_copies_of_weights_count_beside_what_stays_in_the_file(tiny_model):
     if not info.repacked:
         pytest.skip("ggml has no other layout on this CPU")
     copied = sum(info.file.tensors[name].n_bytes for name in info.repacked)
-    mapped = len(info.file.data)
+    mapped = len(info.file.parts[0])
     assert plan_of(path, MemoryConfig(), 128).ram["weights"] == mapped - copied + sum(info.repacked.values())
     assert plan_of(path, MemoryConfig(), 128, repack=False).ram["weights"] == mapped
     assert plan_of(path, REPKV, 128).ram["weights"] == mapped
