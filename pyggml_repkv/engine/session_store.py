@@ -170,6 +170,7 @@ class SessionStore:
             raise InputError(f"{where}: it was made with another model; give that one with -m, or another directory")
         now = json.loads(json.dumps(identity["settings"]))
         before.setdefault("--kv", "repkv")
+        before.setdefault("stored keys", "with their bias")
         # A session stays what it was begun as.
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]

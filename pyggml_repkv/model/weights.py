@@ -58,6 +58,7 @@ _JOINS = {"attn_qkv": QKV, "ffn_gate_up": ("ffn_gate", "ffn_up")}
 class Weights:
     """All tensors of a checked file (see `check_tensors`), kept alive together with the memory map.
 
+    `key_biases`: float32 [K * d] of each layer, in the order of the file, None where no key is a product plus a bias.
     `repacked` says whether any matrix was copied into a layout of ggml's; such a matrix can only be multiplied by
     ggml's own node, so the fused decode ops are not used then. `joins` says whether matrices are joined that the file
     has apart.
@@ -83,12 +84,15 @@ class Weights:
             self._mapped(Rows.of(file, name)) if name in file.tensors else None
             for name in ("output.bias", "rope_freqs.weight")
         )
+        self.key_biases: list[np.ndarray | None] = []
         self.layers = [self._layer(i) for i in range(config.n_layer)]
         if self.repacked:
             file.release_pages()
 
     def _layer(self, layer: int) -> LayerWeights:
         rows = layer_rows(self._file, self._config, layer)
+        has_key_bias = "attn_k_bias" in rows and "attn_k_norm" not in rows
+        self.key_biases.append(self._bias(rows, "attn_k") if has_key_bias else None)
         made: dict[str, Any] = {}
         for whole, parts in _JOINS.items():
             of_whole = [rows[whole]] if whole in rows else [rows[part] for part in parts]

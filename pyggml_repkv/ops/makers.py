@@ -7,7 +7,9 @@ the true position and for the far distance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import native
@@ -27,7 +29,16 @@ class Ops:
     def __init__(self, g: GraphContext, kernels: Kernels, rope: Tensor | None = None, traced: bool = False) -> None:
         self.g, self.kernels, self.config = g, kernels, kernels.config
         self._rope, self._traced = rope, traced
+        self._centre: Any = None
         g.keep_alive(kernels)
+
+    def centred(self, centre: Any) -> Ops:
+        """The same, for nodes of a layer whose keys are stored less a centre (KeyCentres.of), which the graph must keep
+        alive.
+        """
+        ops = copy.copy(self)
+        ops._centre = centre
+        return ops
 
     def node(
         self,
@@ -47,6 +58,8 @@ class Ops:
         if info.many:
             tensors[-1:] = tensors[-1]
         params, address = self.kernels.params(**values or {}), info.address
+        if self._centre is not None:
+            params.centre = self._centre
         if self._traced:
             params.traced, address = info.function, TRACED_OP
         return self.g.custom(shape, tensors, address, params)
@@ -115,6 +128,13 @@ class Ops:
         """Queries of `store_kv` -> heads, packed [n_panels, H * d, PANEL]."""
         shape = packed_like(q, self.config.n_embd_q)
         return self.node("attend_chunk", shape, q=q, k_arena=k_arena, v_arena=v_arena, cells=cells)
+
+    def shift_keys(self, keys: Tensor, sign: float, rows: Tensor | None = None) -> Tensor:
+        """keys [n, K * d] -> F32 [n, K * d]: what is taken from stored keys added (sign 1) or taken (-1), at positions
+        from the first of rows (I64 [T]) on, or from 0.
+        """
+        shape = keys.contents.ne[1], keys.contents.ne[0]
+        return self.node("shift_keys", shape, {"sign": sign}, keys=keys, rows=rows)
 
     def store_far(self, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor) -> Tensor:
         """Packed qkv -> queries rotated by the far distance (rope [rope_dim]), packed; stores keys before RoPE and
@@ -187,9 +207,9 @@ class Ops:
         return self.node("block_topk", shape, values, relevance=relevance, regions=regions, kept=kept)
 
     def locate(self, blocks: Tensor, places: Tensor) -> Tensor:
-        """Blocks of `block_topk` -> I32 [1 or K, 1 + 2 n_top], how many runs of rows and (first row, rows) of each."""
+        """Blocks of `block_topk` -> I32 [1 or K, 1 + 3 n_top], how many runs of rows and the place of each."""
         n_rows, n_top = blocks.contents.ne[1], blocks.contents.ne[0] - 1
-        return self.node("locate", (n_rows, 1 + 2 * n_top), blocks=blocks, places=places)
+        return self.node("locate", (n_rows, 1 + 3 * n_top), blocks=blocks, places=places)
 
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,
