@@ -194,8 +194,8 @@ class GraphModel:
 
     @cached_property
     def key_biases(self) -> list[NDArray[np.float32] | None]:
-        """Of each layer, float32 [K * d], each head by halves; None where there is none. llama.cpp's graph, which stores
-        keys as they are, has none.
+        """Of each layer, float32 [K * d], each head by halves; None where there is none. The exact graph has none:
+        llama.cpp stores keys as they are.
         """
         biases = [None if self.exact else bias for bias in self.weights.key_biases]
         if self.config.family.rope == "halves":

@@ -31,10 +31,10 @@ Form = Literal["ggml", "one", "packed"]
 class PolicyInputs:
     """What a policy is made from.
 
-    rope: float64 angles; key_biases: of each layer, float32 [K * d] by halves, None where there is none; boundaries: where a text may be cut, for policies that cut it; kept: whether the session is
-    kept in a directory; block_file: where a kept session's blocks are, or those that a fork shares; long: whether the
-    sequence is to be taken for one beyond the trained context from its start (None: as n_ctx says); arenas: memory that
-    is filled already, for a fork.
+    rope: float64 angles; key_biases: of each layer, float32 [K * d] by halves, None where there is none; boundaries:
+    where a text may be cut, for policies that cut it; kept: whether the session is kept in a directory; block_file:
+    where a kept session's blocks are, or those that a fork shares; long: whether the sequence is to be taken for one
+    beyond the trained context from its start (None: as n_ctx says); arenas: memory that is filled already, for a fork.
     """
 
     config: ModelConfig
