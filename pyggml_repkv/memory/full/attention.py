@@ -74,7 +74,8 @@ class _MaskedAttention(ABC):
         k = _flat_rows(self._g, k, self._n_tokens, self._memory.config.n_embd_kv)
         centre = self._memory.centres.of(layer)
         if centre:
-            k = self._ops.centred(centre).shift_keys(self._g.contiguous(k), -1, self._rows)
+            k = self._ops.centred(centre).shift_keys(self._g.contiguous(k), -1, self._rows)  # [T, K * d]
+            set_name(k, "k_less_bias", layer)
         k_written = self._g.expand(self._g.set_rows(self._memory.k_arenas[layer], k, self._rows))
         return k_written, self._write_values(self._memory.v_arenas[layer], v)
 
@@ -85,7 +86,9 @@ class _MaskedAttention(ABC):
             return k_arena
         shape = self._n_kv, self._memory.config.n_embd_kv
         stored = self._g.view(k_arena, shape, (k_arena.contents.nb[1],), 0)
-        return self._ops.centred(centre).shift_keys(stored, 1)
+        keys = self._ops.centred(centre).shift_keys(stored, 1)
+        set_name(keys, "k_with_bias", layer)
+        return keys
 
     def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
         flat = _flat_rows(self._g, v, self._n_tokens, self._memory.config.n_embd_kv)
