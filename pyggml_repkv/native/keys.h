@@ -41,8 +41,8 @@ static inline void add_rotated_bias(const struct repkv_op_params *p, float *y, i
             const float *table = tables + (size_t)(fine + r) * width + i;
             float *to = y + (size_t)r * stride + i;
             const f32x16 c = load16(table), s = load16(table + half);
-            store16(to, load16(to) + (u * c - v * s));
-            store16(to + half, load16(to + half) + (u * s + v * c));
+            store16(to, load16(to) + u * c - v * s);
+            store16(to + half, load16(to + half) + u * s + v * c);
         }
     }
     for (; i < half; i++) {

@@ -5,6 +5,7 @@
 enum {
     BLOCK_ROWS = 48,  /* weight rows converted at once: with BLOCK_K columns they stay in a 1 MiB second-level cache */
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
+    SHIFT_ROWS = 16,  /* keys shifted at once */
 };
 
 /* Holds rows of a weight as F32, and matmul_gate_up's second product. */
@@ -17,10 +18,16 @@ static size_t store_scratch(int head_dim) {
     return repkv_piece((size_t)head_dim) + 2 * repkv_piece((size_t)head_dim * PANEL);
 }
 
-size_t repkv_prefill_scratch(int group, int head_dim) {
+/* Holds keys of all heads. */
+static size_t shift_scratch(size_t width) {
+    return repkv_piece(SHIFT_ROWS * width);
+}
+
+size_t repkv_prefill_scratch(int group, int n_head_kv, int head_dim) {
     const size_t matmul = matmul_scratch(), attend = panel_attention_scratch(group, head_dim), store = store_scratch(head_dim);
-    const size_t most = matmul > attend ? matmul : attend;
-    return most > store ? most : store;
+    const size_t shift = shift_scratch((size_t)(n_head_kv * head_dim)), most = matmul > attend ? matmul : attend;
+    const size_t most_keys = store > shift ? store : shift;
+    return most > most_keys ? most : most_keys;
 }
 
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -217,12 +224,14 @@ void repkv_shift_keys(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct repkv_shift_keys_sources *src = SOURCES(dst, shift_keys);
     const int width = p->n_head_kv * p->head_dim;
     const int64_t first = src->rows ? *(const int64_t *)src->rows->data : 0;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, shift_scratch((size_t)width));
+    float *buffer = repkv_take(&s, (size_t)(SHIFT_ROWS * width));
     int64_t begin, end;
     share(dst->ne[1], ith, nth, &begin, &end);
-    for (int64_t r = begin; r < end; r += CENTRE_STEP) {
-        const int n = end - r < CENTRE_STEP ? (int)(end - r) : CENTRE_STEP;
-        float *y = (float *)dst->data + r * width;
-        to_f32(src->keys->type, row(src->keys, r), y, n * width);
-        add_centre(p, y, n, (size_t)width, first + r, 0, p->n_head_kv, p->sign);
+    for (int64_t r = begin; r < end; r += SHIFT_ROWS) {
+        const int n = end - r < SHIFT_ROWS ? (int)(end - r) : SHIFT_ROWS;
+        to_f32(src->keys->type, row(src->keys, r), buffer, n * width);
+        add_centre(p, buffer, n, (size_t)width, first + r, 0, p->n_head_kv, p->sign);
+        from_f32(dst->type, buffer, row(dst, r), n * width);
     }
 }

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
-from pyggml_repkv.ffi.library import native
+from pyggml_repkv.ffi.library import g, native
 from pyggml_repkv.ops.kernels import LANES, PANEL, Kernels, n_panels, packed_like
 from pyggml_repkv.ops.table import OPS, TRACED_OP
 
@@ -45,11 +45,12 @@ class Ops:
         op: str,
         shape: tuple[int, ...],
         values: Mapping[str, float] | None = None,
+        type_: int = g.GGML_TYPE_F32,
         /,
         **sources: Tensor | Sequence[Tensor] | None,
     ) -> Tensor:
-        """A node of a row of native/ops.def. values: fields of struct repkv_op_params; sources: by name, in order, None
-        for one that is left out. Raises AssertionError for sources that are not the row's.
+        """A node of a row of native/ops.def, of `type_`. values: fields of struct repkv_op_params; sources: by name, in
+        order, None for one that is left out. Raises AssertionError for sources that are not the row's.
         """
         info = OPS[op]
         given = {name: source for name, source in sources.items() if source is not None}
@@ -62,7 +63,7 @@ class Ops:
             params.centre = self._centre
         if self._traced:
             params.traced, address = info.function, TRACED_OP
-        return self.g.custom(shape, tensors, address, params)
+        return self.g.custom(shape, tensors, address, params, type_)
 
     def norm_linear(self, x: Tensor, norm: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
         """x [n_in] -> rms_norm(x) @ each weight + bias, one after another [sum of rows]."""
@@ -129,12 +130,15 @@ class Ops:
         shape = packed_like(q, self.config.n_embd_q)
         return self.node("attend_chunk", shape, q=q, k_arena=k_arena, v_arena=v_arena, cells=cells)
 
-    def shift_keys(self, keys: Tensor, sign: float, rows: Tensor | None = None) -> Tensor:
-        """keys [n, K * d] -> F32 [n, K * d]: what is taken from stored keys added (sign 1) or taken (-1), at positions
-        from the first of rows (I64 [T]) on, or from 0.
-        """
+    def less_bias(self, keys: Tensor, rows: Tensor) -> Tensor:
+        """Keys F32 [T, K * d] -> what is stored of them, F32 [T, K * d]; rows I64 [T]: their positions, consecutive."""
         shape = keys.contents.ne[1], keys.contents.ne[0]
-        return self.node("shift_keys", shape, {"sign": sign}, keys=keys, rows=rows)
+        return self.node("shift_keys", shape, {"sign": -1.0}, keys=keys, rows=rows)
+
+    def with_bias(self, stored: Tensor) -> Tensor:
+        """Stored keys [n, K * d] of positions from 0 on -> the keys, F16 [n, K * d]."""
+        shape = stored.contents.ne[1], stored.contents.ne[0]
+        return self.node("shift_keys", shape, {"sign": 1.0}, g.GGML_TYPE_F16, keys=stored)
 
     def store_far(self, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor) -> Tensor:
         """Packed qkv -> queries rotated by the far distance (rope [rope_dim]), packed; stores keys before RoPE and

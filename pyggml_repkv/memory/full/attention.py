@@ -74,7 +74,7 @@ class _MaskedAttention(ABC):
         k = _flat_rows(self._g, k, self._n_tokens, self._memory.config.n_embd_kv)
         centre = self._memory.centres.of(layer)
         if centre:
-            k = self._ops.centred(centre).shift_keys(self._g.contiguous(k), -1, self._rows)  # [T, K * d]
+            k = self._ops.centred(centre).less_bias(self._g.contiguous(k), self._rows)  # [T, K * d]
             set_name(k, "k_less_bias", layer)
         k_written = self._g.expand(self._g.set_rows(self._memory.k_arenas[layer], k, self._rows))
         return k_written, self._write_values(self._memory.v_arenas[layer], v)
@@ -86,7 +86,7 @@ class _MaskedAttention(ABC):
             return k_arena
         shape = self._n_kv, self._memory.config.n_embd_kv
         stored = self._g.view(k_arena, shape, (k_arena.contents.nb[1],), 0)
-        keys = self._ops.centred(centre).shift_keys(stored, 1)
+        keys = self._ops.centred(centre).with_bias(stored)
         set_name(keys, "k_with_bias", layer)
         return keys
 
