@@ -132,13 +132,16 @@ class Ops:
 
     def less_bias(self, keys: Tensor, rows: Tensor) -> Tensor:
         """Keys F32 [T, K * d] -> what is stored of them, F32 [T, K * d]; rows I64 [T]: their positions, consecutive."""
-        shape = keys.contents.ne[1], keys.contents.ne[0]
-        return self.node("shift_keys", shape, {"sign": -1.0}, keys=keys, rows=rows)
+        return self.shift_keys(keys, rows, sign=-1.0, type_=g.GGML_TYPE_F32)
 
     def with_bias(self, stored: Tensor) -> Tensor:
         """Stored keys [n, K * d] of positions from 0 on -> the keys, F16 [n, K * d]."""
-        shape = stored.contents.ne[1], stored.contents.ne[0]
-        return self.node("shift_keys", shape, {"sign": 1.0}, g.GGML_TYPE_F16, keys=stored)
+        return self.shift_keys(stored, None, sign=1.0, type_=g.GGML_TYPE_F16)
+
+    def shift_keys(self, keys: Tensor, rows: Tensor | None, *, sign: float, type_: int) -> Tensor:
+        """Keys [n, K * d] -> the same plus `sign` times what is taken from stored ones, [n, K * d] of F32 or F16."""
+        shape = keys.contents.ne[1], keys.contents.ne[0]
+        return self.node("shift_keys", shape, {"sign": sign}, type_, keys=keys, rows=rows)
 
     def store_far(self, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor) -> Tensor:
         """Packed qkv -> queries rotated by the far distance (rope [rope_dim]), packed; stores keys before RoPE and
