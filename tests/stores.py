@@ -34,7 +34,7 @@ class StoreBench:
         self.arenas = [
             [aligned_zeros(n_rows * n).reshape(n_rows, n) for n in self.layout.row_bytes] for _ in range(N_LAYER)
         ]
-        self.places = [np.zeros((MAX_BLOCKS, 2), np.int32) for _ in range(N_LAYER)]
+        self.places = [np.zeros((MAX_BLOCKS, 3), np.int32) for _ in range(N_LAYER)]
         self.file = BlockFile(self.folder, self.name)
         self.store = BlockStore(
             self.file, self.layout, n_slots=self.n_slots, max_blocks=MAX_BLOCKS, n_threads=self.n_threads,
@@ -59,7 +59,8 @@ class StoreBench:
 
     def attended(self, layer, block):
         """Returns the key rows and value rows that attention finds at the block's place in the table."""
-        row, n_tokens = self.places[layer][block]
+        row, n_tokens, position = self.places[layer][block]
+        assert position == sum(len(b[0][0]) for b in self.blocks[:block])
         return [arena[row : row + n_tokens] for arena in self.arenas[layer]]
 
     def close(self):

@@ -20,6 +20,7 @@ from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.ffi.handles import Backend, return_free_memory
 from pyggml_repkv.graph.plan import GraphModel
+from pyggml_repkv.memory.centres import centres_keys
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import Policy
@@ -204,6 +205,8 @@ class Model:
         if long is None:
             long = memory.positions == "auto" and memory.n_ctx > self.config.n_ctx_train
         settings = memory.identity(long=long) | {"--kv": policy_identity(memory.kv), "RoPE": self.rope}
+        if centres_keys(memory, self.graph.key_biases):
+            settings["stored keys"] = "less their bias"
         return SessionStore(folder, {"model": self.fingerprint, "settings": settings})
 
     @cached_property

@@ -174,6 +174,7 @@ class SessionStore:
         now = json.loads(json.dumps(identity["settings"]))
         before.setdefault("--kv", "repkv")
         before.setdefault("RoPE", ROPE_OF_FILE)
+        before.setdefault("stored keys", "with their bias")
         # A session stays what it was begun as.
         now.pop("far from the start", None)
         other = [f"{key} was {before.get(key)} and is {now[key]}" for key in now if before.get(key) != now[key]]

@@ -190,8 +190,11 @@ class GraphContext(TensorContext):
         self.reserve()
         return g.ggml_cont(self.pointer, a)
 
-    def custom(self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any) -> Tensor:
-        """Returns an F32 tensor that a native op computes. params: a cffi struct, kept alive."""
+    def custom(
+        self, shape: Sequence[int], sources: Sequence[Tensor], op_address: int, params: Any,
+        type_: int = g.GGML_TYPE_F32,
+    ) -> Tensor:  # fmt: skip
+        """Returns a tensor that a native op computes. params: a cffi struct, kept alive."""
         self.reserve()
         if len(sources) >= g.GGML_MAX_SRC:
             raise ComputeError(f"a custom op takes fewer than {g.GGML_MAX_SRC} sources, not {len(sources)}")
@@ -200,7 +203,7 @@ class GraphContext(TensorContext):
         ne = [*reversed(shape), 1, 1, 1][:4]
         userdata = int(native_ffi.cast("uintptr_t", params))
         op = g.ggml_custom_op_t(op_address)
-        return g.ggml_custom_4d(self.pointer, g.GGML_TYPE_F32, *ne, args, len(sources), op, -1, userdata)
+        return g.ggml_custom_4d(self.pointer, type_, *ne, args, len(sources), op, -1, userdata)
 
 
 def set_name(tensor: Tensor, name: str, layer: int = -1) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
@@ -131,7 +133,7 @@ class Plan:
             self._output_rows = g.input(ggml.GGML_TYPE_I32, (1,), "inp_out_ids")
         return GgmlForm(
             g, model.config, model.weights, model.rope, self._positions, cb,
-            last_row=self._output_rows, by_halves="one" in model.forms,
+            last_row=self._output_rows, by_halves=model.by_halves,
         )  # fmt: skip
 
     def _rope_input(self, rope_dim: int) -> Tensor | None:
@@ -188,7 +190,23 @@ class GraphModel:
         self, memory: MemoryConfig, boundaries: Callable[[], BoundaryScores], *, long: bool | None = None
     ) -> PolicyInputs:
         """What a memory for this model is made from."""
-        return PolicyInputs(self.config, memory, self.precise_rope_table, boundaries, long=long)
+        return PolicyInputs(self.config, memory, self.precise_rope_table, boundaries, self.key_biases, long=long)
+
+    @cached_property
+    def key_biases(self) -> list[NDArray[np.float32] | None]:
+        """Of each layer, float32 [K * d], each head by halves; None where there is none. The exact graph has none:
+        llama.cpp stores keys as they are.
+        """
+        biases = [None if self.exact else bias for bias in self.weights.key_biases]
+        if self.config.family.rope == "halves":
+            return biases
+        pairs = self.config.n_head_kv, -1, 2
+        return [None if b is None else b.reshape(pairs).swapaxes(1, 2).ravel() for b in biases]
+
+    @property
+    def by_halves(self) -> bool:
+        """Whether keys lie by halves in memories, as the fused forms and what shifts stored keys know them."""
+        return "one" in self.forms or any(bias is not None for bias in self.key_biases)
 
     @property
     def forms(self) -> frozenset[Form]:

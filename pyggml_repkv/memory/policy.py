@@ -31,16 +31,17 @@ Form = Literal["ggml", "one", "packed"]
 class PolicyInputs:
     """What a policy is made from.
 
-    rope: float64 angles; boundaries: where a text may be cut, for policies that cut it; kept: whether the session is
-    kept in a directory; block_file: where a kept session's blocks are, or those that a fork shares; long: whether the
-    sequence is to be taken for one beyond the trained context from its start (None: as n_ctx says); arenas: memory that
-    is filled already, for a fork.
+    rope: float64 angles; key_biases: of each layer, float32 [K * d] by halves, None where there is none; boundaries:
+    where a text may be cut, for policies that cut it; kept: whether the session is kept in a directory; block_file:
+    where a kept session's blocks are, or those that a fork shares; long: whether the sequence is to be taken for one
+    beyond the trained context from its start (None: as n_ctx says); arenas: memory that is filled already, for a fork.
     """
 
     config: ModelConfig
     memory: MemoryConfig
     rope: RopeTable
     boundaries: Callable[[], BoundaryScores]
+    key_biases: Sequence[NDArray[np.float32] | None] = ()
     kept: bool = False
     block_file: BlockFile | None = None
     long: bool | None = None

@@ -59,6 +59,7 @@ _JOINS = {"attn_qkv": QKV, "ffn_gate_up": ("ffn_gate", "ffn_up")}
 class Weights:
     """All tensors of a checked file (see `check_tensors`), kept alive together with the memory map.
 
+    `key_biases`: float32 [K * d] of each layer, in the order of the file, None where no key is a product plus a bias.
     `repacked` says whether any matrix was copied into a layout of ggml's; such a matrix can only be multiplied by
     ggml's own node, so the fused decode ops are not used then. `joins` says whether matrices are joined that the file
     has apart.
@@ -83,6 +84,7 @@ class Weights:
         bias, freqs = "output.bias", "rope_freqs.weight"
         self.output_bias = self._mapped(self._of_vocabulary(bias)) if bias in file.tensors else None
         self.rope_freqs = self._mapped(Rows.of(file, freqs)) if freqs in file.tensors else None
+        self.key_biases: list[np.ndarray | None] = []
         self.layers = [self._layer(i) for i in range(config.n_layer)]
         if self._buffers:  # what was copied is hardly read from the file again
             file.release_pages()
@@ -93,6 +95,8 @@ class Weights:
 
     def _layer(self, layer: int) -> LayerWeights:
         rows = layer_rows(self._file, self._config, layer)
+        has_key_bias = "attn_k_bias" in rows and "attn_k_norm" not in rows
+        self.key_biases.append(self._bias(rows, "attn_k") if has_key_bias else None)
         made: dict[str, Any] = {}
         for whole, parts in _JOINS.items():
             of_whole = [rows[whole]] if whole in rows else [rows[part] for part in parts]

@@ -131,6 +131,7 @@ void store_serve(struct repkv_store *s, const struct worker *w, struct request r
         struct place *place = (struct place *)s->places[r.layer] + b;
         place->row = s->config.first_row + r.slot * s->config.layout.max_tokens;
         place->n_tokens = s->blocks[b].n_tokens;
+        place->position = (int32_t)s->blocks[b].first_position;
         slot->state = SLOT_READY;
     } else {
         /* A failed read ahead is no error: the next requirement of the block tries again. */

@@ -12,6 +12,9 @@ struct repkv_ggml_api {
 struct repkv_compute {
     ...;
 };
+struct repkv_key_centre {
+    const float *bias, *tables;
+};
 struct ggml_tensor;
 typedef void (*ggml_custom_op_t)(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 
@@ -36,6 +39,8 @@ struct repkv_op_params {
     char *scratch;
     size_t scratch_stride;
     const struct repkv_compute *compute;
+    const struct repkv_key_centre *centre;
+    float sign;
     ggml_custom_op_t traced;
     int64_t begin_ns, end_ns;
 };
@@ -86,6 +91,7 @@ int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);
 int repkv_watch_map(const void *begin, size_t n_bytes, const char *line);
 void repkv_unwatch_map(int slot);
 
+enum { CENTRE_STEP, ... };
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 
 enum repkv_io_error { REPKV_IO_OK, REPKV_IO_READ, REPKV_IO_SHORT, REPKV_IO_CHECKSUM, REPKV_IO_WRITE, ... };

@@ -123,8 +123,8 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 
     int64_t begin, end;
     share(cells[1], ith, nth, &begin, &end);
-    attend_range(&a, a.q, src->k_arena, src->v_arena, begin, end);
-    if (ith == nth - 1) attend_new(&a, a.q, src->k_arena, src->v_arena, cells[0], qkv, cosine, sine);
+    attend_range(&a, a.q, src->k_arena, src->v_arena, 0, begin, end);
+    if (ith == nth - 1) attend_new(&a, a.q, src->k_arena, src->v_arena, 0, cells[0], qkv, cosine, sine);
 }
 
 /* Merges the threads' partial sums of one head to its output y [d]. */

@@ -13,8 +13,8 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, half = p->rope_dim / 2;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
-    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d));
-    float *buffer = repkv_take(&s, (size_t)d);
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d) + repkv_piece((size_t)d * PANEL));
+    float *buffer = repkv_take(&s, (size_t)d), *keys = repkv_take(&s, (size_t)d * PANEL);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
@@ -23,7 +23,8 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         const int64_t first_row = regions->first - regions->store_base + panel * PANEL;
         const int n_tokens = regions->n_tokens - panel * PANEL < PANEL ? (int)(regions->n_tokens - panel * PANEL) : PANEL;
         for (int h = 0; h < p->n_head_kv; h++) {
-            scatter_panel(k_store, x + (p->n_head + h) * d * PANEL, first_row, n_tokens, h, k_head_bytes, d, buffer);
+            const float *key = stored_panel(p, keys, x + (p->n_head + h) * d * PANEL, h);
+            scatter_panel(k_store, key, first_row, n_tokens, h, k_head_bytes, d, buffer);
             scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, first_row, n_tokens, h, v_head_bytes, d, buffer);
         }
         for (int h = 0; h < p->n_head; h++, x += d * PANEL, y += d * PANEL) {
@@ -40,9 +41,18 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     }
 }
 
-/* Returns the runs of rows that a key head attends: [0] how many, then (first row, number of rows) of each. */
+/* Returns the runs of rows that a key head attends: [0] how many, then the place of each. */
 static const int32_t *runs_of(const struct ggml_tensor *runs, int kv) {
     return (const int32_t *)runs->data + (runs->ne[1] > 1 ? kv * runs->ne[0] : 0);
+}
+
+static const struct place *places_of(const int32_t *runs) {
+    return (const struct place *)(runs + 1);
+}
+
+/* The position of a row of the store less its number, as keys_f32 takes it. */
+static int64_t store_shift(const struct repkv_regions *regions, int64_t position_less_row) {
+    return regions->far ? UNROTATED : position_less_row;
 }
 
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -58,16 +68,17 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         const int kv = (int)(unit % p->n_head_kv);
         const int32_t *runs = runs_of(src->runs, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
-        gather_cells(&a, q_far, k_store, v_store, 0, regions->sink_end);
+        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
         for (int i = 0; i < runs[0]; i++) {
-            const int64_t first = runs[1 + 2 * i];
-            gather_cells(&a, q_far, k_store, v_store, first, first + runs[2 + 2 * i]);
+            const struct place at = places_of(runs)[i];
+            gather_cells(&a, q_far, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens);
         }
-        gather_cells(&a, q_far, k_store, v_store, regions->remainder - store_base, regions->local - store_base);
+        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
+                     regions->local - store_base);
         attend_gathered(&a, q_far, 0, INT32_MAX);
         const int64_t done = (panel + 1) * PANEL < regions->n_tokens ? (panel + 1) * PANEL : regions->n_tokens;
         const int64_t first = regions->first - base;
-        attend_cells(&a, q_local, k_local, v_local, regions->local - base, first + done, first + panel * PANEL);
+        attend_cells(&a, q_local, k_local, v_local, base, regions->local - base, first + done, first + panel * PANEL);
         panel_attention_end(&a);
     }
 }
@@ -75,7 +86,7 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
 /* Attends the part of a run of rows [begin, end) that is in the thread's share [mine_begin, mine_end) of all rows, for one key
  * head or (kv < 0) for all; moves `offset` past the run. */
 static void attend_part(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                        const struct ggml_tensor *v_arena, int64_t begin, int64_t end, int kv, int64_t *offset,
+                        const struct ggml_tensor *v_arena, int64_t shift, int64_t begin, int64_t end, int kv, int64_t *offset,
                         int64_t mine_begin, int64_t mine_end) {
     const int64_t start = *offset;
     *offset += end - begin;
@@ -83,23 +94,25 @@ static void attend_part(const struct attention *a, const float *q, const struct 
     const int64_t high = mine_end - start < end - begin ? mine_end - start : end - begin;
     if (low >= high) return;
     if (kv < 0) {
-        attend_range(a, q, k_arena, v_arena, begin + low, begin + high);
+        attend_range(a, q, k_arena, v_arena, shift, begin + low, begin + high);
     } else {
-        attend_range_of_head(a, q, k_arena, v_arena, begin + low, begin + high, kv);
+        attend_range_of_head(a, q, k_arena, v_arena, shift, begin + low, begin + high, kv);
     }
 }
 
 static int64_t rows_of(const int32_t *runs) {
     int64_t n = 0;
-    for (int i = 0; i < runs[0]; i++) n += runs[2 + 2 * i];
+    for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
     return n;
 }
 
 static void attend_runs(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
-                        const int32_t *runs, int kv, int64_t *offset, int64_t mine_begin, int64_t mine_end) {
+                        const struct repkv_regions *regions, const int32_t *runs, int kv, int64_t *offset, int64_t mine_begin,
+                        int64_t mine_end) {
     for (int i = 0; i < runs[0]; i++) {
-        const int64_t first = runs[1 + 2 * i];
-        attend_part(a, a->q, k_store, v_store, first, first + runs[2 + 2 * i], kv, offset, mine_begin, mine_end);
+        const struct place at = places_of(runs)[i];
+        attend_part(a, a->q, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens, kv,
+                    offset, mine_begin, mine_end);
     }
 }
 
@@ -121,27 +134,32 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
         for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, kv));
         share(n_rows, ith, nth, &begin, &end);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_runs(&a, k_store, v_store, runs_of(src->runs, kv), kv, &offset, begin, end);
+            attend_runs(&a, k_store, v_store, regions, runs_of(src->runs, kv), kv, &offset, begin, end);
         }
         offset = 0;
     }
     const int32_t none = 0, *runs = per_head ? &none : runs_of(src->runs, 0);
     const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first - regions->local;
     share(n_others + rows_of(runs), ith, nth, &begin, &end);
-    attend_part(&a, a.q, k_store, v_store, 0, regions->sink_end, -1, &offset, begin, end);
-    attend_runs(&a, k_store, v_store, runs, -1, &offset, begin, end);
-    attend_part(&a, a.q, k_store, v_store, regions->remainder - store_base, regions->local - store_base, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end, -1, &offset, begin, end);
+    attend_runs(&a, k_store, v_store, regions, runs, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
+                regions->local - store_base, -1, &offset, begin, end);
     for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
-    attend_part(&a, a.q, k_local, v_local, regions->local - base, regions->first - base, -1, &offset, begin, end);
+    attend_part(&a, a.q, k_local, v_local, base, regions->local - base, regions->first - base, -1, &offset, begin, end);
     if (ith != nth - 1) return;
 
-    attend_new(&a, a.q, k_local, v_local, regions->first - base, qkv, near, near + half);
+    attend_new(&a, a.q, k_local, v_local, base, regions->first - base, qkv, near, near + half);
     const int64_t store_row = regions->first - store_base;
     if (store_row >= k_store->ne[1]) return;
     /* The store gets the same key as `local`, or with far positions the key before RoPE. */
-    const float *key = regions->far ? qkv + p->n_head * d : a.keys;
-    if (!regions->far) to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
-    from_f32(k_store->type, key, row(k_store, store_row), p->n_head_kv * d);
+    if (regions->far) {
+        memcpy(a.keys, qkv + p->n_head * d, (size_t)(p->n_head_kv * d) * sizeof(float));
+        add_centre(p, a.keys, 1, 0, UNROTATED, 0, p->n_head_kv, -1.0f);
+    } else {
+        to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
+    }
+    from_f32(k_store->type, a.keys, row(k_store, store_row), p->n_head_kv * d);
     from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, store_row), p->n_head_kv * d);
 }
 

@@ -2,8 +2,7 @@
 #ifndef REPKV_ONE_TOKEN_H
 #define REPKV_ONE_TOKEN_H
 
-#include "convert.h"
-#include "ops.h"
+#include "keys.h"
 
 enum { TILE = 32 /* cells to convert at once, with the keys and values of all heads: rows are read in order */ };
 
@@ -70,11 +69,11 @@ static inline struct attention attention_begin(const struct repkv_op_params *p, 
     return a;
 }
 
-/* Attends rows [first, first + n_cells) of the arenas, at most TILE of them, with rotated queries q. */
+/* Attends rows [first, first + n_cells) of the arenas, at most TILE of them, with rotated queries q. shift: as keys_f32. */
 static inline void attend_rows(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                               const struct ggml_tensor *v_arena, int64_t first, int n_cells) {
+                               const struct ggml_tensor *v_arena, int64_t shift, int64_t first, int n_cells) {
     const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv, width = a->p->n_head_kv * d;
-    to_f32(k_arena->type, row(k_arena, first), a->keys, n_cells * width);
+    keys_f32(a->p, a->keys, (size_t)width, k_arena, first, n_cells, 0, a->p->n_head_kv, shift);
     to_f32(v_arena->type, row(v_arena, first), a->values, n_cells * width);
     for (int h = 0; h < a->p->n_head; h++) {
         const int kv = h / group * d;
@@ -84,22 +83,22 @@ static inline void attend_rows(const struct attention *a, const float *q, const 
 }
 
 static inline void attend_range(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                                const struct ggml_tensor *v_arena, int64_t begin, int64_t end) {
+                                const struct ggml_tensor *v_arena, int64_t shift, int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c += TILE) {
-        attend_rows(a, q, k_arena, v_arena, c, end - c < TILE ? (int)(end - c) : TILE);
+        attend_rows(a, q, k_arena, v_arena, shift, c, end - c < TILE ? (int)(end - c) : TILE);
     }
 }
 
 /* Attends rows [begin, end) with the query heads of one key head only. */
 static inline void attend_range_of_head(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                                        const struct ggml_tensor *v_arena, int64_t begin, int64_t end, int kv) {
+                                        const struct ggml_tensor *v_arena, int64_t shift, int64_t begin, int64_t end,
+                                        int kv) {
     const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
-    const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)kv;
     const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)kv;
     for (int64_t first = begin; first < end; first += TILE) {
         const int n_cells = end - first < TILE ? (int)(end - first) : TILE;
+        keys_f32(a->p, a->keys, (size_t)d, k_arena, first, n_cells, kv, 1, shift);
         for (int c = 0; c < n_cells; c++) {
-            to_f32(k_arena->type, row(k_arena, first + c) + k_offset, a->keys + c * d, d);
             to_f32(v_arena->type, row(v_arena, first + c) + v_offset, a->values + c * d, d);
         }
         for (int h = kv * group; h < (kv + 1) * group; h++) {
@@ -111,16 +110,18 @@ static inline void attend_range_of_head(const struct attention *a, const float *
 
 /* Attends the new token. Writes it to its row and reads it back, so that it is attended with the cache's precision. */
 static inline void attend_new(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                              const struct ggml_tensor *v_arena, int64_t cell, const float *qkv, const float *cosine,
-                              const float *sine) {
+                              const struct ggml_tensor *v_arena, int64_t shift, int64_t cell, const float *qkv,
+                              const float *cosine, const float *sine) {
     const struct repkv_op_params *p = a->p;
     const int d = p->head_dim, width = p->n_head_kv * d;
+    float *key = a->values;
     for (int kv = 0; kv < p->n_head_kv; kv++) {
-        rope(a->keys + kv * d, qkv + (p->n_head + kv) * d, cosine, sine, p->rope_dim, d);
+        const float *x = stored_key(p, key, qkv + (p->n_head + kv) * d, kv);
+        rope(a->keys + kv * d, x, cosine, sine, p->rope_dim, d);
     }
     from_f32(k_arena->type, a->keys, row(k_arena, cell), width);
     from_f32(v_arena->type, qkv + p->n_head * d + width, row(v_arena, cell), width);
-    attend_rows(a, q, k_arena, v_arena, cell, 1);
+    attend_rows(a, q, k_arena, v_arena, shift, cell, 1);
 }
 
 #endif

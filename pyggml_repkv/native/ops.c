@@ -35,7 +35,7 @@ void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
 
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim) {
     const size_t decode = repkv_decode_scratch(n_embd, n_ff, n_head, n_head_kv, head_dim);
-    const size_t prefill = repkv_prefill_scratch(n_head / n_head_kv, head_dim);
+    const size_t prefill = repkv_prefill_scratch(n_head / n_head_kv, n_head_kv, head_dim);
     const size_t select = repkv_select_scratch(n_head, head_dim);
     const size_t score = repkv_score_scratch(n_head / n_head_kv, n_head_kv, head_dim);
     size_t most = decode > prefill ? decode : prefill;

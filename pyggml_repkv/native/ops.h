@@ -11,6 +11,7 @@
 #include "scratch.h"
 
 struct repkv_compute;
+struct repkv_key_centre;
 
 struct repkv_op_params {
     float eps;          /* RMS norm */
@@ -33,6 +34,8 @@ struct repkv_op_params {
     char *scratch;
     size_t scratch_stride;
     const struct repkv_compute *compute; /* of the backend that computes the node, see compute.h */
+    const struct repkv_key_centre *centre; /* of the layer whose keys the node stores or reads, see keys.h; NULL: none */
+    float sign; /* shift_keys */
     ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */
 };

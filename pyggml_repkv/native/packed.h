@@ -2,9 +2,8 @@
 #ifndef REPKV_PACKED_H
 #define REPKV_PACKED_H
 
-#include "convert.h"
+#include "keys.h"
 #include "microkernel.h"
-#include "ops.h"
 
 /* The start of a running maximum: below any score, and finite, so that a masked score less it is -inf, not NaN. */
 #define LEAST (-1e30f)
@@ -13,6 +12,16 @@ enum {
     PANEL = 32,       /* tokens side by side */
     ATTEND_TILE = 64, /* cells attended at once */
 };
+
+/* Returns what is stored of a head's keys, a panel x [head_dim][PANEL], before RoPE: x, or in `buffer` x less the bias. */
+static inline const float *stored_panel(const struct repkv_op_params *p, float *buffer, const float *x, int kv) {
+    const float *bias = key_bias(p, kv);
+    if (!bias) return x;
+    for (int i = 0; i < p->head_dim; i++) {
+        for (int t = 0; t < PANEL; t += 16) store16(buffer + i * PANEL + t, load16(x + i * PANEL + t) - bias[i]);
+    }
+    return buffer;
+}
 
 /* Rotates one head of a panel, features [head_dim][PANEL]; rope is [rope_dim][PANEL], cosines then sines. */
 static inline void rope_panel(float *y, const float *x, const float *rope, float scale, int rope_dim, int head_dim) {
@@ -113,34 +122,35 @@ static inline void attend_gathered(struct panel_attention *a, const struct ggml_
     a->n_cells = 0;
 }
 
+/* Converts rows [first, first + n) to keys and values after those that are gathered. shift: as keys_f32. */
+static inline void gather_rows(struct panel_attention *a, const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena,
+                               int64_t shift, int64_t first, int n) {
+    const int d = a->p->head_dim;
+    const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
+    keys_f32(a->p, a->keys + a->n_cells * d, (size_t)d, k_arena, first, n, a->kv, 1, shift);
+    for (int c = 0; c < n; c++) to_f32(v_arena->type, row(v_arena, first + c) + v_offset, a->values + (a->n_cells + c) * d, d);
+    a->n_cells += n;
+}
+
 /* Gathers cells that every lane sees and attends whole tiles of them, so that short runs share a tile. Call attend_gathered
  * after the last run. */
 static inline void gather_cells(struct panel_attention *a, const struct ggml_tensor *queries,
-                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
-                                int64_t end) {
-    const int d = a->p->head_dim;
-    const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
-    const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
-    for (int64_t c = first; c < end; c++) {
-        to_f32(k_arena->type, row(k_arena, c) + k_offset, a->keys + a->n_cells * d, d);
-        to_f32(v_arena->type, row(v_arena, c) + v_offset, a->values + a->n_cells * d, d);
-        if (++a->n_cells == ATTEND_TILE) attend_gathered(a, queries, 0, INT32_MAX);
+                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t shift,
+                                int64_t first, int64_t end) {
+    while (first < end) {
+        const int room = ATTEND_TILE - a->n_cells, n = end - first < room ? (int)(end - first) : room;
+        gather_rows(a, k_arena, v_arena, shift, first, n);
+        if (a->n_cells == ATTEND_TILE) attend_gathered(a, queries, 0, INT32_MAX);
+        first += n;
     }
 }
 
 /* Attends cells [first, end) of the arenas with packed, scaled queries. Lane t sees cells up to visible_of_lane_0 + t. */
 static inline void attend_cells(struct panel_attention *a, const struct ggml_tensor *queries,
-                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t first,
-                                int64_t end, int64_t visible_of_lane_0) {
-    const int d = a->p->head_dim;
-    const size_t k_offset = k_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
-    const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
+                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t shift,
+                                int64_t first, int64_t end, int64_t visible_of_lane_0) {
     for (int64_t c0 = first; c0 < end; c0 += ATTEND_TILE) {
-        a->n_cells = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
-        for (int c = 0; c < a->n_cells; c++) {
-            to_f32(k_arena->type, row(k_arena, c0 + c) + k_offset, a->keys + c * d, d);
-            to_f32(v_arena->type, row(v_arena, c0 + c) + v_offset, a->values + c * d, d);
-        }
+        gather_rows(a, k_arena, v_arena, shift, c0, end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE);
         attend_gathered(a, queries, c0, visible_of_lane_0);
     }
 }

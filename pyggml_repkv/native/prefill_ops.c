@@ -5,6 +5,7 @@
 enum {
     BLOCK_ROWS = 48,  /* weight rows converted at once: with BLOCK_K columns they stay in a 1 MiB second-level cache */
     BLOCK_K = 2048,   /* a multiple of every quantisation block */
+    SHIFT_ROWS = 16,  /* keys shifted at once */
 };
 
 /* Holds rows of a weight as F32, and matmul_gate_up's second product. */
@@ -12,15 +13,21 @@ static size_t matmul_scratch(void) {
     return repkv_piece(BLOCK_ROWS * BLOCK_K) + repkv_piece(BLOCK_ROWS * PANEL);
 }
 
-/* Holds a token's head, and a panel's head after rotation. */
+/* Holds a token's head, and a panel's head before and after rotation. */
 static size_t store_scratch(int head_dim) {
-    return repkv_piece((size_t)head_dim) + repkv_piece((size_t)head_dim * PANEL);
+    return repkv_piece((size_t)head_dim) + 2 * repkv_piece((size_t)head_dim * PANEL);
 }
 
-size_t repkv_prefill_scratch(int group, int head_dim) {
+/* Holds keys of all heads. */
+static size_t shift_scratch(size_t width) {
+    return repkv_piece(SHIFT_ROWS * width);
+}
+
+size_t repkv_prefill_scratch(int group, int n_head_kv, int head_dim) {
     const size_t matmul = matmul_scratch(), attend = panel_attention_scratch(group, head_dim), store = store_scratch(head_dim);
-    const size_t most = matmul > attend ? matmul : attend;
-    return most > store ? most : store;
+    const size_t shift = shift_scratch((size_t)(n_head_kv * head_dim)), most = matmul > attend ? matmul : attend;
+    const size_t most_keys = store > shift ? store : shift;
+    return most > most_keys ? most : most_keys;
 }
 
 void repkv_pack(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -179,6 +186,7 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const size_t k_head_bytes = k_arena->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_arena->nb[1] / (size_t)p->n_head_kv;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, store_scratch(d));
     float *buffer = repkv_take(&s, (size_t)d), *rotated = repkv_take(&s, (size_t)d * PANEL);
+    float *keys = repkv_take(&s, (size_t)d * PANEL);
     int64_t begin, end;
     share(dst->ne[2], ith, nth, &begin, &end);
     for (int64_t panel = begin; panel < end; panel++) {
@@ -189,7 +197,7 @@ void repkv_store_kv(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
         const int n_tokens = cells[1] - panel * PANEL < PANEL ? (int)(cells[1] - panel * PANEL) : PANEL;
         for (int h = 0; h < p->n_head; h++) rope_panel(y + h * d * PANEL, x + h * d * PANEL, rope, p->scale, p->rope_dim, d);
         for (int h = 0; h < p->n_head_kv; h++) {
-            rope_panel(rotated, x + (p->n_head + h) * d * PANEL, rope, 1.0f, p->rope_dim, d);
+            rope_panel(rotated, stored_panel(p, keys, x + (p->n_head + h) * d * PANEL, h), rope, 1.0f, p->rope_dim, d);
             scatter_panel(k_arena, rotated, cell, n_tokens, h, k_head_bytes, d, buffer);
             scatter_panel(v_arena, x + (p->n_head + p->n_head_kv + h) * d * PANEL, cell, n_tokens, h, v_head_bytes, d, buffer);
         }
@@ -206,7 +214,24 @@ void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdat
         const int64_t panel = unit / p->n_head_kv;
         struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
         const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;
-        attend_cells(&a, src->q, src->k_arena, src->v_arena, 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
+        attend_cells(&a, src->q, src->k_arena, src->v_arena, 0, 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
         panel_attention_end(&a);
+    }
+}
+
+void repkv_shift_keys(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
+    const struct repkv_op_params *p = userdata;
+    const struct repkv_shift_keys_sources *src = SOURCES(dst, shift_keys);
+    const int width = p->n_head_kv * p->head_dim;
+    const int64_t first = src->rows ? *(const int64_t *)src->rows->data : 0;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, shift_scratch((size_t)width));
+    float *buffer = repkv_take(&s, (size_t)(SHIFT_ROWS * width));
+    int64_t begin, end;
+    share(dst->ne[1], ith, nth, &begin, &end);
+    for (int64_t r = begin; r < end; r += SHIFT_ROWS) {
+        const int n = end - r < SHIFT_ROWS ? (int)(end - r) : SHIFT_ROWS;
+        to_f32(src->keys->type, row(src->keys, r), buffer, n * width);
+        add_centre(p, buffer, n, (size_t)width, first + r, 0, p->n_head_kv, p->sign);
+        from_f32(dst->type, buffer, row(dst, r), n * width);
     }
 }

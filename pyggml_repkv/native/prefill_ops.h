@@ -12,6 +12,6 @@
 #include "packed.h"
 
 /* Bytes of scratch per thread; group: query heads that share a key head. */
-size_t repkv_prefill_scratch(int group, int head_dim);
+size_t repkv_prefill_scratch(int group, int n_head_kv, int head_dim);
 
 #endif

@@ -2,8 +2,7 @@
  *
  * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds sinks at
  * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and blocks where
- * `places` I32 [n_blocks, 2] = (first row, n_tokens) says. Its keys are as before RoPE (far positions) or rotated at their
- * true position (exact). */
+ * `places` I32 [n_blocks, 3] says. Its keys are as before RoPE (far positions) or rotated at their true position (exact). */
 #ifndef REPKV_REGIONS_H
 #define REPKV_REGIONS_H
 
@@ -38,9 +37,9 @@ static inline int kept_half(int last) {
     return last == 0;
 }
 
-/* The place of a block in the store. */
+/* The place of a block in the store, and the position of its first token. */
 struct place {
-    int32_t row, n_tokens;
+    int32_t row, n_tokens, position;
 };
 
 #endif

@@ -49,7 +49,6 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct ggml_tensor *queries = src->q, *k_local = src->k_local, *score = src->score;
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim;
-    const size_t head_bytes = k_local->nb[1] / (size_t)p->n_head_kv;
     const float unit = 1.0f / (p->scale * (float)p->n_score);
     struct repkv_scratch s = repkv_thread_scratch(p, ith, acc_scratch(d));
     float *sum = repkv_take(&s, (size_t)d), *key = repkv_take(&s, (size_t)d);
@@ -70,7 +69,7 @@ void repkv_score_acc(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
             if (m == from + begin) low = high = want_low;
             while (high < want_high) add_query(sum, queries, p, kv, high++, 1.0f);
             while (low < want_low && low < high) add_query(sum, queries, p, kv, low++, -1.0f);
-            to_f32(k_local->type, row(k_local, m - regions->local_base) + (size_t)kv * head_bytes, key, d);
+            keys_f32(p, key, (size_t)d, k_local, m - regions->local_base, 1, kv, 1, regions->local_base);
             ((float *)score->data)[m * p->n_head_kv + kv] += unit * dot_f32(sum, key, d);
         }
     }
@@ -96,7 +95,7 @@ void repkv_score_acc_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     int64_t begin, end;
     share(first - from, ith, nth, &begin, &end);
     for (int64_t m = from + begin; m < from + end; m++) {
-        to_f32(k_local->type, row(k_local, m - regions->local_base), keys, width);
+        keys_f32(p, keys, (size_t)width, k_local, m - regions->local_base, 1, 0, p->n_head_kv, regions->local_base);
         float *r = (float *)score->data + m * p->n_head_kv;
         for (int kv = 0; kv < p->n_head_kv; kv++) r[kv] += dot_f32(sum + kv * d, keys + kv * d, d) / (float)p->n_score;
     }
@@ -125,7 +124,6 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
                               const struct ggml_tensor *k_local, const struct repkv_regions *regions, int kv, int64_t panel,
                               struct repkv_scratch s) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
     const int64_t lane_0 = regions->first + panel * PANEL, left = regions->n_tokens - panel * PANEL;
     const int n_lanes = left < PANEL ? (int)left : PANEL;
     const int64_t begin = first_scored(p, regions, lane_0), end = lane_0 + n_lanes;
@@ -139,9 +137,7 @@ static void add_probabilities(const struct repkv_op_params *p, const struct ggml
     for (int pass = 0; pass < 2; pass++) {
         for (int64_t c0 = begin; c0 < end; c0 += ATTEND_TILE) {
             const int n = end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE;
-            for (int c = 0; c < n; c++) {
-                to_f32(k_local->type, row(k_local, c0 + c - regions->local_base) + head_offset, keys + c * d, d);
-            }
+            keys_f32(p, keys, (size_t)d, k_local, c0 - regions->local_base, n, kv, 1, regions->local_base);
             float *r = (float *)score->data + c0 * p->n_head_kv + kv;
             for (int g = 0; g < group; g++) {
                 masked_scores(p, scores, q + (size_t)(g * d) * PANEL, keys, regions, c0, n, lane_0);
@@ -183,10 +179,9 @@ void repkv_score_attention(struct ggml_tensor *dst, int ith, int nth, void *user
 
 /* Sets `to` [group][stride] to the scaled products of a group's queries with n keys from first_row on, and -inf beyond. */
 static void tile_scores(const struct repkv_op_params *p, float *to, size_t stride, const float *q, float *keys,
-                        const struct ggml_tensor *k_local, int64_t first_row, int n, int kv) {
+                        const struct ggml_tensor *k_local, int64_t shift, int64_t first_row, int n, int kv) {
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const size_t head_offset = k_local->nb[1] / (size_t)p->n_head_kv * (size_t)kv;
-    for (int c = 0; c < n; c++) to_f32(k_local->type, row(k_local, first_row + c) + head_offset, keys + c * d, d);
+    keys_f32(p, keys, (size_t)d, k_local, first_row, n, kv, 1, shift);
     for (int g = 0; g < group; g++, to += stride) {
         for (int c = 0; c < TILE; c += 16) dots16_f32(to + c, q + g * d, keys + c * d, (size_t)d, d);
         for (int c = 0; c < TILE; c++) to[c] = c < n ? to[c] * p->scale : -INFINITY;
@@ -210,7 +205,9 @@ static void add_probabilities_one(const struct repkv_op_params *p, const struct 
         for (int64_t c0 = begin; c0 < end; c0 += TILE) {
             const int n = end - c0 < TILE ? (int)(end - c0) : TILE;
             float *scores = keeps ? kept + (c0 - begin) : kept;
-            if (pass == 0 || !keeps) tile_scores(p, scores, stride, q, keys, k_local, c0 - regions->local_base, n, kv);
+            if (pass == 0 || !keeps) {
+                tile_scores(p, scores, stride, q, keys, k_local, regions->local_base, c0 - regions->local_base, n, kv);
+            }
             for (int g = 0; g < group; g++) {
                 const float *x = scores + (size_t)g * stride;
                 float most = max[g];

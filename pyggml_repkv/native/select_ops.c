@@ -311,12 +311,9 @@ void repkv_locate(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     for (int64_t r = ith; r < dst->ne[1]; r += nth) {
         const int32_t *blocks = (const int32_t *)src->blocks->data + r * src->blocks->ne[0];
         int32_t *runs = (int32_t *)dst->data + r * dst->ne[0];
+        struct place *run = (struct place *)(runs + 1);
         runs[0] = blocks[0];
-        for (int32_t i = 0; i < blocks[0]; i++) {
-            const struct place at = places[blocks[1 + i]];
-            runs[1 + 2 * i] = at.row;
-            runs[2 + 2 * i] = at.n_tokens;
-        }
+        for (int32_t i = 0; i < blocks[0]; i++) run[i] = places[blocks[1 + i]];
     }
 }
 

@@ -7,10 +7,12 @@ the true position and for the far distance.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
-from pyggml_repkv.ffi.library import native
+from pyggml_repkv.ffi.library import g, native
 from pyggml_repkv.ops.kernels import LANES, PANEL, Kernels, n_panels, packed_like
 from pyggml_repkv.ops.table import OPS, TRACED_OP
 
@@ -27,18 +29,28 @@ class Ops:
     def __init__(self, g: GraphContext, kernels: Kernels, rope: Tensor | None = None, traced: bool = False) -> None:
         self.g, self.kernels, self.config = g, kernels, kernels.config
         self._rope, self._traced = rope, traced
+        self._centre: Any = None
         g.keep_alive(kernels)
+
+    def centred(self, centre: Any) -> Ops:
+        """The same, for nodes of a layer whose keys are stored less a centre (KeyCentres.of), which the graph must keep
+        alive.
+        """
+        ops = copy.copy(self)
+        ops._centre = centre
+        return ops
 
     def node(
         self,
         op: str,
         shape: tuple[int, ...],
         values: Mapping[str, float] | None = None,
+        type_: int = g.GGML_TYPE_F32,
         /,
         **sources: Tensor | Sequence[Tensor] | None,
     ) -> Tensor:
-        """A node of a row of native/ops.def. values: fields of struct repkv_op_params; sources: by name, in order, None
-        for one that is left out. Raises AssertionError for sources that are not the row's.
+        """A node of a row of native/ops.def, of `type_`. values: fields of struct repkv_op_params; sources: by name, in
+        order, None for one that is left out. Raises AssertionError for sources that are not the row's.
         """
         info = OPS[op]
         given = {name: source for name, source in sources.items() if source is not None}
@@ -47,9 +59,11 @@ class Ops:
         if info.many:
             tensors[-1:] = tensors[-1]
         params, address = self.kernels.params(**values or {}), info.address
+        if self._centre is not None:
+            params.centre = self._centre
         if self._traced:
             params.traced, address = info.function, TRACED_OP
-        return self.g.custom(shape, tensors, address, params)
+        return self.g.custom(shape, tensors, address, params, type_)
 
     def norm_linear(self, x: Tensor, norm: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Tensor:
         """x [n_in] -> rms_norm(x) @ each weight + bias, one after another [sum of rows]."""
@@ -115,6 +129,19 @@ class Ops:
         """Queries of `store_kv` -> heads, packed [n_panels, H * d, PANEL]."""
         shape = packed_like(q, self.config.n_embd_q)
         return self.node("attend_chunk", shape, q=q, k_arena=k_arena, v_arena=v_arena, cells=cells)
+
+    def less_bias(self, keys: Tensor, rows: Tensor) -> Tensor:
+        """Keys F32 [T, K * d] -> what is stored of them, F32 [T, K * d]; rows I64 [T]: their positions, consecutive."""
+        return self.shift_keys(keys, rows, sign=-1.0, type_=g.GGML_TYPE_F32)
+
+    def with_bias(self, stored: Tensor) -> Tensor:
+        """Stored keys [n, K * d] of positions from 0 on -> the keys, F16 [n, K * d]."""
+        return self.shift_keys(stored, None, sign=1.0, type_=g.GGML_TYPE_F16)
+
+    def shift_keys(self, keys: Tensor, rows: Tensor | None, *, sign: float, type_: int) -> Tensor:
+        """Keys [n, K * d] -> the same plus `sign` times what is taken from stored ones, [n, K * d] of F32 or F16."""
+        shape = keys.contents.ne[1], keys.contents.ne[0]
+        return self.node("shift_keys", shape, {"sign": sign}, type_, keys=keys, rows=rows)
 
     def store_far(self, qkv: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor, regions: Tensor) -> Tensor:
         """Packed qkv -> queries rotated by the far distance (rope [rope_dim]), packed; stores keys before RoPE and
@@ -187,9 +214,9 @@ class Ops:
         return self.node("block_topk", shape, values, relevance=relevance, regions=regions, kept=kept)
 
     def locate(self, blocks: Tensor, places: Tensor) -> Tensor:
-        """Blocks of `block_topk` -> I32 [1 or K, 1 + 2 n_top], how many runs of rows and (first row, rows) of each."""
+        """Blocks of `block_topk` -> I32 [1 or K, 1 + 3 n_top], how many runs of rows and the place of each."""
         n_rows, n_top = blocks.contents.ne[1], blocks.contents.ne[0] - 1
-        return self.node("locate", (n_rows, 1 + 2 * n_top), blocks=blocks, places=places)
+        return self.node("locate", (n_rows, 1 + 3 * n_top), blocks=blocks, places=places)
 
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,

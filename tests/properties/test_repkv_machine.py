@@ -97,8 +97,8 @@ class RepKVMachine(RuleBasedStateMachine):
         assert blocks.bounds == sorted(set(blocks.bounds))
         assert blocks.bounds[0] == 5
         assert blocks.n_blocks == 0 or blocks.sealed_end <= start
-        places = as_array(self.policy.store.places(0), np.int32).reshape(-1, 2)[: blocks.n_blocks]
-        assert places.tolist() == [[begin, end - begin] for begin, end in pairwise(blocks.bounds)]
+        places = as_array(self.policy.store.places(0), np.int32).reshape(-1, 3)[: blocks.n_blocks]
+        assert places.tolist() == [[begin, end - begin, begin] for begin, end in pairwise(blocks.bounds)]
 
     @invariant()
     def the_index_holds_the_keys_of_the_representatives(self):

@@ -13,6 +13,7 @@ from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation, rotated
+from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.hook import StepHook
 from pyggml_repkv.memory.index.base import Queries, Selection
 from pyggml_repkv.memory.policy import HookPoint
@@ -33,6 +34,7 @@ class Parts(Protocol):
     config: ModelConfig
     local: LocalWindow
     store: Store
+    centres: KeyCentres
     rotation: Rotation
     regions: Regions
     observed: bool
@@ -47,6 +49,7 @@ class BoundedStep(ABC):
 
     def __init__(self, parts: Parts, ops: Ops, n_tokens: int) -> None:
         self._parts, self._ops, self._n_tokens = parts, ops, n_tokens
+        ops.g.keep_alive(parts.centres)
         self._regions = Regions.input(ops.g)
         self.hook: StepHook | None = parts.store.new_hook(ops.kernels.backend)
         self._selections: list[Selection] = []
@@ -79,8 +82,11 @@ class BoundedStep(ABC):
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
 
+    def _of(self, layer: int) -> Ops:
+        return self._ops.centred(self._parts.centres.of(layer))
+
     def _select(self, q: Queries, layer: int) -> Selection:
-        selection = self._parts.select(self._ops, q, self._regions, layer)
+        selection = self._parts.select(self._of(layer), q, self._regions, layer)
         self._selections.append(selection)
         if self._parts.observed:
             for tensor in (q.near, q.far, selection.blocks, selection.relevance):
@@ -103,7 +109,7 @@ class BoundedChunk(BoundedStep):
         q, selection = self._store_and_select(qkv, layer)
         if self.hook is not None:
             self.hook.add(HookPoint(selection.blocks, layer))
-        return self._ops.attend_memory(
+        return self._of(layer).attend_memory(
             q.near, local.k[layer], local.v[layer], q.far, store.k[layer], store.v[layer], selection.runs,
             self._regions,
         )  # fmt: skip
@@ -115,7 +121,7 @@ class BoundedChunk(BoundedStep):
             self._ops.g.expand(node)
 
     def _store_and_select(self, qkv: Tensor, layer: int) -> tuple[Queries, Selection]:
-        p, ops = self._parts, self._ops
+        p, ops = self._parts, self._of(layer)
         near = ops.store_kv(qkv, p.local.k[layer], p.local.v[layer], self._local_cells)  # [P, H * d, PANEL]
         set_name(near, "Qcur", layer)
         arenas = p.store.k[layer], p.store.v[layer]
@@ -162,7 +168,7 @@ class BoundedOne(BoundedStep):
         selection = self._select(Queries(qkv, qkv, self._rope), layer)
         if self.hook is not None:
             self._hook_at(self.hook, selection.blocks, layer)
-        return self._ops.attend_memory_one(
+        return self._of(layer).attend_memory_one(
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
             self._regions,
         )  # fmt: skip

@@ -17,6 +17,7 @@ from pyggml_repkv.memory.bounded.attention import BoundedChunk, BoundedOne, Boun
 from pyggml_repkv.memory.bounded.local import N_SINGLE, LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import check_cache_types
+from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.checkpoints import Checkpoints
 from pyggml_repkv.memory.config import context_length
 from pyggml_repkv.memory.index.base import Queries, Selection
@@ -48,6 +49,7 @@ class BoundedMemory(ABC):
         self.config, self.memory = inputs.config, inputs.memory
         self.n_ctx = context_of(inputs)
         self.arenas, self.rotation, self.local, self.store = arenas, rotation, local, store
+        self.centres = KeyCentres(inputs.config, inputs.memory, inputs.rope, inputs.key_biases, self.n_ctx + 1)
         self.regions = Regions()
         self._inputs = inputs
         self._torn = False

@@ -85,8 +85,8 @@ class Rotation:
 
 
 def rotated(q: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """q [..., d] by a table: pairs (i, i + rope_dim / 2)."""
-    half = len(table) // 2
+    """q [..., d] by a table [rope_dim], or one each: pairs (i, i + rope_dim / 2)."""
+    half = table.shape[-1] // 2
     a, b, rest = q[..., :half], q[..., half : 2 * half], q[..., 2 * half :]
-    cosine, sine = table[:half], table[half:]
+    cosine, sine = table[..., :half], table[..., half:]
     return np.concatenate((a * cosine - b * sine, a * sine + b * cosine, rest), -1, dtype=np.float32)

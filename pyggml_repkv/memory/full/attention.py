@@ -13,6 +13,7 @@ import numpy as np
 from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.ops.makers import Ops
 
@@ -20,6 +21,7 @@ from pyggml_repkv.ops.makers import Ops
 class Arenas(Protocol):
     config: ModelConfig
     n_cells: int
+    centres: KeyCentres
     k_arenas: list[Tensor]
     v_arenas: list[Tensor]
 
@@ -33,10 +35,11 @@ class _MaskedAttention(ABC):
     hook = None
     mask_type: int
 
-    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, n_kv: int) -> None:
-        self._memory, self._g = memory, context
+    def __init__(self, memory: Arenas, ops: Ops, n_tokens: int, n_kv: int) -> None:
+        self._memory, self._ops, self._g = memory, ops, ops.g
         self._n_tokens, self._n_kv = n_tokens, n_kv
-        self._rows = context.input(g.GGML_TYPE_I64, (n_tokens,), "kv_rows")
+        ops.g.keep_alive(memory.centres)
+        self._rows = ops.g.input(g.GGML_TYPE_I64, (n_tokens,), "kv_rows")
         self._mask: Tensor = None
 
     def attend(self, qkv: tuple[Tensor, Tensor, Tensor], layer: int) -> Tensor:
@@ -45,7 +48,7 @@ class _MaskedAttention(ABC):
             self._mask = self._g.input(self.mask_type, (self._n_tokens, self._n_kv), "kq_mask")
         k_arena, v_arena = self._write(k, v, layer)
         q = self._g.swap_rows_and_heads(q)  # [H, T, d]
-        return self._weigh(q, self._heads(k_arena), v_arena, layer)
+        return self._weigh(q, self._heads(self._read(k_arena, layer)), v_arena, layer)
 
     def store(self, qkv: tuple[Tensor, Tensor, Tensor], layer: int) -> None:
         _, k, v = qkv
@@ -68,14 +71,27 @@ class _MaskedAttention(ABC):
         """q [H, T, d], keys [K, n_kv, d] -> [T, H * d]."""
 
     def _write(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        k_written = self._write_rows(self._memory.k_arenas[layer], k)
+        k = _flat_rows(self._g, k, self._n_tokens, self._memory.config.n_embd_kv)
+        centre = self._memory.centres.of(layer)
+        if centre:
+            k = self._ops.centred(centre).less_bias(self._g.contiguous(k), self._rows)  # [T, K * d]
+            set_name(k, "k_less_bias", layer)
+        k_written = self._g.expand(self._g.set_rows(self._memory.k_arenas[layer], k, self._rows))
         return k_written, self._write_values(self._memory.v_arenas[layer], v)
 
-    def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
-        return self._write_rows(arena, v)
+    def _read(self, k_arena: Tensor, layer: int) -> Tensor:
+        """The written arena -> keys [at least n_kv, K * d]."""
+        centre = self._memory.centres.of(layer)
+        if not centre:
+            return k_arena
+        shape = self._n_kv, self._memory.config.n_embd_kv
+        stored = self._g.view(k_arena, shape, (k_arena.contents.nb[1],), 0)
+        keys = self._ops.centred(centre).with_bias(stored)
+        set_name(keys, "k_with_bias", layer)
+        return keys
 
-    def _write_rows(self, arena: Tensor, x: Tensor) -> Tensor:
-        flat = _flat_rows(self._g, x, self._n_tokens, self._memory.config.n_embd_kv)
+    def _write_values(self, arena: Tensor, v: Tensor) -> Tensor:
+        flat = _flat_rows(self._g, v, self._n_tokens, self._memory.config.n_embd_kv)
         return self._g.expand(self._g.set_rows(arena, flat, self._rows))
 
     def _heads(self, arena: Tensor) -> Tensor:
@@ -102,9 +118,9 @@ class SoftmaxAttention(_MaskedAttention):
 
     mask_type = g.GGML_TYPE_F32
 
-    def __init__(self, memory: Arenas, context: GraphContext, n_tokens: int, n_kv: int) -> None:
-        super().__init__(memory, context, n_tokens, n_kv)
-        self._elements = context.input(g.GGML_TYPE_I64, (n_tokens * memory.config.n_embd_kv,), "v_elements")
+    def __init__(self, memory: Arenas, ops: Ops, n_tokens: int, n_kv: int) -> None:
+        super().__init__(memory, ops, n_tokens, n_kv)
+        self._elements = ops.g.input(g.GGML_TYPE_I64, (n_tokens * memory.config.n_embd_kv,), "v_elements")
 
     def fill(self, n_past: int) -> None:
         super().fill(n_past)
@@ -142,7 +158,11 @@ class _FusedAttention:
 
     def __init__(self, memory: Arenas, ops: Ops) -> None:
         self._memory, self._ops = memory, ops
+        ops.g.keep_alive(memory.centres)
         self._cells = ops.g.input(g.GGML_TYPE_I32, (2,), "kv_cells")
+
+    def _of(self, layer: int) -> Ops:
+        return self._ops.centred(self._memory.centres.of(layer))
 
     def _arenas(self, layer: int) -> tuple[Tensor, Tensor]:
         return self._memory.k_arenas[layer], self._memory.v_arenas[layer]
@@ -152,7 +172,7 @@ class OneAttention(_FusedAttention):
     """One token."""
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
-        return self._ops.attend(qkv, *self._arenas(layer), self._cells)
+        return self._of(layer).attend(qkv, *self._arenas(layer), self._cells)
 
     def store(self, qkv: Tensor, layer: int) -> None:
         # One op does both.
@@ -171,13 +191,13 @@ class ChunkAttention(_FusedAttention):
         self._n_tokens = n_tokens
 
     def attend(self, qkv: Tensor, layer: int) -> Tensor:
-        return self._ops.attend_chunk(self._store(qkv, layer), *self._arenas(layer), self._cells)
+        return self._of(layer).attend_chunk(self._store(qkv, layer), *self._arenas(layer), self._cells)
 
     def store(self, qkv: Tensor, layer: int) -> None:
         self._ops.g.expand(self._store(qkv, layer))
 
     def _store(self, qkv: Tensor, layer: int) -> Tensor:
-        q = self._ops.store_kv(qkv, *self._arenas(layer), self._cells)  # [P, H * d, PANEL]
+        q = self._of(layer).store_kv(qkv, *self._arenas(layer), self._cells)  # [P, H * d, PANEL]
         set_name(q, "Qcur", layer)
         return q
 

@@ -13,6 +13,7 @@ from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
+from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.config import MEMORY_FIELDS, context_length
 from pyggml_repkv.memory.full.attention import ChunkAttention, FlashAttention, OneAttention, SoftmaxAttention
 from pyggml_repkv.memory.policy import (
@@ -59,6 +60,7 @@ class FullMemory:
         types = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]
         self._bytes_per_token = config.n_layer * sum(g.ggml_row_size(t, config.n_embd_kv) for t in types)
         _check_memory(self._bytes_per_token * self.n_cells, self.n_ctx)
+        self.centres = KeyCentres(config, memory, inputs.rope, inputs.key_biases, self.n_cells)
         self._arenas = inputs.arenas or Arenas(2 * config.n_layer)
         k_shape = (self.n_cells, config.n_embd_kv)
         v_shape = k_shape if self._flash else k_shape[::-1]
@@ -89,7 +91,7 @@ class FullMemory:
             return ChunkAttention(self, ops, shape.n_tokens)
         assert isinstance(shape.memory, int)
         kind = FlashAttention if self._flash else SoftmaxAttention
-        return kind(self, ops.g, shape.n_tokens, shape.memory)
+        return kind(self, ops, shape.n_tokens, shape.memory)
 
     def cost(self, n_past: int, n_tokens: int) -> StepCost:
         return StepCost(n_past + (n_tokens + 1) // 2)

@@ -32,8 +32,8 @@ class Queries:
 @dataclass(frozen=True, slots=True)
 class Selection:
     """blocks: I32 [1 or K, 1 + n], how many blocks are attended and which, for whom must make them resident; runs: I32
-    [1 or K, 1 + 2 n], how many runs of rows are attended, then (first row, number of rows) of each; relevance: what
-    blocks were compared by. One row each for all key heads, or one a key head.
+    [1 or K, 1 + 3 n], how many runs of rows are attended, then (first row, number of rows, first position) of each;
+    relevance: what blocks were compared by. One row each for all key heads, or one a key head.
     """
 
     blocks: Tensor

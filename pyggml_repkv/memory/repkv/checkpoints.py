@@ -158,7 +158,7 @@ class RepKVCheckpoints:
         bounds, types = memory.blocks.bounds, (m.type_k, m.type_v)
         layout = RecordLayout(config, parse_block(m.block).max_size, types, types, memory.index.n_packed)
         # It only writes: the one slot of each layer, and where blocks would lie, are never looked at.
-        places = np.zeros((config.n_layer, max(1, self.n_blocks), 2), np.int32)
+        places = np.zeros((config.n_layer, max(1, self.n_blocks), 3), np.int32)
         nowhere = [0] * config.n_layer
         writer = BlockStore(
             file, layout, n_slots=1, max_blocks=places.shape[1], n_threads=0, first_row=0, k_rows=nowhere,

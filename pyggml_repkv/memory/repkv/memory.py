@@ -55,7 +55,7 @@ class RepKVMemory(BoundedMemory):
         self.kept = Kept(arenas, config, memory, self.n_top_max)
         local = LocalWindow(arenas, config, memory)
         parts = IndexParts(
-            arenas, config, memory, local, self.kept, lambda layer, at: self.store.keys(layer, at), n_ctx, max_blocks,
+            arenas, config, memory, local, self.kept, lambda layer, at: self.stored_keys(layer, at), n_ctx, max_blocks,
             self.n_top_max, lambda: self.blocks.n_blocks, lambda: self.blocks.sealed_end,
         )  # fmt: skip
         self.index = type(self).make_index(parts)
@@ -182,12 +182,14 @@ class RepKVMemory(BoundedMemory):
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated. Raises StoreError for unreadable ones."""
-        return self.store.keys(layer, positions)
+        keys = self.store.keys(layer, positions)
+        return self.centres.added(layer, keys, positions, rotated=not self.rotation.far)
 
     def local_keys(self, layer: int, first: int, end: int) -> NDArray[np.float32]:
         """Rotated keys of the window's positions [first, end), float32 [n, K, d]."""
         rows = as_rows(self.local.k[layer])[first - self.local.base : end - self.local.base]
-        return floats(rows, self.config, self.memory)
+        keys = floats(rows, self.config, self.memory)
+        return self.centres.added(layer, keys, np.arange(first, end), rotated=True)
 
     def cost(self, n_past: int, n_tokens: int) -> StepCost:
         m, own = self.memory, (n_tokens + 1) // 2

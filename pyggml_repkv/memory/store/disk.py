@@ -87,7 +87,7 @@ class DiskStore:
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in layers]
         # A fork begins with empty slots, so no place is taken over.
         self._places = [
-            arenas.new(g.GGML_TYPE_I32, (max_blocks, 2), f"block_places-{i}", rows=lambda _: Rows(0, 0)) for i in layers
+            arenas.new(g.GGML_TYPE_I32, (max_blocks, 3), f"block_places-{i}", rows=lambda _: Rows(0, 0)) for i in layers
         ]
         self._addresses = [[int(t.contents.data) for t in tensors] for tensors in (self.k, self.v)]
         self.io = BlockStore(

@@ -40,15 +40,15 @@ class RamStore:
 
         self.k = [arena(memory.type_k, f"k_store-{i}") for i in range(config.n_layer)]
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in range(config.n_layer)]
-        self._places_tensor = arenas.new(g.GGML_TYPE_I32, (max(1, max_blocks), 2), "block_places")
-        self._places = as_array(self._places_tensor, np.int32).reshape(-1, 2)
+        self._places_tensor = arenas.new(g.GGML_TYPE_I32, (max(1, max_blocks), 3), "block_places")
+        self._places = as_array(self._places_tensor, np.int32).reshape(-1, 3)
 
     def places(self, layer: int) -> Tensor:
         return self._places_tensor
 
     def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
         """Makes a block of the tokens [begin, end): where they lie."""
-        self._places[block] = begin, end - begin
+        self._places[block] = begin, end - begin, begin
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Every token has its row."""
@@ -81,7 +81,7 @@ class RamStore:
         """All of it is in the arenas."""
 
     def close(self) -> None:
-        self._places = np.empty((0, 2), np.int32)
+        self._places = np.empty((0, 3), np.int32)
 
 
 def floats(rows: NDArray[np.uint8], config: ModelConfig, memory: MemoryConfig) -> NDArray[np.float32]:

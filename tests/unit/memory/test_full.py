@@ -43,11 +43,13 @@ def cells(arena, kind):
     return dequantize(raw, kind).reshape(len(raw), SPEC.n_head_kv, SPEC.head_dim).astype(np.float64)
 
 
-def first_layer(weights, tokens):
+def first_layer(weights, tokens, *, key_bias=True):
     """Keys and values of layer 0, float64 [T, K, d]."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     x = rms_norm(w["token_embd.weight"][tokens], w["blk.0.attn_norm.weight"], SPEC.norm_eps)
     k, v = (x @ w[f"blk.0.attn_{n}.weight"].T + w[f"blk.0.attn_{n}.bias"] for n in "kv")
+    if not key_bias:
+        k = k - w["blk.0.attn_k.bias"]
     k, v = (y.reshape(len(tokens), SPEC.n_head_kv, SPEC.head_dim) for y in (k, v))
     return rotate(SPEC, k.transpose(1, 0, 2), np.arange(len(tokens))).transpose(1, 0, 2), v
 
@@ -61,7 +63,9 @@ def test_the_token_at_position_p_is_in_row_p(model, path, name, n_tokens):
         session.prefill(tokens[:-1])
         session.decode(tokens[-1])
         arenas = session.policy.k_arenas[0], session.policy.v_arenas[0]
-        for arena, want in zip(arenas, first_layer(weights, tokens), strict=True):
+        # Quantised keys lie less their bias, but not in llama.cpp's graph.
+        key_bias = name != "q8_0" or model.graph.exact
+        for arena, want in zip(arenas, first_layer(weights, tokens, key_bias=key_bias), strict=True):
             got = cells(arena, CACHES[name])
             assert np.abs(got[: len(tokens)] - want).max() < ROUNDING[name] * np.abs(want).max()
             assert not got[len(tokens) :].any()

@@ -23,15 +23,15 @@ def test_blocks_are_located(n_rows, n_top, n_blocks, n_threads, seed):
     """Each block is its own run, in the given order, even if two lie side by side."""
     rng = np.random.default_rng(seed)
     n_cells = rng.integers(1, 200, n_blocks)
-    places = np.stack((np.cumsum(n_cells) - n_cells, n_cells), 1)
+    places = np.stack((np.cumsum(n_cells) - n_cells, n_cells, rng.integers(0, 1000, n_blocks)), 1)
     blocks = rng.integers(0, n_blocks, (n_rows, 1 + n_top))
     blocks[:, 0] = rng.integers(0, n_top + 1, n_rows)
     bench = Bench(config(), n_threads)
     node = bench.ops.locate(bench.integers(*blocks), bench.integers(*places))
-    runs = bench.compute(node).view(np.int32).reshape(n_rows, 1 + 2 * n_top)
+    runs = bench.compute(node).view(np.int32).reshape(n_rows, 1 + 3 * n_top)
     for row, (n, *named) in zip(runs.tolist(), blocks.tolist(), strict=True):
         assert row[0] == n
-        assert row[1 : 1 + 2 * n] == [value for block in named[:n] for value in places[block]]
+        assert row[1 : 1 + 3 * n] == [value for block in named[:n] for value in places[block]]
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Step:
         )  # fmt: skip
 
     def runs_tensor(self, bench: Bench) -> Tensor:
-        rows = np.zeros((len(self.runs), 1 + 2 * (max(len(runs) for runs in self.runs) + 1)), np.int32)
-        rows[:, 1:] = [0, 1] * (rows.shape[1] // 2)
+        rows = np.zeros((len(self.runs), 1 + 3 * (max(len(runs) for runs in self.runs) + 1)), np.int32)
+        rows[:, 1:] = [0, 1, 0] * (rows.shape[1] // 3)
         for row, runs in zip(rows, self.runs, strict=True):
             row[0] = len(runs)
-            row[1 : 1 + 2 * len(runs)] = np.ravel(runs)
+            row[1 : 1 + 3 * len(runs)] = np.ravel([(first, n, first) for first, n in runs])
         return bench.integers(*rows)
 
 
