@@ -19,6 +19,7 @@ SPECS = {
     "qwen2": SPEC,
     "llama": replace(SPEC, arch="llama"),
     "yarn": replace(SPEC, n_ctx=128, scaling_kind="yarn", scaling_factor=4.0),
+    "short yarn": replace(SPEC, n_ctx=32, scaling_kind="yarn", scaling_factor=4.0),
     "repacked": replace(SPEC, weight_type=QT.Q4_0),
     "llama repacked": replace(SPEC, arch="llama", weight_type=QT.Q4_0),
 }
@@ -120,7 +121,7 @@ def test_bounded_memories(models, name, kind):
 @pytest.mark.parametrize("types", [{"type_k": "q8_0"}, {"type_evicted": "q8_0", "kv_ram": 2**20}])
 def test_keys_that_become_far_lose_their_rotation(models, types):
     """The trained context ends within the prompt: stored keys are turned back, on disk as they are read."""
-    path = models("yarn")[0]
+    path = models("short yarn")[0]
     memory = replace(REPKV, n_ctx=0)
     with Model.load(path, threads=2, repack=False) as model:
         with model.session(memory) as session:
