@@ -32,7 +32,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=integer(1, MAX_THREADS),
-        help=f"compute threads (default: {default_threads()}, the available physical cores)",
+        help=f"compute threads (default: {default_threads()}, the physical cores, or less by CPU quota)",
     )
     group.add_argument(
         "--no-repack",

@@ -183,8 +183,8 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     n_more = max(args.n_predict, 0)
     n_tokens = min(n_prompt + n_more, session.n_ctx)
     parts = session.budget(n_prompt, n_more)
-    needed, free = budget.size(sum(parts.values())), budget.size(budget.available_bytes())
-    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free} free")
+    needed, free = budget.size(sum(parts.values())), budget.describe_available()
+    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
     need = session.disk_need(n_tokens)
     if need is not None and need.total:
         _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")

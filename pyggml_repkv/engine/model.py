@@ -53,7 +53,7 @@ class Model:
     ) -> Model:
         """Opens a GGUF file of one of the families in `ARCHS`.
 
-        threads: None = the physical cores this process may use.
+        threads: None = the physical cores this process may use, or less where a control group has a CPU quota.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
         Raises ModelFileError (a bad file), InputError (a bad argument), ComputeError (no memory).

@@ -22,6 +22,7 @@ from pyggml_repkv.engine.step import Stepper
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.head import slices
 from pyggml_repkv.graph.plan import GraphModel, Tracer
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
@@ -151,10 +152,38 @@ class Session:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self.config.n_vocab), np.float32)
-        for start in range(0, len(ids), self.n_batch):
-            chunk = ids[start : start + self.n_batch]
-            logits[start : start + len(chunk)] = self._step(chunk, "all")
+        for at, rows in self._slices(ids, 0):
+            logits[at : at + len(rows)] = rows
         return logits
+
+    def prefill_slices(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Reads tokens -> an iterator over the logits of tokens[first:], a slice at a time: (index of its first token,
+        float32 [n, n_vocab]). Each chunk is read when its first slice is asked for, and other logits than the slice's
+        are never in memory. Raises as prefill does.
+        """
+        return self._slices(self._checked(tokens), first)
+
+    def _slices(self, ids: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        for begin in range(0, len(ids), self.n_batch):
+            chunk = ids[begin : begin + self.n_batch]
+            skipped = max(0, first - begin)
+            if skipped >= len(chunk):
+                self._step(chunk, "none")
+                continue
+            # A tracer sees a step as one graph.
+            whole = len(chunk) == 1 or self._stepper.plans.traced
+            made = self._step(chunk, "all" if whole else "hidden")
+            assert made is not None
+            if whole:
+                yield begin + skipped, made[skipped:]
+                continue
+            n_past, form = self.n_past, self._stepper.form
+            for start, end in slices(len(chunk), skipped):
+                rows = self._stepper.logits_of(made[start:end], form)
+                if end == len(chunk) and self.n_past == n_past:
+                    self._stepper.logits = rows[-1].copy()
+                at = max(start, skipped)
+                yield begin + at, rows[at - start :]
 
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
