@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyggml_repkv.ffi.context import GraphContext, Tensor, set_name
+from pyggml_repkv.ffi.context import GraphContext, Rope, Tensor, set_name
 from pyggml_repkv.ffi.handles import Backend, tensor_array
 from pyggml_repkv.ffi.library import g as ggml
-from pyggml_repkv.graph.forms.base import DecoderForm
 from pyggml_repkv.graph.forms.ggml import GgmlForm
 from pyggml_repkv.graph.forms.packed import PackedForm
 from pyggml_repkv.memory.policy import Form
-from pyggml_repkv.ops.kernels import PANEL
+from pyggml_repkv.model.weights import Weights
+from pyggml_repkv.ops.kernels import PANEL, Kernels
 from pyggml_repkv.ops.makers import Ops
-
-if TYPE_CHECKING:
-    from pyggml_repkv.graph.plan import GraphModel
 
 # Rows of logits at a time: 39 MB with 151,936 tokens. Whole panels, and of ggml's groups of rows.
 N_ROWS = 64
@@ -28,23 +24,17 @@ N_ROWS = 64
 class HeadPlan:
     """Hidden states [n_rows, E] -> logits, by the nodes that a form has for a chunk."""
 
-    def __init__(self, model: GraphModel, form: Form, n_rows: int) -> None:
+    def __init__(self, weights: Weights, kernels: Kernels, rope: Rope, form: Form, n_rows: int) -> None:
         self.context = GraphContext(64)
         self._packed, self._n_rows = form == "packed", n_rows
-        g = self.context
-        self._hidden = g.input(ggml.GGML_TYPE_F32, (n_rows, model.config.n_embd), "inp_hidden")
-        x, nodes = self._hidden, self._form(model, n_rows)
+        g, config, ops = self.context, kernels.config, Ops(self.context, kernels)
+        self._hidden = g.input(ggml.GGML_TYPE_F32, (n_rows, config.n_embd), "inp_hidden")
         if self._packed:
-            x = Ops(g, model.kernels).pack(x)  # [P, E, PANEL]
-        self._logits = g.output(nodes.logits(x))
-
-    def _form(self, model: GraphModel, n_rows: int) -> DecoderForm:
-        g = self.context
-        if self._packed:
-            return PackedForm(Ops(g, model.kernels), model.weights, set_name, n_rows)
-        return GgmlForm(
-            g, model.config, model.weights, model.rope, None, set_name, last_row=None, by_halves=False
-        )  # fmt: skip
+            logits = PackedForm(ops, weights, set_name, n_rows).logits(ops.pack(self._hidden))  # [P, V, PANEL]
+        else:
+            nodes = GgmlForm(g, config, weights, rope, None, set_name, last_row=None, by_halves=False)
+            logits = nodes.logits(self._hidden)  # [n_rows, V]
+        self._logits = g.output(logits)
 
     def placed(self, backend: Backend) -> None:
         """Nothing to do: no hook runs between these nodes."""

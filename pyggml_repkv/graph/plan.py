@@ -256,7 +256,8 @@ class PlanCache:
         key = form, n_rows
         plan = self._plans.get(key)
         if not isinstance(plan, HeadPlan):
-            plan = HeadPlan(self._model, form, n_rows)
+            model = self._model
+            plan = HeadPlan(model.weights, model.kernels, model.rope, form, n_rows)
             self._add(key, plan)
         self._plans.move_to_end(key)
         return plan
