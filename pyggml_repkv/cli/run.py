@@ -57,7 +57,10 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="DIR",
         type=filled_text,
         help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
-        "tokens that its prompt shares with DIR",
+        "tokens that its prompt shares with DIR, and is refused where it would drop more than 512 others of the last one",
+    )
+    group.add_argument(
+        "--session-new", action="store_true", help="let the prompt drop whatever it does not share with --session DIR"
     )
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
@@ -108,6 +111,8 @@ def main(args: argparse.Namespace) -> int:
     check_chat_flags(args, prompt)
     if args.json and args.display_prompt:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
+    if args.session_new and args.session is None:
+        raise InputError("--session-new goes with --session DIR")
 
     with load_model(args) as model:
         if args.chat:
@@ -210,7 +215,7 @@ def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: lis
 
     if args.session is None:
         return Generation(session, model.tokenizer, tokens, _config(args))
-    generation = session.continue_text(tokens, _config(args))
+    generation = session.continue_text(tokens, _config(args), drop=args.session_new)
     if generation.begun.tokens:
         _note(args, f"session: continuing its text after {len(generation.begun.tokens)} tokens")
     elif generation.begun.n_read:

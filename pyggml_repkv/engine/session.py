@@ -199,13 +199,16 @@ class Session:
         tokens = self._tokenizer.encode(prompt, parse_special=True) if isinstance(prompt, str) else list(prompt)
         return Generation(self, self._tokenizer, tokens, config)
 
-    def continue_text(self, prompt: Sequence[int], config: GenerationConfig | None = None) -> Generation:
+    def continue_text(
+        self, prompt: Sequence[int], config: GenerationConfig | None = None, *, drop: bool = False
+    ) -> Generation:
         """`generate`, from what a kept session has of the prompt, or of a text after it that was cut off.
 
         Call it before anything was read; from then on saves hold the state of the text. `save` once it is over.
+        drop: as in go_back_to.
         """
         generation = Generation(self, self._tokenizer, list(prompt), config)
-        resumed = self.go_back_to(prompt, generation.was_cut_off)
+        resumed = self.go_back_to(prompt, generation.was_cut_off, drop=drop)
         text = tuple(self._stepper.tokens[len(prompt) : self.n_past])
         begun = Begun(
             min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra.get("sampler") if text else None
@@ -281,15 +284,18 @@ class Session:
         if self._keeper is not None:
             self._keeper.enabled = False
 
-    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume) -> Resumed:
+    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, *, drop: bool = False) -> Resumed:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
 
         may_resume(extra of the newest): whether a save beyond the prompt may be taken, as when its text was being
         continued. Where nothing fits, the session is empty, and what was saved is forgotten with the next save. What
-        cannot be restored is read again. Raises InputError where -c is too small for it.
+        cannot be restored is read again. Raises InputError where -c is too small for it; and, before anything is
+        changed, where more than MAX_DROPPED tokens of the last prompt are none of this one (drop: forgets them).
         """
         if self._keeper is None or self._begun:
             raise InputError("only a session that was opened with a directory can go back, and only before it reads")
+        if prompt is not None and not drop:
+            self._keeper.check_keeps(prompt)
         self._begun = True
         resumed = self._keeper.go_back_to(prompt, may_resume, self.n_ctx)
         prompt_end = resumed.extra.get("n_prompt")
@@ -306,6 +312,8 @@ class Session:
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
+        if self._keeper is not None and not self._begun:
+            self._keeper.check_keeps(())
         self._begun = True
         again = self._stepper if self._keeper is None else self._keeper
         if self._stepper.lost:
