@@ -15,7 +15,7 @@ from pyggml_repkv.cli import output, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import kind_of, load_model, memory_config, prompt_progress
+from pyggml_repkv.cli.run import check_memory_flags, kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
@@ -129,6 +129,7 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
+    check_memory_flags(args, policies)
     args.quiet = args.json
     if args.png:
         from pyggml_repkv.lab.eval.heat_map import check_can_draw

@@ -172,8 +172,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        default="balanced",
-        help="values for the flags above, which override it (default: %(default)s)",
+        help="values for the flags above, which override it (default: balanced)",
     )
 
 

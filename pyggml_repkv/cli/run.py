@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
     from pyggml_repkv.memory.registry import PolicyKind
+
+# Flags that are not called as their field is.
+_FLAGS = {"type_evicted": "--cache-type-evicted"}
 
 EXAMPLES = r"""
 examples:
@@ -57,7 +60,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="DIR",
         type=filled_text,
         help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
-        "tokens that its prompt shares with DIR, and is refused where it would drop more than 512 others of the last one",
+        "tokens that its prompt shares with DIR, and is refused where it would drop over 512 other tokens of a prompt",
     )
     group.add_argument(
         "--session-new", action="store_true", help="let the prompt drop whatever it does not share with --session DIR"
@@ -114,6 +117,7 @@ def main(args: argparse.Namespace) -> int:
     if args.session_new and args.session is None:
         raise InputError("--session-new goes with --session DIR")
 
+    check_memory_flags(args, [args.kv])
     with load_model(args) as model:
         if args.chat:
             prompt = apply_template(args, prompt, model.chat_template)
@@ -205,8 +209,22 @@ def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
         type_k=args.cache_type_k,
         type_v=args.cache_type_v,
         flash_attn=args.flash_attn == "on",
-        **{**PRESETS[args.preset], **given},
+        **{**PRESETS[args.preset or "balanced"], **given},
     )
+
+
+def check_memory_flags(args: argparse.Namespace, policies: Sequence[str]) -> None:
+    """Raises InputError for a flag of `add_memory_options` that was given and that none of the policies uses."""
+    # The fields that presets set.
+    fields = {**{field: (field,) for field in MEMORY_FIELDS}, "preset": tuple(PRESETS["accurate"])}
+    given = [name for name in fields if getattr(args, name) is not None]
+    kinds = [kind_of(kv) for kv in policies] if given else []
+    unused = [_FLAGS.get(f, f"--{f.replace('_', '-')}") for f in given if not any(k.uses(fields[f]) for k in kinds)]
+    if unused:
+        raise InputError(f"{', '.join(unused)}: --kv {','.join(policies)} has no use for that; is --kv repkv meant?")
+    on_disk = args.kv_dir or args.kv_ram or getattr(args, "session", None)
+    if args.prefetch is not None and not on_disk:
+        raise InputError("--prefetch reads from disk: it needs --kv-ram, --kv-dir or --session")
 
 
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
