@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -258,9 +258,7 @@ def _generate(
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
         if args.session is not None:
-            # If a step was cut short, saving raises and the previous save stays the last good one.
-            with suppress(RepkvError):
-                session.save()
+            _save_stopped(args, session)
         _say_timings(args, generation, model, session)
         raise
     result = generation.result()
@@ -272,6 +270,15 @@ def _generate(
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
     _say_timings(args, generation, model, session)
+
+
+def _save_stopped(args: argparse.Namespace, session: Session) -> None:
+    try:
+        session.save()
+    except RepkvError as error:
+        output.say(f"warning: session: {error}; the save before it is whole")
+    else:
+        _note(args, f"session: saved after {session.n_past} tokens")
 
 
 def _stream(pieces: Iterable[str]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -29,8 +32,25 @@ from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
+
+
+def _alone(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Two threads in one session would tear its state: the second gets an InputError."""
+
+    @functools.wraps(method)
+    def call(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not session._busy.acquire(blocking=False):
+            raise InputError("this session is in use by another thread: wait for it, or fork the session")
+        try:
+            return method(session, *args, **kwargs)
+        finally:
+            session._busy.release()
+
+    return call
 
 
 class Session:
@@ -38,6 +58,8 @@ class Session:
 
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
     Only if it was stopped while the memory was being rearranged must a new session be started; the next step says so.
+
+    One thread at a time: what reads, saves, forks or goes back raises InputError while another thread does.
     """
 
     def __init__(
@@ -76,6 +98,7 @@ class Session:
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
         self._begun, self._closed = stepper.n_past > 0, False
+        self._busy = threading.RLock()
         self._room = Room()
 
     @property
@@ -120,6 +143,7 @@ class Session:
         """What n_tokens tokens need of the disk; None where nothing is written."""
         return self.policy.disk_need(n_tokens)
 
+    @_alone
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
 
@@ -142,12 +166,14 @@ class Session:
             self._keeper.save(wait=True)
         return logits[0]
 
+    @_alone
     def read(self, tokens: Sequence[int]) -> None:
         """Reads tokens in steps of n_batch and no smaller ones at the end, without logits. Raises as prefill does."""
         ids = self._checked(tokens)
         for start in range(0, len(ids), self.n_batch):
             self._step(ids[start : start + self.n_batch], "none")
 
+    @_alone
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
@@ -185,6 +211,7 @@ class Session:
                 at = max(start, skipped)
                 yield begin + at, rows[at - start :]
 
+    @_alone
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
         logits = self._step(self._checked((token,)), "all")
@@ -217,6 +244,7 @@ class Session:
         self.save_also(generation.saved)
         return generation
 
+    @_alone
     def fork(self) -> Session:
         """A second session that has read the same tokens; each then goes its own way. It shares what was evicted and
         copies the rest, and is kept nowhere until it is saved.
@@ -229,6 +257,7 @@ class Session:
         self._on_fork(other)
         return other
 
+    @_alone
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on. Raises InputError where the memory cannot."""
         self._check_open()
@@ -238,6 +267,7 @@ class Session:
             raise InputError(f"position {n_past} is not among the {self.n_past} tokens that were read")
         self._stepper.rewind(n_past)
 
+    @_alone
     def repeat(self, n_past: int) -> None:
         """For benchmarks: as if what was read had been read over and over, up to position n_past; for such memories."""
         self._check_open()
@@ -260,6 +290,7 @@ class Session:
         """The `kv` object of `run --json`."""
         return self.policy.stats(self.n_past)
 
+    @_alone
     def save(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Saves what was read since the last save, and waits until it is on disk.
 
@@ -284,6 +315,7 @@ class Session:
         if self._keeper is not None:
             self._keeper.enabled = False
 
+    @_alone
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, *, drop: bool = False) -> Resumed:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
 
@@ -308,6 +340,7 @@ class Session:
     def _saved_extra(self) -> dict[str, object]:
         return {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
 
+    @_alone
     def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
