@@ -15,7 +15,7 @@ def main() -> int:
     except KeyboardInterrupt:
         # While the command line itself was being imported.
         code = signals.exit_code()
-    signals.block()
+    signals.ignore()
     return code
 
 

@@ -16,6 +16,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # The first signal and when it came.
 _stopped: tuple[int, float] | None = None
+_over = False
 
 
 def install() -> None:
@@ -27,9 +28,12 @@ def install() -> None:
             signal.signal(number, _on_signal)
 
 
-def block() -> None:
+def ignore() -> None:
     """Called once the exit code is known: the interpreter's end has nothing that could be stopped."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    global _over
+    _over = True
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def exit_code() -> int:
@@ -40,6 +44,8 @@ def exit_code() -> int:
 def _on_signal(number: int, _: FrameType | None) -> None:
     global _stopped
     now = time.monotonic()
+    if _over:
+        return
     if _stopped is None:
         _stopped = number, now
         raise KeyboardInterrupt

@@ -1,10 +1,12 @@
 """Ctrl-C and SIGTERM at any moment: the exit code says which, a session is saved, nobody sees a traceback."""
 
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,14 @@ def start(command):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+def wait_for_handlers(process):
+    """Before that it is Python's own start that a signal meets."""
+    caught = 0
+    while process.poll() is None and not caught >> (signal.SIGTERM - 1) & 1:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_the_first_signal_saves_the_session_and_says_so(command, tmp_path, number):
     process = start(command)
@@ -33,10 +43,11 @@ def test_the_first_signal_saves_the_session_and_says_so(command, tmp_path, numbe
     process.send_signal(number)
     errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == CODES[number], errors
-    assert "pyggml_repkv: session: saved after " in errors
-    n_saved = int(errors.partition("saved after ")[2].split()[0])
+    saved = re.search(r"pyggml_repkv: session: saved after (\d+) tokens\n", errors)
+    # It may come while the memory is rearranged.
+    assert saved or "pyggml_repkv: warning: session: the memory was stopped" in errors
     with Model.load(command[5], threads=1, repack=False) as model, model.resume(tmp_path / "kept") as session:
-        assert session.n_past == n_saved > 100
+        assert session.n_past == int(saved[1]) if saved else session.n_past > 0
 
 
 @pytest.mark.parametrize("number", CODES)
@@ -44,8 +55,8 @@ def test_the_first_signal_saves_the_session_and_says_so(command, tmp_path, numbe
 def test_many_signals_at_any_moment_are_no_traceback(command, number, seed):
     rng = random.Random(seed)
     process = start(command)
-    # By then Python runs this program's code; its own start has its own words for Ctrl-C.
-    time.sleep(0.25 + rng.random() * rng.choice([0.3, 3]))
+    wait_for_handlers(process)
+    time.sleep(rng.random() * rng.choice([0.3, 3]))
     for _ in range(5):
         process.send_signal(number)
         time.sleep(rng.random() * 0.02)
