@@ -390,6 +390,42 @@ def test_shared_tokens_that_are_read_again_are_said(model, tmp_path, caplog):
     assert "has 890 more of the tokens, but no save there" in caplog.text
 
 
+@pytest.mark.parametrize("made_before", [False, True])
+def test_what_holds_the_user_s_text_is_the_user_s_alone(model, tmp_path, made_before):
+    path, copy = tmp_path / "parent" / "session", tmp_path / "copy"
+    before = os.umask(0o022)
+    try:
+        if made_before:
+            path.mkdir(parents=True)
+        with model.session(MEMORY, directory=path) as session:
+            session.prefill(TOKENS[:300])
+            session.save(copy)
+            # SQLite's own files are there while it is open.
+            modes = {file.name: file.stat().st_mode & 0o777 for folder in (path, copy) for file in folder.iterdir()}
+    finally:
+        os.umask(before)
+    assert {"lock", "session.db", "session.db-wal", "blocks.kv", "window-0.kv"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+    assert path.stat().st_mode & 0o777 == (0o755 if made_before else 0o700)
+    assert copy.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_checkpoint_stores_what_is_used(model, tmp_path):
+    """Not a place for every slot of the largest context."""
+    with model.session(replace(MEMORY, n_ctx=2**20), directory=tmp_path) as session:
+        session.prefill(TOKENS[:5])
+        session.save()
+    with contextlib.closing(sqlite3.connect(tmp_path / "session.db")) as db:
+        assert db.execute("SELECT length(warm) FROM checkpoints").fetchall() == [(0,)]
+
+
+def test_blocks_that_were_in_ram_are_read_first(model, folder):
+    with model.session(MEMORY, directory=folder) as session:
+        state = session._keeper.store.load(300, 2).state
+        assert 0 < state.warm.shape[1] <= state.n_blocks
+        assert (state.warm >= 0).any()
+
+
 @pytest.mark.parametrize(
     ("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)]
 )
