@@ -41,3 +41,23 @@ def test_prefetch_needs_a_disk(run, model):
     assert run(*flags).error_line == "error: --prefetch reads from disk: it needs --kv-ram, --kv-dir or --session"
     assert run(*flags, "--kv-ram", "1G").code == 0
     assert run("--kv", "repkv", "--kv-dir", "/tmp", "--kv-disk-max", "1G", "--cache-type-evicted", "f16").code == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "flags"),
+    [
+        ("perplexity", ["--depths", "3"]),
+        ("recall", ["--stretch", "64"]),
+        ("passkey", ["--blocks", "4"]),
+        ("fidelity", ["--seed", "2"]),
+        ("perplexity", ["--out", "x"]),
+        ("recall", ["--png", "x.png"]),
+    ],
+)
+def test_a_flag_of_another_task_is_named(tmp_path, capsys, task, flags):
+    (tmp_path / "text").write_text("words")
+    kv = [] if task == "perplexity" else ["--kv", "repkv"]
+    assert main(["eval", task, "-m", "there-is-none", "--text", str(tmp_path / "text"), *kv, *flags]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"pyggml_repkv: error: {flags[0]} is for ")
+    assert line.endswith(f"; {task} has no use for it\n")
