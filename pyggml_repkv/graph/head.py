@@ -51,7 +51,9 @@ def rows_of(tensor: Tensor, n_rows: int, *, packed: bool) -> NDArray[np.float32]
     if not packed:
         return tensor_array(tensor).reshape(-1, tensor.contents.ne[0]).copy()
     panels = tensor_array(tensor).reshape(-1, tensor.contents.ne[1], PANEL)  # [P, n, PANEL]
-    return panels.transpose(0, 2, 1).reshape(-1, panels.shape[1])[:n_rows]
+    # Reshaping copies several panels, but not a single one.
+    rows = panels.transpose(0, 2, 1).copy()
+    return rows.reshape(-1, panels.shape[1])[:n_rows]
 
 
 def slices(n_rows: int, first: int) -> Iterator[tuple[int, int]]:

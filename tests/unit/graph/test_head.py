@@ -32,7 +32,7 @@ def test_slices_have_the_bits_of_one_graph(tmp_path, weight_type, options):
     path = tmp_path / "tiny.gguf"
     write_tiny_model(path, TinySpec(n_ctx=512, seed=3, head_dim=32, n_ff=64, weight_type=weight_type))
     with Model.load(path, threads=2, **options) as model:
-        for n_tokens in (2, 31, 65, 96, 130, 200):
+        for n_tokens in (2, 31, 32, 65, 96, 130, 200):
             with model.session() as session:
                 whole = session._stepper.step(TOKENS[:n_tokens].astype(np.int32), "all")
                 session.rewind(0)
@@ -44,6 +44,26 @@ def test_slices_have_the_bits_of_one_graph(tmp_path, weight_type, options):
                     session.rewind(0)
                     assert found[0][0] == first
                     assert np.array_equal(np.concatenate([rows for _, rows in found]), whole[first:])
+
+
+@pytest.mark.parametrize("n_tokens", [2, 31, 32, 33, 64])
+@pytest.mark.parametrize("kv", ["full", "window", "repkv"])
+def test_what_was_returned_is_the_caller_s_own(tiny_model, kv, n_tokens):
+    """Whatever is computed next, a single panel's rows too."""
+    memory = MemoryConfig(kv=kv, n_local=64, n_score=32)
+    with (
+        Model.load(tiny_model(n_ctx=512, head_dim=32), threads=2, repack=False) as model,
+        model.session(memory) as session,
+        model.session(memory) as one_graph,
+    ):
+        (found,) = session.prefill_slices(TOKENS[:n_tokens])
+        before = found[1].copy()
+        want = one_graph._stepper.step(TOKENS[:n_tokens].astype(np.int32), "all")
+        session.prefill_all(TOKENS[n_tokens : 2 * n_tokens])
+        assert np.array_equal(found[1], before)
+        assert np.array_equal(before, want)
+        one_graph.prefill_all(TOKENS[n_tokens : 2 * n_tokens])
+        assert np.array_equal(before, want)
 
 
 @pytest.mark.parametrize("kv", ["full", "window", "repkv"])
