@@ -59,8 +59,8 @@ class Session:
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
     Only if it was stopped while the memory was being rearranged must a new session be started; the next step says so.
 
-    One thread at a time: what reads, saves or goes back raises InputError while another thread does. `fork` may come from
-    any thread, and is made between two steps.
+    One thread at a time: what reads, saves or goes back raises InputError while another thread does. `fork` may come
+    from any thread, and is made between two steps.
     """
 
     def __init__(
