@@ -12,7 +12,7 @@ from pathlib import Path
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options
 from pyggml_repkv.cli.parser import Parser, integer
-from pyggml_repkv.cli.run import memory_config
+from pyggml_repkv.cli.run import check_memory_flags, memory_config
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.memory.config import MemoryConfig
@@ -57,6 +57,7 @@ def memory_of(text: str) -> MemoryConfig:
     add_memory_options(parser)
     try:
         options = parser.parse_args(shlex.split(text))
+        check_memory_flags(options, [options.kv])
         memory = memory_config(options, options.ctx_size)
     except (InputError, ValueError) as error:
         reason = str(error).removesuffix(f" (see {parser.prog} --help)")

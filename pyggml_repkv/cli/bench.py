@@ -16,7 +16,7 @@ from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import kind_of, memory_config, repacks, rope_options
+from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, repacks, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -179,6 +179,7 @@ class _Printer:
 
 def _memories(args: argparse.Namespace) -> Iterator[tuple[str, MemoryConfig]]:
     policies: list[str] = args.kv
+    check_memory_flags(args, policies)
     for name in policies:
         args.kv = name
         yield name, memory_config(args, 0)

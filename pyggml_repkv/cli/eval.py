@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from pyggml_repkv.cli import output, report
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import kind_of, load_model, memory_config, prompt_progress
+from pyggml_repkv.cli.run import check_memory_flags, kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
@@ -41,6 +41,16 @@ TASKS = {
     "recall": "how much of the attention to older tokens the selected blocks hold, on your text",
     "perplexity": "how well your text is predicted: llama-perplexity's number, or by position with --lengths",
     "fidelity": "how far the next-token distribution is from that of --kv full, by position, on your text",
+}
+
+# Flags that some tasks have: their values if they are not given, and the tasks.
+_TASK_FLAGS: dict[str, tuple[Any, Collection[str]]] = {
+    "depths": (5, RETRIEVAL),
+    "seed": (1, RETRIEVAL),
+    "out": (None, RETRIEVAL),
+    "png": (None, RETRIEVAL),
+    "blocks": ([4, 8, 16], ("recall",)),
+    "stretch": (2048, ("perplexity", "fidelity")),
 }
 NEED_TEXT = ("recall", "perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
 EXAMPLES = """
@@ -76,15 +86,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--depths",
         metavar="N",
         type=integer(1, 1000),
-        default=5,
-        help="retrieval: number of evenly spaced depths (default: %(default)s)",
+        help="retrieval: number of evenly spaced depths (default: 5)",
     )
     group.add_argument(
         "--seed",
         metavar="N",
         type=integer(0, MAX_SEED),
-        default=1,
-        help="retrieval: seed of the keys (default: %(default)s)",
+        help="retrieval: seed of the keys (default: 1)",
     )
     group.add_argument(
         "--text",
@@ -95,15 +103,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--blocks",
         metavar="N,...",
         type=_integers(1, 4096),
-        default=[4, 8, 16],
         help="recall: judge the first N blocks of the ranking (default: 4,8,16)",
     )
     group.add_argument(
         "--stretch",
         metavar="N",
         type=integer(64, MAX_LENGTH),
-        default=2048,
-        help="perplexity, fidelity: average over N tokens, in whole chunks of -b (default: %(default)s)",
+        help="perplexity, fidelity: average over N tokens, in whole chunks of -b (default: 2048)",
     )
     group.add_argument(
         "--out", metavar="FILE", type=filled_text, help="retrieval: append results to FILE as JSON lines"
@@ -122,13 +128,13 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"{args.task} needs a text: --text FILE")
     if text is not None and not text.strip():
         raise InputError(f"--text {args.text} is empty")
-    if args.task not in RETRIEVAL and (args.out or args.png):
-        raise InputError(f"--out and --png are for {', '.join(RETRIEVAL)}; {args.task} has no use for them")
+    _set_task_flags(args)
     policies: list[str] = args.kv
     if args.task == "recall" and len(policies) != 1:
         raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
+    check_memory_flags(args, policies)
     args.quiet = args.json
     if args.png:
         from pyggml_repkv.lab.eval.heat_map import check_can_draw
@@ -149,6 +155,15 @@ def main(args: argparse.Namespace) -> int:
 
         draw_heat_map(args.png, [RetrievalResult.from_dict(result) for result in done["results"]])
     return 0
+
+
+def _set_task_flags(args: argparse.Namespace) -> None:
+    """Sets those that were not given. Raises InputError for one that the task has no use for."""
+    for name, (default, tasks) in _TASK_FLAGS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.task not in tasks:
+            raise InputError(f"--{name} is for {', '.join(tasks)}; {args.task} has no use for it")
 
 
 def _memories(args: argparse.Namespace, policies: list[str], n_ctx: int) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from pyggml_repkv.cli import graph_run, output
 from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.cli.run import kind_of, memory_config, rope_options
+from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -141,6 +141,8 @@ def main(args: argparse.Namespace) -> int:
         "trace": graph_run.trace,
         "tensors": graph_run.tensors,
     }
+    if args.task != "diff":
+        check_memory_flags(args, [args.kv])
     return tasks[args.task](args)
 
 

@@ -302,7 +302,7 @@ def _save(name: str, recorded: Sequence[Recorded]) -> None:
         with Path(name).open("wb") as file:
             np.savez(file, **{r.key: r.values for r in recorded})  # type: ignore[arg-type]
     except OSError as error:
-        raise RepkvError(f"--save {name}: {error.strerror}") from None
+        raise RepkvError(f"--save {name}: {error.strerror or error}") from None
 
 
 def _save_each(name: str, recorded: Sequence[Recorded]) -> None:
@@ -313,4 +313,4 @@ def _save_each(name: str, recorded: Sequence[Recorded]) -> None:
             safe = "".join(c if c.isalnum() or c in "-_#." else "_" for c in r.key)
             np.save(folder / f"{i:04d}-{safe}.npy", r.values)
     except OSError as error:
-        raise RepkvError(f"--npy {name}: {error.strerror}") from None
+        raise RepkvError(f"--npy {name}: {error.strerror or error}") from None

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli import output, progress, signals
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.ffi.lost_files import exit_on_lost_files
@@ -24,7 +24,7 @@ COMMANDS = {
 EPILOG = f"""\
 `{PROG} COMMAND --help` lists the options of a command.
 
-exit codes: 0 ok, 1 runtime failure, 2 bad usage or bad input, 130 interrupted
+exit codes: 0 ok, 1 runtime failure, 2 bad usage or bad input, 130 interrupted, 143 terminated
 """
 
 
@@ -37,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.flush()
         return code
     except SystemExit as done:
-        return done.code if isinstance(done.code, int) else 0
+        if done.code is None or isinstance(done.code, int):
+            return done.code or 0
+        output.say(f"error: {done.code}")
+        return 1
     except KeyboardInterrupt:
-        return 130
+        return signals.exit_code()
     except BrokenPipeError:
         output.discard(sys.stdout, sys.stderr)
         return 1

@@ -12,9 +12,10 @@ from pyggml_repkv.cli import model_cache, output
 from pyggml_repkv.cli.model_file import model_path
 from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser
-from pyggml_repkv.cli.run import kind_of, memory_config, rope_options
+from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.config import DISK_FIELDS
 
 if TYPE_CHECKING:
     from pyggml_repkv.lab.inspect.model_info import MemoryPlan, ModelInfo, SpecialToken
@@ -26,9 +27,6 @@ examples:
   %(prog)s qwen2.5-coder-1.5b -c 131072
   %(prog)s -m model.gguf -c 1000000 --kv repkv --kv-ram 2G --json
 """
-
-# Options for memories that evict blocks; no other memory accepts them.
-_DISK_FIELDS = ("kv_dir", "kv_ram", "kv_disk_max", "type_evicted")
 
 _INDENT = 14
 _WIDTH = 80
@@ -109,13 +107,14 @@ def _path(args: argparse.Namespace) -> Path:
 
 def _memories(args: argparse.Namespace) -> list[MemoryConfig]:
     """Returns a MemoryConfig for each policy to show."""
+    check_memory_flags(args, KV_POLICIES if args.kv is None else [args.kv])
     if args.kv is not None:
         return [memory_config(args, args.ctx_size)]
     # Both options exclude the fused forms.
     kinds = {kv: kind_of(kv) for kv in KV_POLICIES}
     only_ggml = args.exact_graph or args.flash_attn == "off"
     shown = [kv for kv, kind in kinds.items() if "ggml" in kind.forms or not only_ggml]
-    without_disk = {**vars(args), **dict.fromkeys(_DISK_FIELDS)}
+    without_disk = {**vars(args), **dict.fromkeys(DISK_FIELDS)}
     namespaces = (
         argparse.Namespace(**{**(vars(args) if kinds[kv].evicts else without_disk), "kv": kv}) for kv in shown
     )

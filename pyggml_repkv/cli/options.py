@@ -48,7 +48,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--threads",
         metavar="N",
         type=integer(1, MAX_THREADS),
-        help=f"compute threads (default: {default_threads()}, the available physical cores)",
+        help=f"compute threads (default: {default_threads()}, the physical cores, or less by CPU quota)",
     )
     group.add_argument(
         "--no-repack",
@@ -209,8 +209,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        default="balanced",
-        help="values for the flags above, which override it (default: %(default)s)",
+        help="values for the flags above, which override it (default: balanced)",
     )
 
 

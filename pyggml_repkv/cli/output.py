@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import select
 import sys
 from pathlib import Path
 from typing import TextIO, cast
@@ -36,15 +37,36 @@ def _nowhere() -> TextIO:
 
 
 def write(text: str) -> None:
-    """Writes text to stdout and flushes it. Raises BrokenPipeError if the reader is gone, RepkvError otherwise."""
+    """Writes all of a text to stdout. Raises BrokenPipeError if the reader is gone, RepkvError otherwise."""
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        _put(sys.stdout, text)
     except BrokenPipeError:
         raise
     except OSError as error:
         discard(sys.stdout)
         raise RepkvError(f"cannot write to stdout: {error.strerror}") from error
+
+
+def _put(stream: TextIO, text: str) -> None:
+    """Past Python's own streams: unbuffered ones (PYTHONUNBUFFERED) drop what a full disk or a pipe that does not block
+    takes only in part, and report success.
+    """
+    stream.flush()
+    try:
+        descriptor = stream.fileno()
+    except OSError:
+        # A stream without a descriptor, as in tests.
+        stream.write(text)
+        stream.flush()
+        return
+    data = memoryview(text.encode(stream.encoding, stream.errors or "strict"))
+    while data:
+        try:
+            data = data[os.write(descriptor, data) :]
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            poll.poll()
 
 
 def write_file(name: str, text: str) -> None:
@@ -67,8 +89,7 @@ def say(line: str) -> None:
 def log(text: str) -> None:
     """Writes text to stderr. Failing to write is no reason to stop."""
     try:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        _put(sys.stderr, text)
     except OSError:
         discard(sys.stderr)
 

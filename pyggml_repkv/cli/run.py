@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
     from pyggml_repkv.memory.registry import PolicyKind
+
+# Flags that are not called as their field is.
+_FLAGS = {"type_evicted": "--cache-type-evicted"}
 
 EXAMPLES = r"""
 examples:
@@ -59,7 +62,10 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="DIR",
         type=filled_text,
         help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
-        "tokens that its prompt shares with DIR",
+        "tokens that its prompt shares with DIR, and is refused where it would drop over 512 other tokens of a prompt",
+    )
+    group.add_argument(
+        "--session-new", action="store_true", help="let the prompt drop whatever it does not share with --session DIR"
     )
     group.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     group.add_argument("--system", metavar="TEXT", type=text, help="the system message (with --chat)")
@@ -117,7 +123,10 @@ def main(args: argparse.Namespace) -> int:
     check_chat_flags(args, prompt)
     if args.json and args.display_prompt:
         raise InputError("--display-prompt cannot go with --json: the object holds the generated text only")
+    if args.session_new and args.session is None:
+        raise InputError("--session-new goes with --session DIR")
 
+    check_memory_flags(args, [args.kv])
     with load_model(args) as model:
         prompt, tokens = tokenize(args, prompt, model)
         if args.verbose_prompt:
@@ -189,8 +198,8 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     n_more = max(args.n_predict, 0)
     n_tokens = min(n_prompt + n_more, session.n_ctx)
     parts = session.budget(n_prompt, n_more)
-    needed, free = budget.size(sum(parts.values())), budget.size(budget.available_bytes())
-    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free} free")
+    needed, free = budget.size(sum(parts.values())), budget.describe_available()
+    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
     need = session.disk_need(n_tokens)
     if need is not None and need.total:
         _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
@@ -206,8 +215,22 @@ def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
         type_k=args.cache_type_k,
         type_v=args.cache_type_v,
         flash_attn=args.flash_attn == "on",
-        **{**PRESETS[args.preset], **given},
+        **{**PRESETS[args.preset or "balanced"], **given},
     )
+
+
+def check_memory_flags(args: argparse.Namespace, policies: Sequence[str]) -> None:
+    """Raises InputError for a flag of `add_memory_options` that was given and that none of the policies uses."""
+    # The fields that presets set.
+    fields = {**{field: (field,) for field in MEMORY_FIELDS}, "preset": tuple(PRESETS["accurate"])}
+    given = [name for name in fields if getattr(args, name) is not None]
+    kinds = [kind_of(kv) for kv in policies] if given else []
+    unused = [_FLAGS.get(f, f"--{f.replace('_', '-')}") for f in given if not any(k.uses(fields[f]) for k in kinds)]
+    if unused:
+        raise InputError(f"{', '.join(unused)}: --kv {','.join(policies)} has no use for that; is --kv repkv meant?")
+    on_disk = args.kv_dir or args.kv_ram or getattr(args, "session", None)
+    if args.prefetch is not None and not on_disk:
+        raise InputError("--prefetch reads from disk: it needs --kv-ram, --kv-dir or --session")
 
 
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
@@ -216,7 +239,7 @@ def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: lis
 
     if args.session is None:
         return Generation(session, model.tokenizer, tokens, _config(args))
-    generation = session.continue_text(tokens, _config(args))
+    generation = session.continue_text(tokens, _config(args), drop=args.session_new)
     if generation.begun.tokens:
         _note(args, f"session: continuing its text after {len(generation.begun.tokens)} tokens")
     elif generation.begun.n_read:
@@ -241,9 +264,7 @@ def _generate(
             _stream(chain([prompt] if args.display_prompt else [], generation))
     except KeyboardInterrupt:
         if args.session is not None:
-            # If a step was cut short, saving raises and the previous save stays the last good one.
-            with suppress(RepkvError):
-                session.save()
+            _save_stopped(args, session)
         _say_timings(args, generation, model, session)
         raise
     result = generation.result()
@@ -258,6 +279,15 @@ def _generate(
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens without an end; -n N allows more, -n -2 as many as the context")
     _say_timings(args, generation, model, session)
+
+
+def _save_stopped(args: argparse.Namespace, session: Session) -> None:
+    try:
+        session.save()
+    except RepkvError as error:
+        output.say(f"warning: session: {error}; the save before it is whole")
+    else:
+        _note(args, f"session: saved after {session.n_past} tokens")
 
 
 def _stream(pieces: Iterable[str]) -> None:

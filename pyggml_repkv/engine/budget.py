@@ -3,58 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
 
+from pyggml_repkv.engine import cgroups
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.memory.policy import DiskNeed
-
-_V2_ROOT, _V1_ROOT = "/sys/fs/cgroup", "/sys/fs/cgroup/memory"
 
 
 def available_bytes() -> int:
     """What this process could still take: of the machine, or of the control groups it runs in, whichever is least."""
-    limits = [_of_cgroup(folder, *names) for folder, *names in _cgroups()]
-    return min([_of_machine(), *(limit for limit in limits if limit is not None)])
+    return _available()[0]
+
+
+def describe_available() -> str:
+    """For people: how much that is, and of what where a control group is what binds."""
+    free, allowed = _available()
+    return f"{size(free)} free" + (f" of the {size(allowed)} that the control group allows" if allowed else "")
+
+
+def _available() -> tuple[int, int]:
+    """(bytes free, what the control group allows that binds or 0)."""
+    return min([(_of_machine(), 0), *cgroups.memory_limits()])
 
 
 def _of_machine() -> int:
-    for line in _read("/proc/meminfo").splitlines():
+    for line in cgroups.read("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroups() -> Iterator[tuple[str, str, str]]:
-    """(folder, file of the limit, file of the use) of every group around this process."""
-    for line in _read("/proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = _V2_ROOT, ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = _V1_ROOT, ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        # In a container the path may be the host's, which is not there: the root is the container's own group then.
-        for folder in (PurePosixPath(path), *PurePosixPath(path).parents):
-            yield (f"{root}{folder}".rstrip("/"), *names)
-
-
-def _of_cgroup(folder: str, limit: str, usage: str) -> int | None:
-    most, used = _read(f"{folder}/{limit}").strip(), _read(f"{folder}/{usage}").strip()
-    if not most.isdigit() or not used.isdigit():
-        return None
-    # Cached file pages, the mapped model's among them, count as used until the kernel wants them back.
-    cached = [line.split() for line in _read(f"{folder}/memory.stat").splitlines()]
-    free = sum(int(value) for name, value in cached if name in ("inactive_file", "active_file"))
-    return max(0, int(most) - int(used) + free)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii")
-    except OSError:
-        return ""
 
 
 def check(parts: dict[str, int], n_tokens: int) -> None:

@@ -18,6 +18,9 @@ MayResume = Callable[[dict[str, Any]], bool]
 
 log = logging.getLogger(__name__)
 
+# Tokens of a prompt that another may drop without being asked: the question after a document, not the document.
+MAX_DROPPED = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
@@ -83,6 +86,25 @@ class Keeper:
         self._n_steps_saved = 0
         self._saver = self._new_saver()
 
+    def check_keeps(self, prompt: Sequence[int]) -> None:
+        """Raises InputError where going on with a prompt would drop more than MAX_DROPPED tokens of the one before.
+
+        What was generated after that does not count: every other question drops the answer to the last one.
+        """
+        tokens, _ = self._kept_tokens()
+        checkpoints = self.store.checkpoints()
+        if not checkpoints:
+            return
+        n_prompt = checkpoints[0][2].get("n_prompt")
+        # 0 where tokens were read that nobody called a prompt.
+        n_read = min(len(tokens), n_prompt) if isinstance(n_prompt, int) and n_prompt > 0 else len(tokens)
+        n_shared = common_prefix(tokens, np.asarray(prompt, np.int64))
+        if n_read - n_shared > MAX_DROPPED:
+            raise InputError(
+                f"--session {self.store.folder} holds a prompt of {n_read} tokens, of which this one shares the first "
+                f"{n_shared}: give another directory, or --session-new to drop the others"
+            )
+
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, n_ctx: int) -> Resumed:
         """See Session.go_back_to."""
         tokens, sizes = self._kept_tokens()
@@ -98,8 +120,15 @@ class Keeper:
             if n_past > n_ctx:
                 raise InputError(f"--session {self.store.folder} has {n_past} tokens: give -c {n_past} or more")
             again = not self._restore(tokens[:n_past], sizes)
+            self._say_read_again(prefix - n_past)
             return Resumed(n_past, self._stepper.logits, extra, again)
+        self._say_read_again(prefix)
         return Resumed(0, None, {})
+
+    def _say_read_again(self, n_tokens: int) -> None:
+        """Where it cannot go back far enough."""
+        if n_tokens > MAX_DROPPED:
+            log.warning("--session %s has %d more of the tokens, but no save there", self.store.folder, n_tokens)
 
     def _kept_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         tokens, sizes = self.store.tokens()

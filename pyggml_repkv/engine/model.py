@@ -68,7 +68,7 @@ class Model:
 
         path: a file, a name that `model list` shows, or "hf:USER/REPO[:QUANT]"; the last two are fetched once
         (`model.names.find_model` says which is which, and shows progress).
-        threads: None = the physical cores this process may use.
+        threads: None = the physical cores this process may use, or less where a control group has a CPU quota.
         repack: copy matrices into faster layouts where this CPU has them.
         exact_graph: llama.cpp's nodes one by one, for logits equal to its bit for bit; slower in decode.
         normalize: bring text to NFC where the model's own tokenizer does; None: unless exact_graph, as llama.cpp.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from types import TracebackType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -23,14 +26,32 @@ from pyggml_repkv.engine.step import Stepper
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.decoder import Outputs
+from pyggml_repkv.graph.head import slices
 from pyggml_repkv.graph.plan import GraphModel, Tracer
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 log = logging.getLogger(__name__)
+
+
+def _alone(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Two threads in one session would tear its state: the second gets an InputError."""
+
+    @functools.wraps(method)
+    def call(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not session._busy.acquire(blocking=False):
+            raise InputError("this session is in use by another thread: wait for it, or fork the session")
+        try:
+            return method(session, *args, **kwargs)
+        finally:
+            session._busy.release()
+
+    return call
 
 
 class Session:
@@ -38,6 +59,9 @@ class Session:
 
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
     Only if it was stopped while the memory was being rearranged must a new session be started; the next step says so.
+
+    One thread at a time: what reads, saves or goes back raises InputError while another thread does. `fork` may come
+    from any thread, and is made between two steps.
     """
 
     def __init__(
@@ -76,6 +100,7 @@ class Session:
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
         self._begun, self._closed = stepper.n_past > 0, False
+        self._busy = threading.RLock()
         self._room = Room()
 
     @property
@@ -125,6 +150,7 @@ class Session:
         """What n_tokens tokens need of the disk; None where nothing is written."""
         return self.policy.disk_need(n_tokens)
 
+    @_alone
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
 
@@ -148,21 +174,52 @@ class Session:
             self._keeper.save(wait=True)
         return logits[0]
 
+    @_alone
     def read(self, tokens: Sequence[int]) -> None:
         """Reads tokens in steps of n_batch and no smaller ones at the end, without logits. Raises as prefill does."""
         ids = self._checked(tokens)
         for start in range(0, len(ids), self.n_batch):
             self._step(ids[start : start + self.n_batch], "none")
 
+    @_alone
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self.config.n_vocab), np.float32)
-        for start in range(0, len(ids), self.n_batch):
-            chunk = ids[start : start + self.n_batch]
-            logits[start : start + len(chunk)] = self._step(chunk, "all")
+        for at, rows in self._slices(ids, 0):
+            logits[at : at + len(rows)] = rows
         return logits
 
+    def prefill_slices(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Reads tokens -> an iterator over the logits of tokens[first:], a slice at a time: (index of its first token,
+        float32 [n, n_vocab]). Each chunk is read when its first slice is asked for, and other logits than the slice's
+        are never in memory. Raises as prefill does.
+        """
+        return self._slices(self._checked(tokens), first)
+
+    def _slices(self, ids: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        for begin in range(0, len(ids), self.n_batch):
+            chunk = ids[begin : begin + self.n_batch]
+            skipped = max(0, first - begin)
+            if skipped >= len(chunk):
+                self._step(chunk, "none")
+                continue
+            # A tracer sees a step as one graph.
+            whole = len(chunk) == 1 or self._stepper.plans.traced
+            made = self._step(chunk, "all" if whole else "hidden")
+            assert made is not None
+            if whole:
+                yield begin + skipped, made[skipped:]
+                continue
+            n_past, form = self.n_past, self._stepper.form
+            for start, end in slices(len(chunk), skipped):
+                rows = self._stepper.logits_of(made[start:end], form)
+                if end == len(chunk) and self.n_past == n_past:
+                    self._stepper.logits = rows[-1].copy()
+                at = max(start, skipped)
+                yield begin + at, rows[at - start :]
+
+    @_alone
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
         logits = self._step(self._checked((check_int("token", token),)), "all")
@@ -182,14 +239,17 @@ class Session:
         is_empty = isinstance(tokens, Sized) and not len(tokens)
         return [] if is_empty else check_tokens(tokens, self.config.n_vocab).tolist()
 
-    def continue_text(self, prompt: Sequence[int], config: GenerationConfig | None = None) -> Generation:
+    def continue_text(
+        self, prompt: Sequence[int], config: GenerationConfig | None = None, *, drop: bool = False
+    ) -> Generation:
         """`generate`, from what a kept session has of the prompt, or of a text after it that was cut off.
 
         Call it before anything was read; from then on saves hold the state of the text. `save` once it is over.
+        drop: as in go_back_to.
         """
         prompt = self._prompt(prompt)
         generation = Generation(self, self._tokenizer, prompt, config)
-        resumed = self.go_back_to(prompt, generation.was_cut_off)
+        resumed = self.go_back_to(prompt, generation.was_cut_off, drop=drop)
         text = tuple(self._stepper.tokens[len(prompt) : self.n_past])
         begun = Begun(
             min(resumed.n_past, len(prompt)), resumed.logits, text, resumed.extra.get("sampler") if text else None
@@ -210,6 +270,7 @@ class Session:
         self._on_fork(other)
         return other
 
+    @_alone
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on. Raises InputError where the memory cannot."""
         self._check_open()
@@ -219,6 +280,7 @@ class Session:
             raise InputError(f"position {n_past} is not among the {self.n_past} tokens that were read")
         self._stepper.rewind(n_past)
 
+    @_alone
     def repeat(self, n_past: int) -> None:
         """For benchmarks: as if what was read had been read over and over, up to position n_past; for such memories."""
         self._check_open()
@@ -241,6 +303,7 @@ class Session:
         """The `kv` object of `run --json`."""
         return self.policy.stats(self.n_past)
 
+    @_alone
     def save(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Saves what was read since the last save, and waits until it is on disk.
 
@@ -267,15 +330,19 @@ class Session:
         if self._keeper is not None:
             self._keeper.enabled = False
 
-    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume) -> Resumed:
+    @_alone
+    def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, *, drop: bool = False) -> Resumed:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
 
         may_resume(extra of the newest): whether a save beyond the prompt may be taken, as when its text was being
         continued. Where nothing fits, the session is empty, and what was saved is forgotten with the next save. What
-        cannot be restored is read again. Raises InputError where -c is too small for it.
+        cannot be restored is read again. Raises InputError where -c is too small for it; and, before anything is
+        changed, where more than MAX_DROPPED tokens of the last prompt are none of this one (drop: forgets them).
         """
         if self._keeper is None or self._begun:
             raise InputError("only a session that was opened with a directory can go back, and only before it reads")
+        if prompt is not None and not drop:
+            self._keeper.check_keeps(prompt)
         self._begun = True
         resumed = self._keeper.go_back_to(prompt, may_resume, self.n_ctx)
         prompt_end = resumed.extra.get("n_prompt")
@@ -288,10 +355,13 @@ class Session:
     def _saved_extra(self) -> dict[str, object]:
         return {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
 
+    @_alone
     def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
+        if self._keeper is not None and not self._begun:
+            self._keeper.check_keeps(())
         self._begun = True
         again = self._stepper if self._keeper is None else self._keeper
         if self._stepper.lost:

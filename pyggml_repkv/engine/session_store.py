@@ -135,6 +135,9 @@ class SessionStore:
 
     def _open_db(self) -> sqlite3.Connection:
         path = self.folder / "session.db"
+        # It holds the user's text; SQLite makes the files beside it as open to others as this one.
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         try:
             # One thread at a time uses it: the one that opens, then the one that saves.
             db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -362,7 +365,7 @@ def _sync_folder(folder: Path) -> None:
 
 def _take_lock(folder: Path) -> int:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(0o700, parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise InputError(f"--session {folder}: {error.strerror}; it must be a directory that can be written") from None

@@ -12,7 +12,7 @@ from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.graph.decoder import Outputs
 from pyggml_repkv.graph.plan import GraphModel, PlanCache, Tracer
-from pyggml_repkv.memory.policy import Policy, Repeatable
+from pyggml_repkv.memory.policy import Form, Policy, Repeatable
 
 
 class Stepper:
@@ -20,8 +20,8 @@ class Stepper:
 
     `n_past` tokens have been read; the next one has that position. `tokens` are those tokens and `sizes` the numbers of
     tokens of the steps that read them: the same tokens in the same steps give the same memory. `logits` float32
-    [n_vocab] are the last token's, None where the last step had none. `lost`: the memory must be made again from the
-    tokens (`read_again`) before the next step.
+    [n_vocab] are the last token's, None where the last step had none; `form`: what the last step was built of. `lost`:
+    the memory must be made again from the tokens (`read_again`) before the next step.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Stepper:
         self.n_past = 0
         self.tokens, self.sizes = array("i"), array("i")
         self.logits: NDArray[np.float32] | None = None
+        self.form: Form = "ggml"
         self.lost = False
 
     def _open(self, policy: Policy) -> None:
@@ -45,7 +46,8 @@ class Stepper:
             raise StoreError("reading the tokens of a lost block again was stopped; the next step does it", lost=False)
 
     def step(self, tokens: NDArray[np.int32], outputs: Outputs) -> NDArray[np.float32] | None:
-        """Reads tokens -> their logits, the caller's own: float32 [n_outputs, n_vocab], None where there are none.
+        """Reads tokens -> their logits, the caller's own: float32 [n_outputs, n_vocab], None where there are none; or
+        their hidden states [n_tokens, E].
 
         A step that raises, wherever it was stopped, counts as not done.
         """
@@ -54,12 +56,12 @@ class Stepper:
             self.plans.check_open()
             before = self.n_past, self.logits, len(self.sizes)
             try:
-                logits = self._compute(tokens, self.n_past, outputs)
+                made = self._compute(tokens, self.n_past, outputs)
                 self.tokens[self.n_past :] = array("i", tokens.tolist())
                 self.sizes.append(len(tokens))
-                self.logits = None if logits is None else logits[-1].copy()
+                self.logits = None if made is None or outputs == "hidden" else made[-1].copy()
                 self.n_past += len(tokens)
-                return logits
+                return made
             except BaseException:
                 self.n_past, self.logits, n_sizes = before
                 del self.sizes[n_sizes:]
@@ -69,9 +71,16 @@ class Stepper:
     def _compute(self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs) -> NDArray[np.float32] | None:
         self.policy.begin_step(tokens, n_past)
         plan = self.plans.of_step(n_past, len(tokens), outputs)
+        self.form = plan.key.shape.form
         plan.fill(tokens, n_past)
         plan.compute(self._backend)
         return plan.read()
+
+    def logits_of(self, hidden: NDArray[np.float32], form: Form) -> NDArray[np.float32]:
+        """Hidden states [n, E] that a step of a form gave -> their logits, float32 [n, n_vocab]."""
+        with self._backend.lock:
+            self.plans.check_open()
+            return self.plans.head(form, len(hidden)).compute(self._backend, hidden)
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on; for memories that can (`Policy.rewinds`)."""

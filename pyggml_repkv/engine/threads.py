@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pyggml_repkv.engine import cgroups
+
 MAX_THREADS = 512
 
 
 def default_threads() -> int:
-    """Physical cores among the CPUs of this process: a second thread on one core slows matrix kernels."""
+    """Physical cores among the CPUs of this process: a second thread on one core slows matrix kernels. At most as many
+    as a container's quota has whole processors: threads beyond it make all of them wait.
+    """
+    quota = cgroups.cpu_quota()
+    return max(1, min(_n_cores(), MAX_THREADS, MAX_THREADS if quota is None else int(quota)))
+
+
+def _n_cores() -> int:
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
-    return min(len({_core(cpu) for cpu in os.sched_getaffinity(0)}), MAX_THREADS)
+    return len({_core(cpu) for cpu in os.sched_getaffinity(0)})
 
 
 def _core(cpu: int) -> str:

@@ -13,7 +13,7 @@ from pyggml_repkv.graph.forms.base import DecoderForm, NameTensor
 from pyggml_repkv.memory.policy import StepAttention
 from pyggml_repkv.model.weights import Weights
 
-Outputs = Literal["last", "all", "none"]
+Outputs = Literal["last", "all", "none", "hidden"]
 
 
 class Decoder:
@@ -25,7 +25,7 @@ class Decoder:
         self.g, self.weights, self.form, self.attention, self.cb = g, weights, form, attention, cb
 
     def build(self, tokens: Tensor, outputs: Outputs) -> Tensor | None:
-        """tokens I32 [T] -> logits F32 of the `last` token, or of `all`.
+        """tokens I32 [T] -> logits F32 of the `last` token, or of `all`; with `hidden` what head.py makes them of.
 
         With `none` nobody reads the last layer's output, so it only stores its keys and values.
         """
@@ -47,6 +47,8 @@ class Decoder:
                 form = form.of_last
             inpL = form.ffn(ffn_inp, layer, il)  # [T, E]
             cb(inpL, "l_out", il)
+        if outputs == "hidden":
+            return self.g.output(inpL)  # [T, E]
         cur = form.logits(inpL)  # [T, V]
         cb(cur, "result_output", -1)
         return self.g.output(cur)

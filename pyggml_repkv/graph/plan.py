@@ -22,6 +22,7 @@ from pyggml_repkv.graph.forms.base import DecoderForm, NameTensor
 from pyggml_repkv.graph.forms.ggml import GgmlForm
 from pyggml_repkv.graph.forms.one import OneForm
 from pyggml_repkv.graph.forms.packed import PackedForm
+from pyggml_repkv.graph.head import HeadPlan, rows_of
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
 from pyggml_repkv.memory.policy import EvalHook, Form, HookPoint, Policy, PolicyInputs, StepAttention, StepShape
@@ -82,7 +83,7 @@ class Plan:
         ops = Ops(g, model.kernels, self._rope_table, traced)
         self.attention: StepAttention = policy.build(ops, key.shape)
         form = self._form(model, ops, cb)
-        self.logits = Decoder(g, model.weights, form, self.attention, cb).build(self._tokens, key.outputs)
+        self.result = Decoder(g, model.weights, form, self.attention, cb).build(self._tokens, key.outputs)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
         self._tracer: Tracer | None = None
@@ -159,13 +160,13 @@ class Plan:
         self.attention.fill(n_past)
 
     def read(self) -> np.ndarray | None:
-        """A copy of the logits, float32 [n_outputs, n_vocab]; None where there are no outputs."""
-        if self.logits is None:
+        """A copy of the logits, float32 [n_outputs, n_vocab], or of the hidden states [n_tokens, E]; None where there
+        are no outputs.
+        """
+        if self.result is None:
             return None
-        if self.key.shape.form == "packed" and self.key.outputs == "all":
-            packed = tensor_array(self.logits).reshape(-1, self.logits.contents.ne[1], PANEL)
-            return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[: self.key.shape.n_tokens]
-        return tensor_array(self.logits).reshape(-1, self.logits.contents.ne[0]).copy()
+        packed = self.key.shape.form == "packed" and self.key.outputs != "last"
+        return rows_of(self.result, self.key.shape.n_tokens, packed=packed)
 
 
 def _into_panels(x: np.ndarray) -> np.ndarray:
@@ -241,7 +242,7 @@ class PlanCache:
         self._model, self._policy, self._backend, self._cb = model, policy, backend, cb
         self._allocator = GraphAllocator(backend)
         self._tracer: Tracer | None = None
-        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
+        self._plans: OrderedDict[PlanKey | tuple[Form, int], Plan | HeadPlan] = OrderedDict()
 
     @property
     def compute_bytes(self) -> int:
@@ -258,25 +259,44 @@ class PlanCache:
 
     def get(self, key: PlanKey) -> Plan:
         plan = self._plans.get(key)
-        if plan is None:
+        if not isinstance(plan, Plan):
             tracer = self._tracer
             traced = tracer is not None and tracer.traces_ops
             plan = Plan(self._model, self._policy, key, self._cb, traced=traced)
             if tracer is not None:
                 plan.watch(tracer)
-            self._place(plan)
-            self._plans[key] = plan
-            while len(self._plans) > _MAX_PLANS:
-                self._plans.popitem(last=False)[1].context.close()
+            self._add(key, plan)
         self._plans.move_to_end(key)
         return plan
+
+    def head(self, form: Form, n_rows: int) -> HeadPlan:
+        """The plan that makes logits of n_rows hidden states of a step of this form."""
+        key = form, n_rows
+        plan = self._plans.get(key)
+        if not isinstance(plan, HeadPlan):
+            model = self._model
+            plan = HeadPlan(model.weights, model.kernels, model.rope, form, n_rows)
+            self._add(key, plan)
+        self._plans.move_to_end(key)
+        return plan
+
+    @property
+    def traced(self) -> bool:
+        """Whether somebody watches the nodes."""
+        return self._tracer is not None
+
+    def _add(self, key: PlanKey | tuple[Form, int], plan: Plan | HeadPlan) -> None:
+        self._place(plan)
+        self._plans[key] = plan
+        while len(self._plans) > _MAX_PLANS:
+            self._plans.popitem(last=False)[1].context.close()
 
     def trace(self, tracer: Tracer | None) -> None:
         """Plans from now on are watched by a tracer; None: by nobody any more."""
         self._tracer = tracer
         self._drop_all()
 
-    def _place(self, plan: Plan) -> None:
+    def _place(self, plan: Plan | HeadPlan) -> None:
         """Where the buffer grew, hence moved, or could not grow and is gone, plans placed before point nowhere."""
         moved = True
         try:

@@ -29,6 +29,9 @@ MEMORY_FIELDS = (
     "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
 )  # fmt: skip
 
+# Those that say where evicted blocks go, and how they get back.
+DISK_FIELDS = ("kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch")
+
 # What the results of a session depend on, by the names that a user knows.
 _IDENTITY = {
     "--kv": "kv",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import runpy
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from pyggml_repkv.errors import InputError, RepkvError
+from pyggml_repkv.memory.config import DISK_FIELDS
 from pyggml_repkv.memory.full.memory import FullMemory
 from pyggml_repkv.memory.policy import Form, Policy, PolicyInputs
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
@@ -39,6 +40,10 @@ class PolicyKind:
     evicts: bool
     rewinds: bool
     ignores: frozenset[str]
+
+    def uses(self, fields: Iterable[str]) -> bool:
+        """Whether some of these fields of MemoryConfig make a difference, also where results do not depend on them."""
+        return any(field not in self.ignores or (self.evicts and field in DISK_FIELDS) for field in fields)
 
 
 def policy_kind(name: str) -> PolicyKind:

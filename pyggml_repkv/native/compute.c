@@ -8,19 +8,24 @@
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static int n_running;
-static bool installed;
-static struct sigaction previous;
 
-/* How many SIGINTs came during computes. Each compute compares it with its value at the start, so the handler needs no list
+/* Signals that end a process that does nothing about them. */
+static const int signals[] = {SIGINT, SIGTERM};
+enum { N_SIGNALS = 2 };
+static bool installed[N_SIGNALS];
+static struct sigaction previous[N_SIGNALS];
+
+/* How many signals came during computes. Each compute compares it with its value at the start, so the handler needs no list
  * of computes, which might change under it. */
 static atomic_uint n_interrupts;
 
-static void on_sigint(int signal_number, siginfo_t *info, void *context) {
+static void on_signal(int signal_number, siginfo_t *info, void *context) {
+    const struct sigaction *before = &previous[signal_number == signals[0] ? 0 : 1];
     /* The previous handler goes first: a compute may return as soon as the count rises, and Python must know of the signal. */
-    if (previous.sa_flags & SA_SIGINFO) {
-        previous.sa_sigaction(signal_number, info, context);
+    if (before->sa_flags & SA_SIGINFO) {
+        before->sa_sigaction(signal_number, info, context);
     } else {
-        previous.sa_handler(signal_number);
+        before->sa_handler(signal_number);
     }
     atomic_fetch_add(&n_interrupts, 1);
 }
@@ -43,23 +48,26 @@ static bool should_abort(void *data) {
 
 static void enter(void) {
     pthread_mutex_lock(&lock);
-    if (n_running++ == 0) {
-        sigaction(SIGINT, NULL, &previous);
+    for (int i = 0; n_running == 0 && i < N_SIGNALS; i++) {
+        struct sigaction *before = &previous[i];
+        sigaction(signals[i], NULL, before);
         /* Add to a real handler (Python's) only: the default action must still kill, and "ignore" must still ignore. */
-        installed = (previous.sa_flags & SA_SIGINFO) || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN);
-        if (installed) {
-            struct sigaction action = {.sa_sigaction = on_sigint, .sa_flags = SA_SIGINFO | SA_RESTART};
+        installed[i] = (before->sa_flags & SA_SIGINFO) || (before->sa_handler != SIG_DFL && before->sa_handler != SIG_IGN);
+        if (installed[i]) {
+            struct sigaction action = {.sa_sigaction = on_signal, .sa_flags = SA_SIGINFO | SA_RESTART};
             sigemptyset(&action.sa_mask);
-            sigaction(SIGINT, &action, NULL);
+            sigaction(signals[i], &action, NULL);
         }
     }
+    n_running++;
     pthread_mutex_unlock(&lock);
 }
 
 static void leave(void) {
     pthread_mutex_lock(&lock);
-    if (--n_running == 0 && installed) {
-        sigaction(SIGINT, &previous, NULL);
+    n_running--;
+    for (int i = 0; n_running == 0 && i < N_SIGNALS; i++) {
+        if (installed[i]) sigaction(signals[i], &previous[i], NULL);
     }
     pthread_mutex_unlock(&lock);
 }

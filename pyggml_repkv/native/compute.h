@@ -10,7 +10,7 @@
 /* The compute of one backend, which computes one graph at a time. It begins as zeros. */
 struct repkv_compute {
     atomic_bool abort_requested;
-    bool interrupted; /* SIGINT came during the last compute */
+    bool interrupted; /* SIGINT or SIGTERM came during the last compute */
     unsigned n_interrupts_before;
     struct repkv_node_trace *trace;
 };
@@ -31,7 +31,7 @@ int repkv_compute_scheduled(struct repkv_compute *compute, void *backend, void *
  * False for NULL. */
 bool repkv_abort_requested(const struct repkv_compute *compute);
 
-/* Returns true if SIGINT came during the last compute. */
+/* Returns true if SIGINT or SIGTERM came during the last compute. */
 bool repkv_was_interrupted(const struct repkv_compute *compute);
 
 /* Stops the running compute, if any. Any thread may call it. */

@@ -18,8 +18,8 @@ class GgmlForm:
     attended = "kqv_out"
 
     def __init__(
-        self, g: GraphContext, config: ModelConfig, weights: Weights, rope: Rope, positions: Tensor, cb: NameTensor,
-        *, last_row: Tensor | None, by_halves: bool,
+        self, g: GraphContext, config: ModelConfig, weights: Weights, rope: Rope, positions: Tensor | None,
+        cb: NameTensor, *, last_row: Tensor | None, by_halves: bool,
     ) -> None:  # fmt: skip
         self.g, self.config, self.weights, self.rope, self.cb = g, config, weights, rope, cb
         self._positions, self._last_row = positions, last_row

@@ -61,7 +61,7 @@ def draw_heat_map(path: str, results: Sequence[RetrievalResult]) -> None:
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
-        raise RepkvError(f"--png {path}: {error.strerror}") from None
+        raise RepkvError(f"--png {path}: {error.strerror or error}") from None
     except ValueError as error:
         raise InputError(f"--png {path}: {error}") from None
     finally:

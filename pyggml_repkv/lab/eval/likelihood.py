@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class Stretch:
 
 
 def log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns the natural logarithms of probabilities [n, V] for logits [n, V]."""
+    """Returns the natural logarithms of probabilities [..., V] for logits [..., V]."""
     x = logits.astype(np.float64)
     x -= x.max(-1, keepdims=True)
     x -= np.log(np.exp(x).sum(-1, keepdims=True))
@@ -49,10 +49,8 @@ def chunk_perplexity(
     first, total, n_judged = n_chunk // 2, 0.0, 0
     for chunk in chunks_of(model.tokenizer, tokens, n_chunk):
         with model.session(memory) as session:
-            for begin in range(0, n_chunk, memory.n_batch):
-                logits = session.prefill_all(chunk[begin : begin + memory.n_batch])
-                nll = _nll(logits, chunk[begin + 1 : begin + 1 + len(logits)])
-                judged = nll[max(0, first - begin) :]
+            for at, logits in session.prefill_slices(chunk, first):
+                judged = _nll(logits, chunk[at + 1 : at + 1 + len(logits)])
                 total += float(judged.sum())
                 n_judged += len(judged)
         yield n_judged, float(np.exp(total / n_judged))
@@ -78,19 +76,24 @@ def stretches(
     """Reads a text in one session and yields a Stretch for every n_each tokens. full: the memory to compare with."""
     with ExitStack() as stack:
         session = stack.enter_context(model.session(memory))
-        other = stack.enter_context(model.session(full)) if full is not None else None
+        other = None
+        if full is not None:
+            # Equal chunks give equal slices.
+            other = stack.enter_context(model.session(replace(full, n_batch=memory.n_batch)))
         nll: list[NDArray[np.float64]] = []
         kl: list[NDArray[np.float64]] = []
         same: list[NDArray[np.bool_]] = []
         begin = 0
         for start in range(0, len(tokens), memory.n_batch):
             chunk = tokens[start : start + memory.n_batch]
-            mine = session.prefill_all(chunk)
-            nll.append(_nll(mine, tokens[start + 1 : start + 1 + len(chunk)]))
-            if other is not None:
-                theirs = other.prefill_all(chunk)
-                kl.append(divergence(theirs, mine))
-                same.append(theirs.argmax(-1) == mine.argmax(-1))
+            expected = None if other is None else other.prefill_slices(chunk)
+            for at, mine in session.prefill_slices(chunk):
+                following = start + at + 1
+                nll.append(_nll(mine, tokens[following : following + len(mine)]))
+                if expected is not None:
+                    _, theirs = next(expected)
+                    kl.append(divergence(theirs, mine))
+                    same.append(theirs.argmax(-1) == mine.argmax(-1))
             end = start + len(chunk)
             if end - begin >= n_each or end == len(tokens):
                 # No token follows the last one, so the last stretch may have nothing to judge.
@@ -106,13 +109,14 @@ def stretches(
 
 def divergence(p_logits: NDArray[np.float32], q_logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Returns the Kullback-Leibler divergence KL(p || q) of each row, nats."""
-    p, q = log_probs(p_logits), log_probs(q_logits)
-    found: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(-1)
+    found = np.empty(len(p_logits))
+    # Row by row: float64 copies of a whole slice would take more memory than its logits.
+    for i, rows in enumerate(zip(p_logits, q_logits, strict=True)):
+        p, q = map(log_probs, rows)
+        found[i] = (np.exp(p) * (p - q)).sum()
     return found
 
 
 def _nll(logits: NDArray[np.float32], following: Sequence[int]) -> NDArray[np.float64]:
     """Returns -log p of the tokens that follow; the last row may have none."""
-    n = len(following)
-    found: NDArray[np.float64] = -log_probs(logits[:n])[np.arange(n), np.asarray(following, np.int64)]
-    return found
+    return np.array([-log_probs(row)[token] for row, token in zip(logits, following, strict=False)], np.float64)

@@ -103,8 +103,8 @@ class RepKVCheckpoints:
         end = m.blocks.sealed_end
         scores = m.index.take_scores(end, max(n_past, end))
         disk = m.disk
-        warm = np.stack([disk.io.resident(i) for i in range(self.n_layer)]) if disk else np.empty((self.n_layer, 0))
-        return State(n_past, end, self.n_blocks, self.far_at, scores, warm.astype(np.int32), m.kept.selection)
+        slots = [disk.io.resident(i) if disk else np.empty(0, np.int32) for i in range(self.n_layer)]
+        return State(n_past, end, self.n_blocks, self.far_at, scores, _filled(slots), m.kept.selection)
 
     def open_positions(self, first: int, n_past: int) -> NDArray[np.int64]:
         positions = np.arange(first, n_past)
@@ -177,3 +177,12 @@ class RepKVCheckpoints:
             return [(b, bounds[b], bounds[b + 1] - bounds[b], offset) for b, offset in enumerate(writer.offsets)]
         finally:
             writer.close()
+
+
+def _filled(slots: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Each layer's slots -> the blocks in them, int32 [n_layer, n], with -1 after the last; most slots may be empty."""
+    blocks = [layer[layer >= 0] for layer in slots]
+    filled = np.full((len(blocks), max(map(len, blocks))), -1, np.int32)
+    for row, layer in zip(filled, blocks, strict=True):
+        row[: len(layer)] = layer
+    return filled

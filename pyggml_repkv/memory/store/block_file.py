@@ -124,7 +124,7 @@ class BlockFile:
         self.path = folder if name is None else folder / name
         try:
             if name is None:
-                folder.mkdir(parents=True, exist_ok=True)
+                folder.mkdir(0o700, parents=True, exist_ok=True)
             self.fd, self.direct = _open(folder, name)
         except OSError as error:
             raise InputError(

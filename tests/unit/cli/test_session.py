@@ -49,3 +49,18 @@ def test_a_prompt_that_was_read_is_not_read_again(command, tmp_path):
     assert first.stdout == second.stdout
     assert b"session: holds 5 of the prompt's 5 tokens" in second.stderr
     assert b"/     0 tokens" in second.stderr
+
+
+def test_another_prompt_is_refused_and_loses_nothing(command, tmp_path):
+    at = command.index("-p") + 1
+    kept = [*command, "--session", str(tmp_path / "kept"), "-n", "1", "-c", "4000"]
+    long = [*kept[:at], "the and in " * 400, *kept[at + 1 :]]
+    assert run(long).returncode == 0
+    refused = run(kept)
+    assert refused.returncode == 2
+    assert b"which this one shares the first" in refused.stderr.splitlines()[-1]
+    assert b"session: holds" in run(long).stderr
+    assert run([*kept, "--session-new"]).returncode == 0
+    assert run(kept).returncode == 0
+    alone = run([*command, "--session-new"])
+    assert (alone.returncode, alone.stderr) == (2, b"pyggml_repkv: error: --session-new goes with --session DIR\n")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pyggml_repkv.engine import budget
+from pyggml_repkv.engine import budget, cgroups
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError
 from pyggml_repkv.memory.config import MemoryConfig
@@ -53,12 +53,24 @@ def files(**extra):
     ],
 )
 def test_the_least_of_machine_and_groups_is_free(monkeypatch, tree, free):
-    monkeypatch.setattr(budget, "_read", lambda path: files(**tree).get(path, ""))
+    monkeypatch.setattr(cgroups, "read", lambda path: files(**tree).get(path, ""))
     assert budget.available_bytes() == free
 
 
+def test_a_control_group_is_named_where_it_binds(monkeypatch):
+    tree = {
+        "/proc/self/cgroup": "0::/\n",
+        "/sys/fs/cgroup/memory.max": "500000",
+        "/sys/fs/cgroup/memory.current": "200000",
+    }
+    monkeypatch.setattr(cgroups, "read", lambda path: files(**tree).get(path, ""))
+    assert budget.describe_available() == "300 kB free of the 500 kB that the control group allows"
+    tree["/sys/fs/cgroup/memory.max"] = "5000000"
+    assert budget.describe_available() == "1 MB free"
+
+
 def test_without_proc_the_whole_machine_is_taken_for_free(monkeypatch):
-    monkeypatch.setattr(budget, "_read", lambda path: "")
+    monkeypatch.setattr(cgroups, "read", lambda path: "")
     assert budget.available_bytes() > 2**20
 
 

@@ -339,6 +339,93 @@ def test_a_prompt_with_nothing_in_common_starts_again(model, folder):
         assert session.tokens == TOKENS[::-1]
 
 
+@pytest.fixture
+def long_folder(model, tmp_path):
+    """A session that has read a prompt of 900 tokens and 20 after it."""
+    path = tmp_path / "long"
+    with model.session(replace(MEMORY, n_ctx=4096), directory=path) as session:
+        session.prefill((TOKENS * 3)[:900])
+        for token in TOKENS[:20]:
+            session.decode(token)
+        session.save()
+    return path
+
+
+@pytest.mark.parametrize(("n_shared", "refused"), [(0, True), (387, True), (388, False), (900, False)])
+def test_a_prompt_that_would_drop_much_of_the_last_one_is_refused(model, long_folder, n_shared, refused):
+    prompt = [*(TOKENS * 3)[:n_shared], (TOKENS * 3)[n_shared] + 1, 7]
+    memory = replace(MEMORY, n_ctx=4096)
+    with model.session(memory, directory=long_folder) as session:
+        if not refused:
+            session.continue_text(prompt).prefill()
+            assert session.tokens == prompt
+            return
+        with pytest.raises(InputError, match=f"prompt of 900 tokens, of which this one shares the first {n_shared}: "):
+            session.continue_text(prompt)
+        if n_shared == 0:
+            with pytest.raises(InputError, match="shares the first 0"):
+                session.prefill(prompt)
+    with model.resume(long_folder) as session:
+        assert session.n_past == 920
+    with model.session(memory, directory=long_folder) as session:
+        session.continue_text(prompt, drop=True).prefill()
+        assert session.tokens == prompt
+
+
+def test_part_of_the_last_prompt_is_another_one(model, long_folder):
+    memory = replace(MEMORY, n_ctx=4096)
+    with model.session(memory, directory=long_folder) as session:
+        with pytest.raises(InputError, match="shares the first 300"):
+            session.continue_text(TOKENS[:300])
+        session.continue_text((TOKENS * 3)[:800]).prefill()
+
+
+def test_shared_tokens_that_are_read_again_are_said(model, tmp_path, caplog):
+    memory = replace(MEMORY, n_ctx=4096)
+    with model.session(memory) as session:
+        session.prefill((TOKENS * 3)[:900])
+        session.save(tmp_path / "copy")
+    with model.session(memory, directory=tmp_path / "copy") as session:
+        assert session.continue_text([*(TOKENS * 3)[:890], 1, 2]).begun.n_read == 0
+    assert "has 890 more of the tokens, but no save there" in caplog.text
+
+
+@pytest.mark.parametrize("made_before", [False, True])
+def test_what_holds_the_user_s_text_is_the_user_s_alone(model, tmp_path, made_before):
+    path, copy = tmp_path / "parent" / "session", tmp_path / "copy"
+    before = os.umask(0o022)
+    try:
+        if made_before:
+            path.mkdir(parents=True)
+        with model.session(MEMORY, directory=path) as session:
+            session.prefill(TOKENS[:300])
+            session.save(copy)
+            # SQLite's own files are there while it is open.
+            modes = {file.name: file.stat().st_mode & 0o777 for folder in (path, copy) for file in folder.iterdir()}
+    finally:
+        os.umask(before)
+    assert {"lock", "session.db", "session.db-wal", "blocks.kv", "window-0.kv"} <= modes.keys()
+    assert set(modes.values()) == {0o600}
+    assert path.stat().st_mode & 0o777 == (0o755 if made_before else 0o700)
+    assert copy.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_checkpoint_stores_what_is_used(model, tmp_path):
+    """Not a place for every slot of the largest context."""
+    with model.session(replace(MEMORY, n_ctx=2**20), directory=tmp_path) as session:
+        session.prefill(TOKENS[:5])
+        session.save()
+    with contextlib.closing(sqlite3.connect(tmp_path / "session.db")) as db:
+        assert db.execute("SELECT length(warm) FROM checkpoints").fetchall() == [(0,)]
+
+
+def test_blocks_that_were_in_ram_are_read_first(model, folder):
+    with model.session(MEMORY, directory=folder) as session:
+        state = session._keeper.store.load(300, 2).state
+        assert 0 < state.warm.shape[1] <= state.n_blocks
+        assert (state.warm >= 0).any()
+
+
 @pytest.mark.parametrize(
     ("a", "b", "n"), [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1), ([4], [5], 0)]
 )
