@@ -125,8 +125,8 @@ def main(args: argparse.Namespace) -> int:
     from pyggml_repkv.lab.bench.table import Table, record
 
     args.quiet = args.output != "md"
-    args.model = str(model_path(args))
     memories = dict(_memories(args))
+    args.model = str(model_path(args))
     plan = _plan(args, memories)
     about = _about(args, memories, plan)
     evicts = any(kind_of(name).evicts for name in memories)
