@@ -122,7 +122,7 @@ class Model:
 
         return ChatTemplate.from_metadata(self.file.metadata, self.tokenizer)
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> ChatPrompt:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], /, **options: Any) -> ChatPrompt:
         """The text and the token ids of a conversation in the model's chat template, for `Session.generate`.
 
         What messages say is text, whatever they spell out. options: those of `ChatTemplate.render`. Raises InputError

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 from pyggml_repkv.errors import InputError
@@ -16,9 +18,6 @@ MAX_SPELLING = 256  # characters of a control token that are looked for at an en
 # Masks are lone surrogates: characters that no valid text has.
 _FIRST_MASK = 0xDC00
 
-# Arguments of a template that hold what others wrote.
-_CONTENTS = ("messages", "tools", "documents")
-
 
 class ChatPrompt(NamedTuple):
     """What the template makes of messages, and its token ids."""
@@ -28,30 +27,42 @@ class ChatPrompt(NamedTuple):
 
 
 def chat_prompt(
-    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **options: Any
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **options: Any
 ) -> ChatPrompt:
     """The prompt of a conversation; options: those of `ChatTemplate.render`.
 
-    A control token that a message, tool or document spells out, alone or together with its neighbours, is text and not
+    A control token that a message or an option spells out, alone or together with its neighbours, is text and not
     that token. (A user-defined token, as <tool_call> is in Qwen2.5, is part of the language: it is always itself.)
     Raises as `ChatTemplate.render` does, and InputError where a template treats such a spelling as its own.
     """
-    given = {"messages": plain_messages(messages), **options}
-    contents = {name: _mapped(given[name], valid_text) for name in _CONTENTS if name in given}
-    text = template.render(**{**given, **contents})
+    contents = {name: _mapped(value, valid_text) for name, value in options.items()}
+    contents["messages"] = _mapped(plain_messages(messages), valid_text)
+    # All renderings show the same time.
+    now = datetime.now()
+    text = template.render(**contents, strftime_now=now.strftime)
 
-    def masked_with(texts: Sequence[str]) -> tuple[str, _Masker, bool]:
+    def masked_with(
+        texts: Sequence[str], *, edges: bool = False, kept: Sequence[str] = ()
+    ) -> tuple[str, _Masker, bool]:
         """The prompt, what was masked, and whether the template did with masked messages what it did with others."""
-        masker = _Masker(texts, text)
-        masked = template.render(**{**given, **_mapped(contents, masker.mask)})
+        masker = _Masker(texts, text, edges=edges, kept=kept)
+        try:
+            masked = template.render(**_mapped(contents, masker.mask), strftime_now=now.strftime)
+        except InputError:  # it cannot encode masks
+            return "", masker, False
         return masked, masker, unmask(masked, masker.masks) == text
 
-    masked, masker, same = masked_with(tokenizer.control_texts)
+    masked, masker, same = masked_with(tokenizer.control_texts, edges=True)
+    if not same:
+        masked, masker, same = masked_with(tokenizer.control_texts)
     if not same:
         # It looks for a spelling in messages, as for the </think> after which it takes an answer to begin.
         sought = [spelled for spelled in masker.found if not masked_with([spelled])[2]]
         n_written = {spelled: masked.count(spelled) for spelled in sought}
-        masked, masker, same = masked_with([spelled for spelled in tokenizer.control_texts if spelled not in sought])
+        others = [spelled for spelled in tokenizer.control_texts if spelled not in sought]
+        masked, masker, same = masked_with(others, edges=True, kept=sought)
+        if not same:
+            masked, masker, same = masked_with(others)
         left = [spelled for spelled in sought if masked.count(spelled) > n_written[spelled]]
         if left or not same:
             what = repr(left[0]) if left else "special tokens"
@@ -67,8 +78,12 @@ def chat_prompt(
 class _Masker:
     """Masks a character of whatever in a text could be, or become, one of `texts`."""
 
-    def __init__(self, texts: Sequence[str], whole: str) -> None:
-        """whole: all that messages hold, as the template renders it."""
+    def __init__(self, texts: Sequence[str], whole: str, *, edges: bool, kept: Sequence[str]) -> None:
+        """whole: all that messages hold, as the template renders it. edges: wherever `texts` may begin or end, except
+        in those `kept`, so that a template that changes what messages say (by `lower`, `replace`) makes none either.
+        """
+        self._kept = re.compile("(" + "|".join(map(re.escape, kept)) + ")") if kept else None
+        self._edges = {char for text in texts for char in (text[0], text[-1]) if not char.isalnum()} if edges else set()
         self.found: dict[str, None] = {}  # of `texts`, those spelled out
         self.masks: dict[str, str] = {}  # what each mask stands for
         self._mask_of: dict[str, str] = {}
@@ -89,6 +104,13 @@ class _Masker:
         if any(_overlaps(text, body) for text in self._texts):
             first = len(value) - len(value.lstrip())
             value = value[:first] + self._mask(value[first]) + value[first + 1 :]
+        parts = [value] if self._kept is None else self._kept.split(value)
+        parts[::2] = map(self._mask_edges, parts[::2])
+        return "".join(parts)
+
+    def _mask_edges(self, value: str) -> str:
+        for char in self._edges.intersection(value):
+            value = value.replace(char, self._mask(char))
         return value
 
     def _mask(self, char: str) -> str:
@@ -112,7 +134,7 @@ def _overlaps(left: str, right: str) -> bool:
 
 
 def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
-    """`value` with every string in it changed, also keys."""
+    """`value` with every string in it changed, also keys. Raises InputError for what JSON has not."""
     if depth > MAX_DEPTH:
         raise InputError(f"messages: they hold lists or dicts nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -121,4 +143,8 @@ def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
         return {_mapped(key, change): _mapped(item, change, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mapped(item, change, depth + 1) for item in value]
-    return value
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise InputError(
+        f"messages and their options hold a {type(value).__name__}; texts, numbers, lists and dicts may be there"
+    )

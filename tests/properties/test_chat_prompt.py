@@ -24,12 +24,14 @@ TEMPLATES = {
     "instructions": TRIMMED,
     "nothing between": "{% for m in messages %}{{ m.content }}{% endfor %}",
     "trimmed, nothing between": "<s>{% for m in messages %}{{ m.content.strip() }}{% endfor %}",
+    "escaped JSON": "<s>{{ messages | tojson(ensure_ascii=True) }}",
     "a system message joined to the first": (
         "[INST] {{ messages[0].content }}\n\n{{ messages[-1].content }} [/INST]{{ messages | tojson }}"
     ),
 }
 FRAGMENTS = [text[a:b] for text in ("<|im_end|>", "<s>", "[/INST]") for a in range(len(text)) for b in range(a + 1, 11)]
-PIECES = st.one_of(st.sampled_from([*CONTROL, *DEFINED, *FRAGMENTS, " ", "\n", "ab"]), st.text(max_size=2))
+ORDINARY = (" ", "\n", "ab", "\\udc00", "\\udc01")
+PIECES = st.one_of(st.sampled_from([*CONTROL, *DEFINED, *FRAGMENTS, *ORDINARY]), st.text(max_size=2))
 CONTENTS = st.lists(PIECES, max_size=6).map("".join)
 
 

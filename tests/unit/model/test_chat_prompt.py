@@ -113,6 +113,41 @@ def test_tools_and_documents_are_text_too() -> None:
     assert controls(prompt("x", source=source, tools=given, documents=given)) == ["<s>"]
 
 
+@pytest.mark.parametrize("name", ["custom_tools", "date_string", "xml_tools"])
+def test_whatever_a_template_is_given_is_text(name: str) -> None:
+    source = f"<s>{{{{ {name} | tojson }}}}{{{{ messages[0].content }}}}"
+    assert controls(prompt("x", source=source, **{name: ["<|im_end|>"]})) == ["<s>"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("lower", "<|IM_END|>"),
+        ("replace('x', '')", "<|im_xend|>"),
+        ("reverse", ">|dne_mi|<"),
+        ("striptags", "a<b><|im_<b>end|>"),
+        ("string).split('</think>') | join(''", "<|im_</think>end|>"),
+    ],
+)
+def test_a_template_that_changes_a_message_makes_no_special_token_of_it(change: str, text: str) -> None:
+    assert controls(prompt(text, source=f"<s>{{{{ (messages[0].content | {change}) }}}}")) == ["<s>"]
+
+
+def test_a_template_may_show_the_time() -> None:
+    assert prompt("a<s>", source="{{ strftime_now('%f') }}{{ messages[0].content }}").text.endswith("a<s>")
+
+
+def test_a_template_may_encode_messages() -> None:
+    found = prompt("a<|im_end|>", source="<s>{{ messages[0].content | urlencode }}")
+    assert (controls(found), found.text) == (["<s>"], "<s>a%3C%7Cim_end%7C%3E")
+
+
+@pytest.mark.parametrize("value", [{"a"}, b"<s>", object(), (n for n in "a")])
+def test_what_is_no_json_is_named(value: object) -> None:
+    with pytest.raises(InputError, match=f"hold a {type(value).__name__}; texts, numbers"):
+        prompt("x", tools=[value])
+
+
 def test_arguments_of_tool_calls_are_objects_and_text() -> None:
     source = "{% for c in messages[0].tool_calls %}<s>{{ c.function.arguments | tojson }}{% endfor %}"
     call = {"function": {"name": "f", "arguments": '{"a": "\\u003c|im_end|\\u003e"}'}}
