@@ -119,12 +119,12 @@ class Saver:
 
     def finish(self) -> None:
         """Waits for the last save. Raises StoreError where one failed."""
-        if self._save is not None:
+        save = self._save
+        if save is not None:
             # In portions, so that Ctrl-C is heard.
-            while self._save.is_alive():
-                self._save.join(0.2)
-            self._error = self._error or self._save.error
-            self._save = None
+            while save.is_alive():
+                save.join(0.2)
+            self._error, self._save = self._error or save.error, None
         if self._error is not None:
             raise self._error
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import logging
 import os
-import threading
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from pathlib import Path
-from types import TracebackType
-from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
 from pyggml_repkv.arguments import check_callable, check_int, check_type
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
+from pyggml_repkv.engine.exclusive import Exclusive, alone
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.keeper import Keeper, MayResume, Resumed
 from pyggml_repkv.engine.session_copy import OpenStore, is_kept_in, save_copy
@@ -33,35 +30,18 @@ from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 log = logging.getLogger(__name__)
 
 
-def _alone(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
-    """Two threads in one session would tear its state: the second gets an InputError."""
-
-    @functools.wraps(method)
-    def call(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not session._busy.acquire(blocking=False):
-            raise InputError("this session is in use by another thread: wait for it, or fork the session")
-        try:
-            return method(session, *args, **kwargs)
-        finally:
-            session._busy.release()
-
-    return call
-
-
-class Session:
+class Session(Exclusive):
     """`n_past` tokens have been read; the next one has that position.
 
     A step that fails or is interrupted leaves n_past where it was: what it wrote beyond is overwritten by the next.
     Only if it was stopped while the memory was being rearranged must a new session be started; the next step says so.
 
-    One thread at a time: what reads, saves or goes back raises InputError while another thread does. `fork` may come
-    from any thread, and is made between two steps.
+    One call at a time: what reads, saves or goes back raises InputError while another thread does, and in a callback of
+    a call that does. `fork` may come from any thread, and is made between two steps.
     """
 
     def __init__(
@@ -95,12 +75,12 @@ class Session:
 
     def _begin(self, stepper: Stepper) -> None:
         """With a stepper that is kept nowhere."""
+        super().__init__()
         self._stepper = stepper
         self._store = self._keeper = None
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
-        self._begun, self._closed = stepper.n_past > 0, False
-        self._busy = threading.RLock()
+        self._begun, self._freed = stepper.n_past > 0, False
         self._room = Room()
 
     @property
@@ -131,6 +111,7 @@ class Session:
         """Bytes of the compute buffer so far."""
         return 0 if self._closed else self._stepper.plans.compute_bytes
 
+    @alone
     def budget(self, n_prompt: int, n_more: int = 0) -> dict[str, int]:
         """Bytes of RAM, part by part, once a prompt and n_more tokens have been read.
 
@@ -148,9 +129,10 @@ class Session:
 
     def disk_need(self, n_tokens: int) -> DiskNeed | None:
         """What n_tokens tokens need of the disk; None where nothing is written."""
+        self._check_open()
         return self.policy.disk_need(n_tokens)
 
-    @_alone
+    @alone
     def prefill(self, tokens: Sequence[int], *, on_progress: OnProgress | None = None) -> np.ndarray:
         """Reads tokens -> logits of the last one, float32 [n_vocab].
 
@@ -174,52 +156,76 @@ class Session:
             self._keeper.save(wait=True)
         return logits[0]
 
-    @_alone
+    @alone
     def read(self, tokens: Sequence[int]) -> None:
         """Reads tokens in steps of n_batch and no smaller ones at the end, without logits. Raises as prefill does."""
         ids = self._checked(tokens)
         for start in range(0, len(ids), self.n_batch):
             self._step(ids[start : start + self.n_batch], "none")
 
-    @_alone
+    @alone
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self.config.n_vocab), np.float32)
-        for at, rows in self._slices(ids, 0):
+        for at, rows in self._slices(ids, 0, self._stepper.n_changes):
             logits[at : at + len(rows)] = rows
         return logits
 
     def prefill_slices(self, tokens: Sequence[int], first: int = 0) -> Iterator[tuple[int, np.ndarray]]:
         """Reads tokens -> an iterator over the logits of tokens[first:], a slice at a time: (index of its first token,
         float32 [n, n_vocab]). Each chunk is read when its first slice is asked for, and other logits than the slice's
-        are never in memory. Raises as prefill does.
-        """
-        return self._slices(self._checked(tokens), first)
+        are never in memory.
 
-    def _slices(self, ids: np.ndarray, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        Raises as prefill does, and InputError where something else was read or forgotten meanwhile. A chunk stays read
+        where its logits fail or are not asked for.
+        """
+        ids = self._checked(tokens)
+        if check_int("first", first) < 0:
+            raise InputError(f"first must be 0 or more, got {first}")
+        made = self._slices(ids, int(first), self._stepper.n_changes)
+        return iter(lambda: self._next_of(made), None)
+
+    @alone
+    def _next_of(self, made: Iterator[tuple[int, np.ndarray]]) -> tuple[int, np.ndarray] | None:
+        return next(made, None)
+
+    def _slices(self, ids: np.ndarray, first: int, n_changes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """n_changes: the stepper's, when what ids go on from was known."""
+        stepper = self._stepper
         for begin in range(0, len(ids), self.n_batch):
             chunk = ids[begin : begin + self.n_batch]
             skipped = max(0, first - begin)
+            self._check_unchanged(n_changes)
             if skipped >= len(chunk):
                 self._step(chunk, "none")
+                n_changes = stepper.n_changes
                 continue
             # A tracer sees a step as one graph.
-            whole = len(chunk) == 1 or self._stepper.plans.traced
-            made = self._step(chunk, "all" if whole else "hidden")
-            assert made is not None
-            if whole:
+            if len(chunk) == 1 or stepper.plans.traced:
+                made = self._step(chunk, "all")
+                assert made is not None
+                n_changes = stepper.n_changes
                 yield begin + skipped, made[skipped:]
                 continue
-            n_past, form = self.n_past, self._stepper.form
-            for start, end in slices(len(chunk), skipped):
-                rows = self._stepper.logits_of(made[start:end], form)
-                if end == len(chunk) and self.n_past == n_past:
-                    self._stepper.logits = rows[-1].copy()
+            parts = list(slices(len(chunk), skipped))
+            hidden = self._step(chunk, "hidden", {end - start for start, end in parts})
+            assert hidden is not None
+            n_changes = stepper.n_changes
+            for start, end in parts:
+                self._check_unchanged(n_changes)
+                rows = stepper.logits_of(hidden, start, end)
+                if end == len(chunk):
+                    self._stepped(len(chunk))
                 at = max(start, skipped)
                 yield begin + at, rows[at - start :]
 
-    @_alone
+    def _check_unchanged(self, n_changes: int) -> None:
+        self._check_open()
+        if self._stepper.n_changes != n_changes:
+            raise InputError("the session was used since the last slice")
+
+    @alone
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
         logits = self._step(self._checked((check_int("token", token),)), "all")
@@ -270,20 +276,18 @@ class Session:
         self._on_fork(other)
         return other
 
-    @_alone
+    @alone
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on. Raises InputError where the memory cannot."""
-        self._check_open()
         if not self.policy.rewinds:
             raise InputError(f"--kv {self.policy.name} cannot go back to an earlier token")
         if not 0 <= check_int("n_past", n_past) <= self.n_past:
             raise InputError(f"position {n_past} is not among the {self.n_past} tokens that were read")
         self._stepper.rewind(n_past)
 
-    @_alone
+    @alone
     def repeat(self, n_past: int) -> None:
         """For benchmarks: as if what was read had been read over and over, up to position n_past; for such memories."""
-        self._check_open()
         if not isinstance(self.policy, Repeatable):
             raise InputError(f"--kv {self.policy.name} has no repeated tokens")
         if not 0 < self.n_past <= check_int("n_past", n_past) <= self.n_ctx:
@@ -303,7 +307,7 @@ class Session:
         """The `kv` object of `run --json`."""
         return self.policy.stats(self.n_past)
 
-    @_alone
+    @alone
     def save(self, directory: str | os.PathLike[str] | None = None) -> None:
         """Saves what was read since the last save, and waits until it is on disk.
 
@@ -311,7 +315,6 @@ class Session:
         Raises InputError where there is no directory, or another session in it; StoreError where saving failed;
         ComputeError where the memory was stopped halfway, so that the save before is the last good one.
         """
-        self._check_open()
         if directory is not None:
             check_type("directory", directory, (str, os.PathLike), "a path")
         if directory is not None and not is_kept_in(self._store, directory):
@@ -330,7 +333,7 @@ class Session:
         if self._keeper is not None:
             self._keeper.enabled = False
 
-    @_alone
+    @alone
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, *, drop: bool = False) -> Resumed:
         """Restores the newest save from which a prompt can be read on; None: the newest of all.
 
@@ -355,8 +358,10 @@ class Session:
     def _saved_extra(self) -> dict[str, object]:
         return {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
 
-    @_alone
-    def _step(self, chunk: np.ndarray, outputs: Outputs) -> np.ndarray | None:
+    def _step(self, chunk: np.ndarray, outputs: Outputs, head_rows: Collection[int] = ()) -> np.ndarray | None:
+        """As Stepper.step, but with hidden states `_stepped` is to be called when their logits are there."""
+        self._check_open()
+        check_fits(len(chunk), self.n_past, self.n_ctx)
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
@@ -367,16 +372,20 @@ class Session:
         if self._stepper.lost:
             again.read_again()
         try:
-            logits = self._stepper.step(chunk, outputs)
+            made = self._stepper.step(chunk, outputs, head_rows)
         except StoreError as error:
             if not error.lost:
                 raise
             log.warning("%s: reading its %d tokens again", error, self.n_past)
             again.read_again()
-            logits = self._stepper.step(chunk, outputs)
+            made = self._stepper.step(chunk, outputs, head_rows)
+        if outputs != "hidden":
+            self._stepped(len(chunk))
+        return made
+
+    def _stepped(self, n_tokens: int) -> None:
         if self._keeper is not None:
-            self._keeper.stepped(len(chunk))
-        return logits
+            self._keeper.stepped(n_tokens)
 
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         self._check_open()
@@ -384,25 +393,15 @@ class Session:
         check_fits(len(ids), self.n_past, self.n_ctx)
         return ids
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise InputError("the session is closed")
-
-    def close(self) -> None:
-        """Frees graphs and memory, once the step that runs in another thread is over."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                if self._keeper is not None:
-                    self._keeper.close()
-                self._stepper.close()
-                if self._store is not None:
-                    self._store.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
+    def _free(self) -> None:
+        if self._freed:
+            return
+        # Interrupted, it leaves everything to the next close: the save that it waits for still reads the memory.
+        if self._keeper is not None:
+            self._keeper.close()
+        self._freed = True
+        with contextlib.ExitStack() as stack:
+            if self._store is not None:
+                stack.callback(self._store.close)
+            stack.enter_context(self._lock)
+            stack.callback(self._stepper.close)

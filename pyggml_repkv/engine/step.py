@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ class Stepper:
 
     `n_past` tokens have been read; the next one has that position. `tokens` are those tokens and `sizes` the numbers of
     tokens of the steps that read them: the same tokens in the same steps give the same memory. `logits` float32
-    [n_vocab] are the last token's, None where the last step had none; `form`: what the last step was built of. `lost`:
-    the memory must be made again from the tokens (`read_again`) before the next step.
+    [n_vocab] are the last token's, None where the last step had none. `n_changes` rises with whatever changes what was
+    read, a step that fails too. `lost`: the memory must be made again from the tokens (`read_again`) before the next
+    step.
     """
 
     def __init__(
@@ -33,7 +34,8 @@ class Stepper:
         self.n_past = 0
         self.tokens, self.sizes = array("i"), array("i")
         self.logits: NDArray[np.float32] | None = None
-        self.form: Form = "ggml"
+        self.n_changes = 0
+        self._form: Form = "ggml"
         self.lost = False
 
     def _open(self, policy: Policy) -> None:
@@ -45,9 +47,12 @@ class Stepper:
         if self.lost:
             raise StoreError("reading the tokens of a lost block again was stopped; the next step does it", lost=False)
 
-    def step(self, tokens: NDArray[np.int32], outputs: Outputs) -> NDArray[np.float32] | None:
+    def step(
+        self, tokens: NDArray[np.int32], outputs: Outputs, head_rows: Collection[int] = ()
+    ) -> NDArray[np.float32] | None:
         """Reads tokens -> their logits, the caller's own: float32 [n_outputs, n_vocab], None where there are none; or
-        their hidden states [n_tokens, E].
+        their hidden states [n_tokens, E]. head_rows: of so many of these `logits_of` will be asked at a time; there is
+        memory for that, or the step is not made.
 
         A step that raises, wherever it was stopped, counts as not done.
         """
@@ -55,8 +60,9 @@ class Stepper:
             # Another thread may have closed the session while this one waited.
             self.plans.check_open()
             before = self.n_past, self.logits, len(self.sizes)
+            self.n_changes += 1
             try:
-                made = self._compute(tokens, self.n_past, outputs)
+                made = self._compute(tokens, self.n_past, outputs, head_rows)
                 self.tokens[self.n_past :] = array("i", tokens.tolist())
                 self.sizes.append(len(tokens))
                 self.logits = None if made is None or outputs == "hidden" else made[-1].copy()
@@ -68,19 +74,28 @@ class Stepper:
                 self.policy.undo_step(self.n_past)
                 raise
 
-    def _compute(self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs) -> NDArray[np.float32] | None:
+    def _compute(
+        self, tokens: NDArray[np.int32], n_past: int, outputs: Outputs, head_rows: Collection[int] = ()
+    ) -> NDArray[np.float32] | None:
         self.policy.begin_step(tokens, n_past)
         plan = self.plans.of_step(n_past, len(tokens), outputs)
-        self.form = plan.key.shape.form
+        self._form = plan.key.shape.form
+        for n_rows in head_rows:
+            self.plans.head(self._form, n_rows)
+        # Where the buffer grew for a head, the plans before it are gone.
+        plan = self.plans.of_step(n_past, len(tokens), outputs) if head_rows else plan
         plan.fill(tokens, n_past)
         plan.compute(self._backend)
         return plan.read()
 
-    def logits_of(self, hidden: NDArray[np.float32], form: Form) -> NDArray[np.float32]:
-        """Hidden states [n, E] that a step of a form gave -> their logits, float32 [n, n_vocab]."""
+    def logits_of(self, hidden: NDArray[np.float32], start: int, end: int) -> NDArray[np.float32]:
+        """Logits of rows [start, end) of the hidden states that the last step gave: float32 [end - start, n_vocab]."""
         with self._backend.lock:
             self.plans.check_open()
-            return self.plans.head(form, len(hidden)).compute(self._backend, hidden)
+            rows = self.plans.head(self._form, end - start).compute(self._backend, hidden[start:end])
+            if end == len(hidden):
+                self.logits = rows[-1].copy()
+            return rows
 
     def rewind(self, n_past: int) -> None:
         """Forgets what was read from position n_past on; for memories that can (`Policy.rewinds`)."""
@@ -90,6 +105,7 @@ class Stepper:
             del self.tokens[n_past:]
             self.sizes = array("i", [n_past] if n_past else [])
             self.n_past, self.logits = n_past, None
+            self.n_changes += 1
 
     def repeat(self, n_past: int) -> None:
         """As if what was read had been read over and over, up to position n_past; for memories that are Repeatable."""
@@ -103,6 +119,7 @@ class Stepper:
         """Takes note of what a memory was restored from elsewhere with."""
         self.tokens, self.sizes, self.logits = array("i", tokens), array("i", sizes), logits
         self.n_past = len(tokens)
+        self.n_changes += 1
 
     def fork(self) -> Stepper:
         """Another one that has read the same tokens. Raises as Policy.fork does."""

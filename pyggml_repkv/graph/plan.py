@@ -249,8 +249,9 @@ class PlanCache:
         return self._allocator.size
 
     def check_open(self) -> None:
-        """Raises ComputeError once it is closed."""
-        _ = self._allocator.pointer
+        """Raises InputError once it is closed, as its session is."""
+        if self._allocator.closed:
+            raise InputError("the session is closed")
 
     def of_step(self, n_past: int, n_tokens: int, outputs: Outputs) -> Plan:
         """The plan of a step that reads n_tokens after n_past."""

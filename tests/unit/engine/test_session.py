@@ -217,22 +217,6 @@ def test_threads_take_turns(model, monkeypatch):
     assert set(peaks) == {1}
 
 
-def test_closing_waits_for_the_step_that_runs(model, monkeypatch):
-    session = model.session()
-    closing = threading.Thread(target=session.close)
-
-    def compute(backend, graph, trace):
-        closing.start()
-        closing.join(0.1)
-        assert closing.is_alive()
-        whole_compute(backend, graph, trace)
-
-    whole_compute = Backend.compute
-    monkeypatch.setattr(Backend, "compute", compute)
-    session.prefill(TOKENS[:40])
-    closing.join()
-
-
 @pytest.mark.parametrize("n_tokens", [1, 5, 200])
 def test_a_step_that_was_stopped_did_not_happen(model, n_tokens):
     with model.session() as session, model.session() as other:
@@ -278,36 +262,3 @@ def test_a_mixture_of_types_in_every_form(tmp_path):
         with Model.load(tmp_path / "m.gguf", threads=2, **options) as model, model.session(EXACT_CACHE) as session:
             got = [*session.prefill_all(TOKENS[:60]), *(session.decode(token) for token in TOKENS[60:80])]
         assert relative_error(np.array(got), want) < 3e-2
-
-
-def test_a_second_thread_in_a_session_is_an_error_at_once(model):
-    """In the midst of a prompt; the first goes on as if nothing had been."""
-    refused, calls = [], []
-
-    def other(session):
-        for call in (
-            lambda: session.prefill(TOKENS[:3]), lambda: session.read(TOKENS[:3]), lambda: session.decode(1),
-            lambda: session.prefill_all(TOKENS[:3]), lambda: next(session.prefill_slices(TOKENS[:3])),
-            lambda: session.rewind(0), session.save,
-        ):  # fmt: skip
-            calls.append(call)
-            with pytest.raises(InputError, match="in use by another thread"):
-                call()
-            refused.append(call)
-
-    def on_progress(n_done, n_total):
-        thread = threading.Thread(target=other, args=(session,))
-        thread.start()
-        thread.join()
-
-    memory = MemoryConfig(n_batch=40)
-    with model.session(memory) as session, model.session(memory) as alone:
-        logits = session.prefill(TOKENS[:120], on_progress=on_progress)
-        assert refused == calls
-        assert len(calls) == 3 * 7
-        assert np.array_equal(logits, alone.prefill(TOKENS[:120]))
-        # Afterwards another thread may use it.
-        thread = threading.Thread(target=session.decode, args=(1,))
-        thread.start()
-        thread.join()
-        assert session.n_past == 121
