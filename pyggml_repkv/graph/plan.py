@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,7 +25,16 @@ from pyggml_repkv.graph.forms.packed import PackedForm
 from pyggml_repkv.graph.head import HeadPlan, rows_of
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
-from pyggml_repkv.memory.policy import EvalHook, Form, HookPoint, Policy, PolicyInputs, StepAttention, StepShape
+from pyggml_repkv.memory.policy import (
+    Centring,
+    EvalHook,
+    Form,
+    HookPoint,
+    Policy,
+    PolicyInputs,
+    StepAttention,
+    StepShape,
+)
 from pyggml_repkv.memory.registry import make_policy
 from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.rope import RopeTable, rope_params
@@ -82,7 +91,7 @@ class Plan:
         self._rope_table = self._rope_input(model.config.rope_dim)
         ops = Ops(g, model.kernels, self._rope_table, traced)
         self.attention: StepAttention = policy.build(ops, key.shape)
-        form = self._form(model, ops, cb)
+        form = self._form(model, ops, cb, by_halves=model.by_halves(policy))
         self.result = Decoder(g, model.weights, form, self.attention, cb).build(self._tokens, key.outputs)
         self.hook = self.attention.hook
         self.scheduler: Scheduler | None = None
@@ -123,7 +132,7 @@ class Plan:
             raise
         self.hook.check_complete()
 
-    def _form(self, model: GraphModel, ops: Ops, cb: NameTensor) -> DecoderForm:
+    def _form(self, model: GraphModel, ops: Ops, cb: NameTensor, *, by_halves: bool) -> DecoderForm:
         g, n_tokens = ops.g, self.key.shape.n_tokens
         if self.key.shape.form == "one":
             return OneForm(ops, model.weights, cb)
@@ -134,7 +143,7 @@ class Plan:
             self._output_rows = g.input(ggml.GGML_TYPE_I32, (1,), "inp_out_ids")
         return GgmlForm(
             g, model.config, model.weights, model.rope, self._positions, cb,
-            last_row=self._output_rows, by_halves=model.by_halves,
+            last_row=self._output_rows, by_halves=by_halves,
         )  # fmt: skip
 
     def _rope_input(self, rope_dim: int) -> Tensor | None:
@@ -177,9 +186,14 @@ def _into_panels(x: np.ndarray) -> np.ndarray:
 class GraphModel:
     """What every plan is built from."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Weights, backend: Backend, *, exact: bool, fuses: bool = True
+    ) -> None:
+        """fuses: False for graphs of ggml's nodes alone, as repacked weights have; exact: those are llama.cpp's."""
         self.config, self.weights = config, weights
         self.exact = exact
+        # Repacked matrices can only be read by ggml's own multiplication.
+        self._fuses = fuses and not exact and not weights.repacked
         self.rope = rope_params(config)
         factors = None if weights.rope_freqs is None else tensor_array(weights.rope_freqs)
         self.rope_table = RopeTable(self.rope, factors=factors)
@@ -204,17 +218,14 @@ class GraphModel:
         pairs = self.config.n_head_kv, -1, 2
         return [None if b is None else b.reshape(pairs).swapaxes(1, 2).ravel() for b in biases]
 
-    @property
-    def by_halves(self) -> bool:
-        """Whether keys lie by halves in memories, as the fused forms and what shifts stored keys know them."""
-        return "one" in self.forms or any(bias is not None for bias in self.key_biases)
+    def by_halves(self, policy: Policy) -> bool:
+        """Whether keys lie by halves in a memory, as the fused forms and what takes a bias from them know them."""
+        return self._fuses or (isinstance(policy, Centring) and policy.centres.in_use)
 
     @property
     def forms(self) -> frozenset[Form]:
         """Of what graphs of this model can be built."""
-        # Repacked matrices can only be read by ggml's own multiplication.
-        fuses = not self.exact and not self.weights.repacked
-        return frozenset(("ggml", "one", "packed")) if fuses else frozenset(("ggml",))
+        return frozenset(("ggml", "one", "packed")) if self._fuses else frozenset(("ggml",))
 
     def make_policy(self, inputs: PolicyInputs) -> Policy:
         """Raises InputError for a policy, or settings, that this model's graphs cannot have."""
@@ -242,7 +253,8 @@ class PlanCache:
         self._model, self._policy, self._backend, self._cb = model, policy, backend, cb
         self._allocator = GraphAllocator(backend)
         self._tracer: Tracer | None = None
-        self._plans: OrderedDict[PlanKey | tuple[Form, int], Plan | HeadPlan] = OrderedDict()
+        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
+        self._heads: OrderedDict[tuple[Form, int], HeadPlan] = OrderedDict()
 
     @property
     def compute_bytes(self) -> int:
@@ -260,37 +272,31 @@ class PlanCache:
 
     def get(self, key: PlanKey) -> Plan:
         plan = self._plans.get(key)
-        if not isinstance(plan, Plan):
+        if plan is None:
             tracer = self._tracer
             traced = tracer is not None and tracer.traces_ops
             plan = Plan(self._model, self._policy, key, self._cb, traced=traced)
             if tracer is not None:
                 plan.watch(tracer)
-            self._add(key, plan)
-        self._plans.move_to_end(key)
+            self._place(plan)
+        _keep(self._plans, key, plan)
         return plan
 
     def head(self, form: Form, n_rows: int) -> HeadPlan:
         """The plan that makes logits of n_rows hidden states of a step of this form."""
         key = form, n_rows
-        plan = self._plans.get(key)
-        if not isinstance(plan, HeadPlan):
+        plan = self._heads.get(key)
+        if plan is None:
             model = self._model
             plan = HeadPlan(model.weights, model.kernels, model.rope, form, n_rows)
-            self._add(key, plan)
-        self._plans.move_to_end(key)
+            self._place(plan)
+        _keep(self._heads, key, plan)
         return plan
 
     @property
     def traced(self) -> bool:
         """Whether somebody watches the nodes."""
         return self._tracer is not None
-
-    def _add(self, key: PlanKey | tuple[Form, int], plan: Plan | HeadPlan) -> None:
-        self._place(plan)
-        self._plans[key] = plan
-        while len(self._plans) > _MAX_PLANS:
-            self._plans.popitem(last=False)[1].context.close()
 
     def trace(self, tracer: Tracer | None) -> None:
         """Plans from now on are watched by a tracer; None: by nobody any more."""
@@ -313,10 +319,20 @@ class PlanCache:
                 self._drop_all()
 
     def _drop_all(self) -> None:
-        for plan in self._plans.values():
+        plans: list[Plan | HeadPlan] = [*self._plans.values(), *self._heads.values()]
+        for plan in plans:
             plan.context.close()
         self._plans.clear()
+        self._heads.clear()
 
     def close(self) -> None:
         self._drop_all()
         self._allocator.close()
+
+
+def _keep(plans: OrderedDict[Any, Any], key: Hashable, plan: Plan | HeadPlan) -> None:
+    """As the one used last."""
+    plans[key] = plan
+    plans.move_to_end(key)
+    while len(plans) > _MAX_PLANS:
+        plans.popitem(last=False)[1].context.close()

@@ -33,7 +33,7 @@ class KeyCentres:
         used = list(biases) if centres_keys(memory, biases) else [None] * config.n_layer
         self._config, self._rope, self._biases = config, rope, used
         self._tables = np.empty((0, config.rope_dim), np.float32)
-        if any(bias is not None for bias in used):
+        if self.in_use:
             steps, n_coarse = np.arange(_STEP), n_positions // _STEP**2 + 1
             factor = rope(np.zeros(1))[0, 0]  # YaRN's, 1 elsewhere
             fine, middle = rope(steps) / factor, rope(_STEP * steps) / factor
@@ -46,6 +46,11 @@ class KeyCentres:
             return native_ffi.NULL
         tables, values = (native_ffi.cast("float *", array.ctypes.data) for array in (self._tables, bias))
         return native_ffi.new("struct repkv_key_centre *", {"bias": values, "tables": tables})
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any layer's keys are stored less their bias."""
+        return any(bias is not None for bias in self._biases)
 
     def of(self, layer: int) -> Any:
         """A struct repkv_key_centre, valid as long as this object; NULL: the layer's keys are stored as they are."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.checkpoints import Checkpoints
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.boundaries import BoundaryScores
@@ -225,7 +226,17 @@ class Repeatable(Protocol):
     """A memory that benchmarks can fill without computing."""
 
     def repeat(self, n: int, n_past: int) -> None:
-        """The keys and values of the first n tokens, over and over, up to position n_past."""
+        """The keys and values of the first n tokens, over and over, up to position n_past; which rotations the keys
+        have is the memory's affair.
+        """
+
+
+@runtime_checkable
+class Centring(Protocol):
+    """A memory that may store keys less their bias (centres.py)."""
+
+    @property
+    def centres(self) -> KeyCentres: ...
 
 
 @runtime_checkable

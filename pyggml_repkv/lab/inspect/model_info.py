@@ -266,9 +266,7 @@ class _Planner(ExitStack):
         info, n_tokens = self._info, self._inputs.n_tokens
         # Only ggml's own nodes read repacked matrices.
         repacked = info.repacked if self._inputs.repack and "ggml" in policy_kind(memory.kv).forms else {}
-        # The exact graph consists of ggml's own nodes.
-        exact = self._inputs.exact or bool(repacked)
-        graph = GraphModel(info.config, self._weights, self._backend, exact=exact)
+        graph = GraphModel(info.config, self._weights, self._backend, exact=self._inputs.exact, fuses=not repacked)
         # Copied matrices are not read from the file again, except for embeddings.
         copied = sum(info.file.tensors[name].n_bytes for name in repacked if name != "token_embd.weight")
         weights = {"weights": info.file.n_bytes - copied + sum(repacked.values())}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import ComputeError
+from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.handles import GraphAllocator, tensor_array
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.graph import plan as plan_module
@@ -172,5 +172,5 @@ def test_a_closed_cache_is_an_error(bench):
     plan = cache.get(bench.key(0, 3))
     cache.close()
     assert plan.context.closed
-    with pytest.raises(ComputeError, match="closed"):
+    with pytest.raises(InputError, match="the session is closed"):
         bench.run(cache, 0, 3)

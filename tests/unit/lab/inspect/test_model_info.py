@@ -163,6 +163,18 @@ def test_the_compute_buffer_is_that_of_a_session_that_read_as_much(tiny_model, t
         assert plan.ram["compute"] == pytest.approx(session.compute_bytes, rel=0.05)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("type_", [QT.Q4_0, QT.F32])
+def test_keys_less_their_bias_count_in_the_compute_buffer(tiny_model, type_, exact):
+    """Ggml's nodes give them back with their bias: repacked weights have such nodes, the exact graph has none."""
+    path = tiny_model(n_embd=256, n_head=8, n_head_kv=8, head_dim=64, n_ff=256, n_ctx=4096, weight_type=type_)
+    memory = MemoryConfig(n_batch=32, type_k="q8_0")
+    plan = plan_of(path, memory, 4096, exact=exact)
+    with Model.load(path, threads=2, exact_graph=exact) as model, model.session(memory) as session:
+        session.prefill([1] * 4096)
+        assert plan.ram["compute"] == pytest.approx(session.compute_bytes, rel=0.05)
+
+
 def test_copies_of_weights_count_beside_what_stays_in_the_file(tiny_model):
     path = tiny_model(**MIXED)
     info = info_of(path)
