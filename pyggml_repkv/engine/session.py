@@ -287,7 +287,9 @@ class Session(Exclusive):
 
     @alone
     def repeat(self, n_past: int) -> None:
-        """For benchmarks: as if what was read had been read over and over, up to position n_past; for such memories."""
+        """For benchmarks, in memories that can: as if what was read had been read over and over, up to position n_past.
+        Keys may keep the rotations that they have, so only times mean anything afterwards.
+        """
         if not isinstance(self.policy, Repeatable):
             raise InputError(f"--kv {self.policy.name} has no repeated tokens")
         if not 0 < self.n_past <= check_int("n_past", n_past) <= self.n_ctx:

@@ -108,7 +108,7 @@ class Stepper:
             self.n_changes += 1
 
     def repeat(self, n_past: int) -> None:
-        """As if what was read had been read over and over, up to position n_past; for memories that are Repeatable."""
+        """For benchmarks: as Repeatable.repeat has it, up to position n_past; for such memories."""
         with self._backend.lock:
             self.plans.check_open()
             assert isinstance(self.policy, Repeatable)

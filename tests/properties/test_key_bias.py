@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType as QT
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.memory.bounded.rotation import rotate_rows
 from pyggml_repkv.memory.config import MemoryConfig
 from tests.oracle import oracle_logits
 from tests.tiny_models import TinySpec, write_tiny_model
@@ -94,6 +95,37 @@ def test_all_forms_of_full_attention(models, name, repack, flash_attn):
         assert divergence(got, oracle_logits(SPECS[name], weights, TOKENS)) < LIMIT
 
 
+@pytest.mark.parametrize("type_k", ["f32", "q8_0"])
+@pytest.mark.parametrize("repack", [True, False])
+@pytest.mark.parametrize("name", ["qwen2", "llama", "llama repacked"])
+def test_keys_are_put_by_halves_only_where_somebody_needs_it(models, name, repack, type_k):
+    """Fused forms, or a bias that is taken from them."""
+    with (
+        Model.load(models(name)[0], threads=2, repack=repack) as model,
+        model.session(MemoryConfig(type_k=type_k)) as session,
+    ):
+        assert model.graph.by_halves(session.policy) == (not model.weights.repacked or type_k == "q8_0")
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "yarn"])
+def test_repeated_keys_are_those_at_their_new_positions(models, name):
+    """Their bias is added there: with the rotation of where they were, a key would belong to two positions."""
+    memory = MemoryConfig(n_ctx=len(TOKENS), type_k="f32", type_v="f32")
+    found = {}
+    with Model.load(models(name)[0], threads=2) as model:
+        for type_k in ("f32", "q8_0"):
+            with model.session(replace(memory, type_k=type_k)) as session:
+                session.read(TOKENS[:50])
+                session.repeat(180)
+                rope, config = model.graph.precise_rope_table, model.config
+                for at in range(50, 180, 50) if type_k == "f32" else ():
+                    table = np.tile(rope([at])[:, 0] / rope([0])[0, 0], (min(50, 180 - at), 1))
+                    for keys in session.policy.k_arenas:
+                        rotate_rows(config, keys, at, table)
+                found[type_k] = session.prefill_all(TOKENS[180:])
+    assert divergence(found["q8_0"], found["f32"]) < LIMIT
+
+
 def test_the_exact_graph_stores_keys_as_llama_cpp_does(models):
     path, weights = models("qwen2")
     with (
@@ -136,10 +168,15 @@ def test_forks_and_kept_sessions_go_on(models, kind, tmp_path):
     memory = replace(BOUNDED_KINDS[kind], type_k="q8_0")
     begin, rest, sizes = TOKENS[:200], TOKENS[200:], (50, *(1,) * 10)
     with Model.load(models("qwen2")[0], threads=2, repack=False) as model:
+        with model.session(BOUNDED_KINDS[kind]) as session:
+            session.prefill(begin)
+            exact = read(session, sizes, rest)
         with model.session(memory) as session:
             session.prefill(begin)
             with session.fork() as fork:
                 want = read(fork, sizes, rest)
+            # Heads of a random model choose between blocks that are almost equal.
+            assert divergence(want, exact) < 2 * LIMIT
             session.save(tmp_path / "kept")
             assert np.array_equal(read(session, sizes, rest), want)
         with model.resume(tmp_path / "kept", memory) as session:

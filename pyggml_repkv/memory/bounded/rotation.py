@@ -72,16 +72,20 @@ class Rotation:
 
     def turn_back(self, arenas: list[Tensor], first: int, end: int, base: int) -> None:
         """Takes the rotation out of the keys of positions [first, end), at rows from first - base on of each arena."""
-        c = self._config
-        scratch = np.empty(2 * c.n_embd_kv, np.float32)
         for at, table in self._inverses(first, end):
             for arena in arenas:
-                rows = as_rows(arena)[at - base : at - base + len(table)]
-                native.repkv_rotate_rows(
-                    native_ffi.cast("char *", rows.ctypes.data), int(arena.contents.type), rows.strides[0], len(rows),
-                    c.n_head_kv, c.head_dim, native_ffi.cast("float *", table.ctypes.data), c.rope_dim,
-                    native_ffi.cast("float *", scratch.ctypes.data),
-                )  # fmt: skip
+                rotate_rows(self._config, arena, at - base, table)
+
+
+def rotate_rows(config: ModelConfig, arena: Tensor, first: int, tables: NDArray[np.float32]) -> None:
+    """Rotates the keys in an arena's rows from `first` on, by halves: one each of tables [n, rope_dim]."""
+    rows, tables = as_rows(arena)[first : first + len(tables)], np.ascontiguousarray(tables, np.float32)
+    scratch = np.empty(2 * config.n_embd_kv, np.float32)
+    native.repkv_rotate_rows(
+        native_ffi.cast("char *", rows.ctypes.data), int(arena.contents.type), rows.strides[0], len(rows),
+        config.n_head_kv, config.head_dim, native_ffi.cast("float *", tables.ctypes.data), config.rope_dim,
+        native_ffi.cast("float *", scratch.ctypes.data),
+    )  # fmt: skip
 
 
 def rotated(q: NDArray[np.float32], table: NDArray[np.float32]) -> NDArray[np.float32]:

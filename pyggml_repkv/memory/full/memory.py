@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.library import g
+from pyggml_repkv.memory.bounded.rotation import rotate_rows
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES, check_cache_types
 from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.config import MEMORY_FIELDS, context_length
@@ -106,7 +107,9 @@ class FullMemory:
         return None
 
     def repeat(self, n: int, n_past: int) -> None:
-        """For benchmarks: the first n rows, over and over, up to n_past."""
+        """For benchmarks: the first n rows, over and over, up to n_past. Keys less their bias are rotated to their new
+        positions, where their bias is added; others keep the rotation that they have.
+        """
         source = np.arange(n, n_past) % n
         for keys in self.k_arenas if not self._flash else self.k_arenas + self.v_arenas:
             rows = as_rows(keys)
@@ -114,6 +117,11 @@ class FullMemory:
         for values in self.v_arenas if not self._flash else ():
             columns = as_rows(values).reshape(self.config.n_embd_kv, self.n_cells, -1)
             columns[:, n:n_past] = columns[:, source]
+        centred = [keys for layer, keys in enumerate(self.k_arenas) if self.centres.of(layer)]
+        for first in range(n, n_past, n) if centred else ():
+            table = self._inputs.rope(np.array([first])) / self._inputs.rope(np.zeros(1))[0, 0]  # YaRN's factor is in
+            for keys in centred:
+                rotate_rows(self.config, keys, first, np.tile(table[:, 0], (min(n, n_past - first), 1)))
 
     def stats(self, n_past: int) -> dict[str, object]:
         return {
