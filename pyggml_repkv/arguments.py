@@ -54,9 +54,16 @@ def check_text(name: str, value: object, right: str = "a text") -> None:
         raise InputError(f"{name} must not hold a NUL, got {value!r:.80}")
 
 
-def check_callable(name: str, value: object) -> None:
-    """Raises InputError unless `value` can be called, or is None."""
-    check_type(name, value, (Callable, type(None)), "a function")  # type: ignore[arg-type]
+def check_count(name: str, value: Any) -> int:
+    """As check_int, of what cannot be negative."""
+    if (count := check_int(name, value)) < 0:
+        raise InputError(f"{name} must be 0 or more, got {value}")
+    return count
+
+
+def check_callable(name: str, value: object, *, needed: bool = False) -> None:
+    """Raises InputError unless `value` can be called, or is None and not needed."""
+    check_type(name, value, (Callable, *(() if needed else (type(None),))), "a function")  # type: ignore[arg-type]
 
 
 def check_fields(config: Any) -> None:

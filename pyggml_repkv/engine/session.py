@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pyggml_repkv.arguments import check_callable, check_int, check_type
+from pyggml_repkv.arguments import check_bool, check_callable, check_count, check_int, check_type
 from pyggml_repkv.engine import budget
 from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
 from pyggml_repkv.engine.exclusive import Exclusive, alone
@@ -115,8 +115,11 @@ class Session(Exclusive):
     def budget(self, n_prompt: int, n_more: int = 0) -> dict[str, int]:
         """Bytes of RAM, part by part, once a prompt and n_more tokens have been read.
 
-        Plans the first step, so that its buffer counts. Raises ComputeError where there is too little for the prompt.
+        Plans the first step, so that its buffer counts. Raises ComputeError where there is too little for the prompt,
+        ContextFullError where the prompt is longer than the context.
         """
+        n_prompt, n_more = check_count("n_prompt", n_prompt), check_count("n_more", n_more)
+        check_fits(n_prompt, 0, self.n_ctx)
         sizes = self.policy.split(max(n_prompt, 1), self.n_batch)
         self._stepper.prepare(sizes[0], "all" if sizes[0] == 1 else "none" if len(sizes) > 1 else "last")
         need = self.disk_need(min(n_prompt + n_more, self.n_ctx))
@@ -130,6 +133,7 @@ class Session(Exclusive):
     def disk_need(self, n_tokens: int) -> DiskNeed | None:
         """What n_tokens tokens need of the disk; None where nothing is written."""
         self._check_open()
+        n_tokens = check_count("n_tokens", n_tokens)
         return self.policy.disk_need(n_tokens)
 
     @alone
@@ -181,9 +185,7 @@ class Session(Exclusive):
         where its logits fail or are not asked for.
         """
         ids = self._checked(tokens)
-        if check_int("first", first) < 0:
-            raise InputError(f"first must be 0 or more, got {first}")
-        made = self._slices(ids, int(first), self._stepper.n_changes)
+        made = self._slices(ids, check_count("first", first), self._stepper.n_changes)
         return iter(lambda: self._next_of(made), None)
 
     @alone
@@ -290,9 +292,10 @@ class Session(Exclusive):
         """For benchmarks, in memories that can: as if what was read had been read over and over, up to position n_past.
         Keys may keep the rotations that they have, so only times mean anything afterwards.
         """
+        n_past = check_int("n_past", n_past)
         if not isinstance(self.policy, Repeatable):
             raise InputError(f"--kv {self.policy.name} has no repeated tokens")
-        if not 0 < self.n_past <= check_int("n_past", n_past) <= self.n_ctx:
+        if not 0 < self.n_past <= n_past <= self.n_ctx:
             raise InputError(f"{self.n_past} tokens cannot be repeated up to {n_past} of {self.n_ctx}")
         self._stepper.repeat(n_past)
 
@@ -328,6 +331,7 @@ class Session(Exclusive):
 
     def save_also(self, extra: Callable[[int], dict[str, object]]) -> None:
         """What extra(n_past) returns, as JSON, is part of every save from now on."""
+        check_callable("extra", extra, needed=True)
         self._extra = extra
 
     def stop_saving(self) -> None:
@@ -344,6 +348,9 @@ class Session(Exclusive):
         cannot be restored is read again. Raises InputError where -c is too small for it; and, before anything is
         changed, where more than MAX_DROPPED tokens of the last prompt are none of this one (drop: forgets them).
         """
+        prompt = None if prompt is None else self._prompt(prompt)
+        check_callable("may_resume", may_resume, needed=True)
+        check_bool("drop", drop)
         if self._keeper is None or self._begun:
             raise InputError("only a session that was opened with a directory can go back, and only before it reads")
         if prompt is not None and not drop:

@@ -5,7 +5,7 @@ import pytest
 
 from pyggml_repkv import GenerationConfig, MemoryConfig, Model, SamplingConfig
 from pyggml_repkv.arguments import check_number
-from pyggml_repkv.errors import InputError
+from pyggml_repkv.errors import ContextFullError, InputError
 from tests.tiny_models import TinySpec, write_tiny_model
 
 
@@ -105,6 +105,42 @@ def test_loading(tiny_model, options, message):
         (lambda model: model.session().generate([]), "the prompt is empty"),
         (lambda model: model.session().generate("x").prefill(7), "on_progress must be a function, got 7"),
         (lambda model: model.session().rewind("1"), "n_past must be an integer, got '1'"),
+        (lambda model: model.session().repeat([2]), "n_past must be an integer, got [2]"),
+        *(
+            (lambda model, bad=bad: model.session().budget(bad), f"n_prompt must be an integer, got {bad!r}")
+            for bad in ("x", None, 1.5, float("nan"), True, [])
+        ),
+        *(
+            (lambda model, bad=bad: model.session().budget(1, bad), f"n_more must be an integer, got {bad!r}")
+            for bad in ("x", None, 1.5, float("nan"), True, [])
+        ),
+        (lambda model: model.session().budget(-1), "n_prompt must be 0 or more, got -1"),
+        (lambda model: model.session().budget(1, -1), "n_more must be 0 or more, got -1"),
+        (lambda model: model.session().disk_need("x"), "n_tokens must be an integer, got 'x'"),
+        (lambda model: model.session().disk_need(-1), "n_tokens must be 0 or more, got -1"),
+        *(
+            (
+                lambda model, bad=bad: model.session().prefill_slices([1, 2], bad),
+                f"first must be an integer, got {bad!r}",
+            )
+            for bad in ("x", None, 1.5, float("nan"), True, [])
+        ),
+        (lambda model: model.session().prefill_slices([1, 2], -1), "first must be 0 or more, got -1"),
+        *(
+            (
+                lambda model, bad=bad: model.session().go_back_to(bad, bool),
+                "tokens must be a non-empty sequence of token",
+            )
+            for bad in (5, "x", b"x", 1.5, [1, "a"], [2**70], {1: 2}, float("nan"), object())
+        ),
+        *(
+            (lambda model, bad=bad: model.session().go_back_to([1], bad), f"may_resume must be a function, got {bad!r}")
+            for bad in (None, 5, "x", [])
+        ),
+        (lambda model: model.session().go_back_to([1], bool, drop=1), "drop must be True or False, got 1"),
+        (lambda model: model.session().go_back_to([10**6], bool), "token id 1000000 is not in the vocabulary"),
+        (lambda model: model.session().save_also(5), "extra must be a function, got 5"),
+        (lambda model: model.session().save_also(None), "extra must be a function, got None"),
         (lambda model: model.session().save(7), "directory must be a path, got 7"),
         (lambda model: model.session().save(), "the session is not kept anywhere"),
         (lambda model: model.tokenizer.encode(None), "text must be a string, got None"),
@@ -115,6 +151,15 @@ def test_models_and_sessions(model, call, message):
         call(model)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_budget_is_of_what_the_context_holds(model):
+    """A list of the steps of 2**70 tokens would take all memory there is."""
+    with model.session() as session:
+        assert session.budget(session.n_ctx, 2**70)
+        for n_prompt in (session.n_ctx + 1, 2**70):
+            with pytest.raises(ContextFullError, match=f"{n_prompt} tokens do not fit"):
+                session.budget(n_prompt)
 
 
 def test_tokens_may_be_numpys(model):
