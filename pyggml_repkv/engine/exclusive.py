@@ -23,16 +23,16 @@ class Exclusive(ABC):
     def __init__(self) -> None:
         self._turn = threading.Lock()
         self._user = 0  # the thread whose turn it is
-        self._closed = False
+        self._closing = threading.Event()
 
     @abstractmethod
     def _free(self) -> None:
         """Called when nobody uses it any more, perhaps more than once: frees everything that is not freed yet."""
 
-    def _check_open(self) -> None:
-        """Raises InputError once it is closed."""
-        if self._closed:
-            raise InputError("the session is closed")
+    @property
+    def _closed(self) -> bool:
+        """Whether it is, or will be as soon as nobody uses it."""
+        return self._closing.is_set()
 
     @contextlib.contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -42,7 +42,7 @@ class Exclusive(ABC):
             raise InputError("this session is in use by another thread: wait for it, or fork the session")
         self._user = threading.get_ident()
         try:
-            self._check_open()
+            check_open(self._closing)
             yield
         finally:
             self._end_turn()
@@ -59,7 +59,7 @@ class Exclusive(ABC):
         """Frees graphs and memory, once the step that runs in another thread is over: the call that it is part of ends
         with an InputError. In a callback, the call around it frees them as it ends.
         """
-        self._closed = True
+        self._closing.set()
         if self._user != threading.get_ident():
             self._turn.acquire()
             self._user = threading.get_ident()
@@ -72,6 +72,12 @@ class Exclusive(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_open(closing: threading.Event) -> None:
+    """Raises InputError once it is set."""
+    if closing.is_set():
+        raise InputError("the session is closed")
 
 
 def alone(method: Callable[Concatenate[E, P], R]) -> Callable[Concatenate[E, P], R]:

@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 
 import numpy as np
 
 from pyggml_repkv.arguments import check_bool, check_callable, check_count, check_int, check_type
 from pyggml_repkv.engine import budget
-from pyggml_repkv.engine.checks import Room, check_fits, check_tokens
-from pyggml_repkv.engine.exclusive import Exclusive, alone
+from pyggml_repkv.engine.checks import check_fits, check_tokens
+from pyggml_repkv.engine.exclusive import Exclusive, alone, check_open
 from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig
 from pyggml_repkv.engine.keeper import Keeper, MayResume, Resumed
+from pyggml_repkv.engine.reader import Reader
 from pyggml_repkv.engine.session_copy import OpenStore, is_kept_in, save_copy
 from pyggml_repkv.engine.session_store import SessionStore
 from pyggml_repkv.engine.step import Stepper
-from pyggml_repkv.errors import InputError, StoreError
+from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.handles import Backend
-from pyggml_repkv.graph.decoder import Outputs
-from pyggml_repkv.graph.head import slices
 from pyggml_repkv.graph.plan import GraphModel, Tracer
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.policy import DiskNeed, Policy, Repeatable
 from pyggml_repkv.model.tokenizer import Tokenizer
 
 OnProgress = Callable[[int, int], None]
-
-log = logging.getLogger(__name__)
 
 
 class Session(Exclusive):
@@ -62,26 +58,21 @@ class Session(Exclusive):
         self.config, self.n_batch = graph.config, memory.n_batch
         self._tokenizer, self._lock, self._weight_bytes = tokenizer, backend.lock, weight_bytes
         self._open_store, self._on_fork = open_store, on_fork
-        self._store: SessionStore | None = None
-        self._keeper: Keeper | None = None
-        self._begin(Stepper(graph, backend, make_policy))
-        self._store = store
-        if store is not None:
-            try:
-                self._keeper = Keeper(self._stepper, store, self.config.n_vocab, self._saved_extra)
-            except BaseException:
-                self._stepper.close()
-                raise
+        stepper = Stepper(graph, backend, make_policy)
+        try:
+            keeper = None if store is None else Keeper(stepper, store, graph.config.n_vocab, self._saved_extra)
+        except BaseException:
+            stepper.close()
+            raise
+        self._begin(stepper, store, keeper)
 
-    def _begin(self, stepper: Stepper) -> None:
-        """With a stepper that is kept nowhere."""
+    def _begin(self, stepper: Stepper, store: SessionStore | None = None, keeper: Keeper | None = None) -> None:
         super().__init__()
-        self._stepper = stepper
-        self._store = self._keeper = None
+        self._stepper, self._store, self._keeper = stepper, store, keeper
+        self._reader = Reader(stepper, keeper, self.n_batch, self._closing)
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
-        self._begun, self._freed = stepper.n_past > 0, False
-        self._room = Room()
+        self._freed = False
 
     @property
     def policy(self) -> Policy:
@@ -132,7 +123,7 @@ class Session(Exclusive):
 
     def disk_need(self, n_tokens: int) -> DiskNeed | None:
         """What n_tokens tokens need of the disk; None where nothing is written."""
-        self._check_open()
+        check_open(self._closing)
         n_tokens = check_count("n_tokens", n_tokens)
         return self.policy.disk_need(n_tokens)
 
@@ -150,7 +141,7 @@ class Session(Exclusive):
         for size in self.policy.split(len(ids), self.n_batch):
             chunk = ids[end : end + size]
             end += size
-            logits = self._step(chunk, "last" if end == len(ids) else "none")
+            logits = self._reader.step(chunk, "last" if end == len(ids) else "none")
             if on_progress is not None:
                 on_progress(end, len(ids))
         assert logits is not None
@@ -165,14 +156,14 @@ class Session(Exclusive):
         """Reads tokens in steps of n_batch and no smaller ones at the end, without logits. Raises as prefill does."""
         ids = self._checked(tokens)
         for start in range(0, len(ids), self.n_batch):
-            self._step(ids[start : start + self.n_batch], "none")
+            self._reader.step(ids[start : start + self.n_batch], "none")
 
     @alone
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
         """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self.config.n_vocab), np.float32)
-        for at, rows in self._slices(ids, 0, self._stepper.n_changes):
+        for at, rows in self._reader.slices(ids, 0):
             logits[at : at + len(rows)] = rows
         return logits
 
@@ -185,52 +176,17 @@ class Session(Exclusive):
         where its logits fail or are not asked for.
         """
         ids = self._checked(tokens)
-        made = self._slices(ids, check_count("first", first), self._stepper.n_changes)
+        made = self._reader.slices(ids, check_count("first", first))
         return iter(lambda: self._next_of(made), None)
 
     @alone
     def _next_of(self, made: Iterator[tuple[int, np.ndarray]]) -> tuple[int, np.ndarray] | None:
         return next(made, None)
 
-    def _slices(self, ids: np.ndarray, first: int, n_changes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """n_changes: the stepper's, when what ids go on from was known."""
-        stepper = self._stepper
-        for begin in range(0, len(ids), self.n_batch):
-            chunk = ids[begin : begin + self.n_batch]
-            skipped = max(0, first - begin)
-            self._check_unchanged(n_changes)
-            if skipped >= len(chunk):
-                self._step(chunk, "none")
-                n_changes = stepper.n_changes
-                continue
-            # A tracer sees a step as one graph.
-            if len(chunk) == 1 or stepper.plans.traced:
-                made = self._step(chunk, "all")
-                assert made is not None
-                n_changes = stepper.n_changes
-                yield begin + skipped, made[skipped:]
-                continue
-            parts = list(slices(len(chunk), skipped))
-            hidden = self._step(chunk, "hidden", {end - start for start, end in parts})
-            assert hidden is not None
-            n_changes = stepper.n_changes
-            for start, end in parts:
-                self._check_unchanged(n_changes)
-                rows = stepper.logits_of(hidden, start, end)
-                if end == len(chunk):
-                    self._stepped(len(chunk))
-                at = max(start, skipped)
-                yield begin + at, rows[at - start :]
-
-    def _check_unchanged(self, n_changes: int) -> None:
-        self._check_open()
-        if self._stepper.n_changes != n_changes:
-            raise InputError("the session was used since the last slice")
-
     @alone
     def decode(self, token: int) -> np.ndarray:
         """Reads one token -> its logits, float32 [n_vocab]. Raises as prefill does."""
-        logits = self._step(self._checked((check_int("token", token),)), "all")
+        logits = self._reader.step(self._checked((check_int("token", token),)), "all")
         assert logits is not None
         return logits[0]
 
@@ -272,7 +228,7 @@ class Session(Exclusive):
 
         Raises InputError where the memory cannot be forked, ComputeError where it was stopped halfway.
         """
-        self._check_open()
+        check_open(self._closing)
         other = copy.copy(self)
         other._begin(self._stepper.fork())
         self._on_fork(other)
@@ -351,11 +307,11 @@ class Session(Exclusive):
         prompt = None if prompt is None else self._prompt(prompt)
         check_callable("may_resume", may_resume, needed=True)
         check_bool("drop", drop)
-        if self._keeper is None or self._begun:
+        if self._keeper is None or self._reader.begun:
             raise InputError("only a session that was opened with a directory can go back, and only before it reads")
         if prompt is not None and not drop:
             self._keeper.check_keeps(prompt)
-        self._begun = True
+        self._reader.begun = True
         resumed = self._keeper.go_back_to(prompt, may_resume, self.n_ctx)
         prompt_end = resumed.extra.get("n_prompt")
         self._prompt_end = prompt_end if isinstance(prompt_end, int) else 0
@@ -367,37 +323,8 @@ class Session(Exclusive):
     def _saved_extra(self) -> dict[str, object]:
         return {"n_prompt": self._prompt_end, **self._extra(self.n_past)}
 
-    def _step(self, chunk: np.ndarray, outputs: Outputs, head_rows: Collection[int] = ()) -> np.ndarray | None:
-        """As Stepper.step, but with hidden states `_stepped` is to be called when their logits are there."""
-        self._check_open()
-        check_fits(len(chunk), self.n_past, self.n_ctx)
-        # One token's logits are cheaper than a second plan without them.
-        outputs = "all" if len(chunk) == 1 else outputs
-        self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
-        if self._keeper is not None and not self._begun:
-            self._keeper.check_keeps(())
-        self._begun = True
-        again = self._stepper if self._keeper is None else self._keeper
-        if self._stepper.lost:
-            again.read_again()
-        try:
-            made = self._stepper.step(chunk, outputs, head_rows)
-        except StoreError as error:
-            if not error.lost:
-                raise
-            log.warning("%s: reading its %d tokens again", error, self.n_past)
-            again.read_again()
-            made = self._stepper.step(chunk, outputs, head_rows)
-        if outputs != "hidden":
-            self._stepped(len(chunk))
-        return made
-
-    def _stepped(self, n_tokens: int) -> None:
-        if self._keeper is not None:
-            self._keeper.stepped(n_tokens)
-
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
-        self._check_open()
+        check_open(self._closing)
         ids = check_tokens(tokens, self.config.n_vocab)
         check_fits(len(ids), self.n_past, self.n_ctx)
         return ids

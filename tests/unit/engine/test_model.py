@@ -103,12 +103,15 @@ def test_a_closed_model_makes_no_sessions(tiny_model):
 
 @pytest.mark.parametrize("what", ["session", "model"])
 def test_a_step_that_waits_while_another_thread_closes_is_an_error(tiny_model, what, monkeypatch):
-    """Runs in another process, because a failure would read freed memory. The other thread has the lock first."""
+    """Runs in another process, because a failure would read freed memory. The other thread closes before the step has
+    the lock, which is then the last one.
+    """
     monkeypatch.setenv("MALLOC_PERTURB_", "165")  # glibc overwrites what is freed
     source = f"""
-import sys, threading
+import sys, threading, time
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import RepkvError
+from pyggml_repkv.memory.config import MemoryConfig
 
 class Lock:
     def __init__(self):
@@ -122,14 +125,23 @@ class Lock:
 
 model = Model.load(sys.argv[1], threads=1)
 model.backend.lock = Lock()
-session = model.session()
+session = model.session(MemoryConfig(n_batch=40))
 session.prefill([1] * 40)
-model.backend.lock.before.append({what}.close)
+closing = threading.Thread(target={what}.close)
+
+def close():
+    closing.start()
+    while not session._closed:
+        time.sleep(1e-3)
+
+model.backend.lock.before.append(close)
 try:
     session.prefill([1] * 50)
 except RepkvError as error:
-    print("closed" in str(error))"""
-    assert printed(source, str(tiny_model())) == ["True"]
+    print(error)
+closing.join()
+print(session.n_past)"""
+    assert printed(source, str(tiny_model())) == ["the session is closed", "80"]
 
 
 def test_a_session_that_nobody_holds_is_collected(tiny_model):

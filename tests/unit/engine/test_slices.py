@@ -71,7 +71,7 @@ def test_no_step_goes_beyond_the_context(model):
     with model.session(memory_of("full")) as session:
         session.read(TOKENS[:500])
         with pytest.raises(ContextFullError, match="13 tokens do not fit: 500 of 512"):
-            session._step(np.zeros(13, np.int32), "none")
+            session._reader.step(np.zeros(13, np.int32), "none")
         assert session.n_past == 500
 
 
