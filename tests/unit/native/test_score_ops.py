@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.ffi.handles import tensor_array
+from pyggml_repkv.memory.centres import KeyCentres
 from tests.unit.native.arenas import Arena, cache_names, fitting_cache
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
+from tests.unit.native.test_keys import centres_of
 
 DOT, PROBABILITY = "score_acc", "score_attention"
 
@@ -59,18 +61,22 @@ def added(kind: str, step: Step, q: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return score
 
 
-def chunk(kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float = 1.0) -> Scores:
-    """The step as a chunk: its own keys are in the arena."""
+def chunk(
+    kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float = 1.0, centres: KeyCentres | None = None
+) -> Scores:
+    """The step as a chunk: its own keys are in the arena. centres: what the keys there lack."""
     c, rng = bench.config, np.random.default_rng(seed)
     q = sharp * rng.standard_normal((step.n_tokens, c.n_head, c.head_dim))
     arena = arena_of(kind, step, bench, cache, rng, step.n_tokens)
     q_tensor = bench.tensor(packed((q / np.sqrt(c.head_dim)).reshape(step.n_tokens, -1), padding=1e3))
-    maker = getattr(bench.ops, kind)
+    maker = getattr(bench.ops if centres is None else bench.ops.centred(centres.of(0)), kind)
     return run(bench, step, lambda score, regions: maker(q_tensor, arena.tensor, score, regions, step.n_score),
-               added(kind, step, q, arena.values()))  # fmt: skip
+               added(kind, step, q, whole_keys(arena, step, centres)))  # fmt: skip
 
 
-def one(kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float = 1.0) -> Scores:
+def one(
+    kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float = 1.0, centres: KeyCentres | None = None
+) -> Scores:
     """The step of one token: its key is rotated here, and not in the arena yet."""
     c, rng = bench.config, np.random.default_rng(seed)
     q, own, value = (rng.standard_normal((n, c.head_dim)) for n in (c.n_head, c.n_head_kv, c.n_head_kv))
@@ -79,10 +85,18 @@ def one(kind: str, step: Step, bench: Bench, cache: str, seed: int, sharp: float
     angle = rng.uniform(0, 6, (2, c.rope_dim // 2))  # the second is of the far distance
     rope = bench.tensor(np.concatenate((np.cos(angle), np.sin(angle)), -1).astype(np.float32))
     turned = rotated(qkv[: c.n_head + c.n_head_kv].astype(np.float64), np.cos(angle[0]), np.sin(angle[0]))
-    keys = np.concatenate((arena.values()[: step.first - step.base], turned[None, c.n_head :]))
-    maker, qkv_tensor = getattr(bench.ops, f"{kind}_one"), bench.tensor(qkv.ravel())
+    keys = np.concatenate((whole_keys(arena, step, centres)[: step.first - step.base], turned[None, c.n_head :]))
+    maker = getattr(bench.ops if centres is None else bench.ops.centred(centres.of(0)), f"{kind}_one")
+    qkv_tensor = bench.tensor(qkv.ravel())
     return run(bench, step, lambda score, regions: maker(qkv_tensor, arena.tensor, score, rope, regions, step.n_score),
                added(kind, step, turned[None, : c.n_head], keys))  # fmt: skip
+
+
+def whole_keys(arena: Arena, step: Step, centres: KeyCentres | None) -> np.ndarray:
+    """The keys that those in an arena stand for, float64 [n, K, d]."""
+    stored = arena.values()
+    positions = np.arange(step.base, step.base + len(stored))
+    return stored if centres is None else centres.added(0, stored, positions, rotated=True).astype(np.float64)
 
 
 def arena_of(kind: str, step: Step, bench: Bench, cache: str, rng: np.random.Generator, n_own: int) -> Arena:
@@ -156,6 +170,22 @@ def test_a_window_beyond_what_is_kept_between_passes(form, kind, n_score):
     bench = Bench(config(n_head=2, n_head_kv=1, head_dim=16), 2)
     got, want = form(kind, Step(first=1200, n_tokens=1, n_score=n_score, local=50, base=40), bench, "f16", n_score)
     assert_close(got, want, 2e-5)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("base", [0, 1, 63, 64, 97])
+@pytest.mark.parametrize(("form", "n_tokens"), [(chunk, 1), (chunk, 33), (one, 1)])
+@pytest.mark.parametrize("kind", [DOT, PROBABILITY])
+def test_keys_less_their_bias_get_that_of_their_positions(kind, form, n_tokens, base, n_threads):
+    """A window's arena begins at any position."""
+    bench = Bench(config(n_head=4, n_head_kv=2, head_dim=32), n_threads)
+    bias = (2 * np.random.default_rng(base).standard_normal(64)).astype(np.float32)
+    step = Step(first=200, n_tokens=n_tokens, n_score=150, local=base + 3, base=base)
+    centres, _ = centres_of(bench, bias, 300)
+    got, want = form(kind, step, bench, "q8_0", base, centres=centres)
+    assert_close(got, want, 5e-5)
+    _, without = form(kind, step, Bench(bench.config, 1), "q8_0", base)
+    assert np.abs(without - want).max() > 0.1 * np.abs(want).max()
 
 
 @pytest.mark.parametrize("kind", [DOT, PROBABILITY])
