@@ -191,9 +191,7 @@ class GraphModel:
     ) -> None:
         """fuses: False for graphs of ggml's nodes alone, as repacked weights have; exact: those are llama.cpp's."""
         self.config, self.weights = config, weights
-        self.exact = exact
-        # Repacked matrices can only be read by ggml's own multiplication.
-        self._fuses = fuses and not exact and not weights.repacked
+        self.exact, self._fuses = exact, fuses and not exact
         self.rope = rope_params(config)
         factors = None if weights.rope_freqs is None else tensor_array(weights.rope_freqs)
         self.rope_table = RopeTable(self.rope, factors=factors)
@@ -220,12 +218,14 @@ class GraphModel:
 
     def by_halves(self, policy: Policy) -> bool:
         """Whether keys lie by halves in a memory, as the fused forms and what takes a bias from them know them."""
-        return self._fuses or (isinstance(policy, Centring) and policy.centres.in_use)
+        return "one" in self.forms or (isinstance(policy, Centring) and policy.centres.in_use)
 
     @property
     def forms(self) -> frozenset[Form]:
         """Of what graphs of this model can be built."""
-        return frozenset(("ggml", "one", "packed")) if self._fuses else frozenset(("ggml",))
+        # Repacked matrices can only be read by ggml's own multiplication.
+        fuses = self._fuses and not self.weights.repacked
+        return frozenset(("ggml", "one", "packed")) if fuses else frozenset(("ggml",))
 
     def make_policy(self, inputs: PolicyInputs) -> Policy:
         """Raises InputError for a policy, or settings, that this model's graphs cannot have."""
