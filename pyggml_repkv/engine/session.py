@@ -160,7 +160,10 @@ class Session(Exclusive):
 
     @alone
     def prefill_all(self, tokens: Sequence[int]) -> np.ndarray:
-        """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does."""
+        """Reads tokens -> logits of every one, float32 [n_tokens, n_vocab]. Raises as prefill does.
+
+        A chunk of n_batch tokens stays read where its logits fail or are interrupted.
+        """
         ids = self._checked(tokens)
         logits = np.empty((len(ids), self.config.n_vocab), np.float32)
         for at, rows in self._reader.slices(ids, 0):
