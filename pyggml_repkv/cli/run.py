@@ -62,7 +62,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         metavar="DIR",
         type=filled_text,
         help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
-        "tokens that its prompt shares with DIR, and is refused where it would drop over 512 other tokens of a prompt",
+        "tokens that its prompt shares with DIR; it says what it drops; another prompt may drop at most 512",
     )
     group.add_argument(
         "--session-new", action="store_true", help="let the prompt drop whatever it does not share with --session DIR"

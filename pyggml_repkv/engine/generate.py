@@ -274,11 +274,13 @@ class Generation:
     def saved(self, n_past: int) -> dict[str, Any]:
         """What a session that has read n_past tokens keeps so that this text can go on: JSON."""
         unread = n_past - len(self._prompt) < len(self._tokens)
+        # One that ended within what there was before it, as with a smaller n_predict, has ended nothing.
+        is_all = len(self._tokens) >= len(self._begun_with.tokens)
         return {
             "n_prompt": len(self._prompt),
             "settings": self._identity(),
             "sampler": self._sampler_before if unread else self.sampler.state(),
-            "finished": self._finish_reason,
+            "finished": self._finish_reason if is_all else None,
         }
 
     def _pieces(self) -> Iterator[str]:

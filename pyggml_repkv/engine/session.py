@@ -361,7 +361,7 @@ class Session:
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(self.policy, self.n_past, self.n_past + len(chunk))
         if self._keeper is not None and not self._begun:
-            self._keeper.check_keeps(())
+            self._keeper.start_over()
         self._begun = True
         again = self._stepper if self._keeper is None else self._keeper
         if self._stepper.lost:
