@@ -94,8 +94,7 @@ class Keeper:
         tokens, _ = self._kept_tokens()
         n_prompt = checkpoints[0][2].get("n_prompt")
         # 0 where tokens were read that nobody called a prompt.
-        is_known = isinstance(n_prompt, int) and n_prompt > 0
-        return tokens, min(len(tokens), n_prompt) if is_known else len(tokens)
+        return tokens, min(len(tokens), n_prompt) if isinstance(n_prompt, int) and n_prompt > 0 else len(tokens)
 
     def check_keeps(self, prompt: Sequence[int]) -> None:
         """Raises InputError where a prompt that lacks some of the last one would drop more than MAX_DROPPED tokens, of

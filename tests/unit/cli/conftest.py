@@ -56,6 +56,7 @@ class FakeSession:
     def prefill(self, tokens, *, on_progress=None):
         self.model.prompt = list(tokens)
         for n_done in range(0, len(tokens), self.memory.n_batch):
+            self.n_past = n_done
             on_progress(n_done, len(tokens))
             self.fail("prefill")
         self.n_past = len(tokens)
