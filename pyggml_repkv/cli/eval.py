@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output, report
+from pyggml_repkv.cli import output, progress, report
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import check_memory_flags, kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
@@ -225,7 +226,7 @@ def _answer(
         except (TypeError, ValueError):
             raise InputError(f"--out {args.out} holds results of another version: give another file") from None
     (result,) = run_retrieval(
-        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: prompt_progress(args, n_tokens)
+        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: progress.of_prompt(args, n_tokens)
     )
     if file is not None:
         file.add(settings, asdict(result))

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyggml_repkv.cli import output
+from pyggml_repkv.cli.memory_flags import kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.parser import filled_text, integer, number, text
 from pyggml_repkv.cli.prompt import read_prompt
-from pyggml_repkv.cli.run import kind_of, load_model, memory_config
 from pyggml_repkv.errors import InputError, RepkvError
 
 if TYPE_CHECKING:

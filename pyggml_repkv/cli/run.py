@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress
-from pyggml_repkv.cli.model_file import model_path
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import (
     MAX_INT,
     add_context_options,
@@ -20,19 +20,13 @@ from pyggml_repkv.cli.options import (
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
-from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
-from pyggml_repkv.memory.config import MAX_CONTEXT, MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
-from pyggml_repkv.model.rope_options import RopeOptions
+from pyggml_repkv.memory.config import MAX_CONTEXT, UNBOUNDED_CONTEXT
 
 if TYPE_CHECKING:
-    from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
+    from pyggml_repkv.engine.generate import Generation, GenerationConfig
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
-    from pyggml_repkv.memory.registry import PolicyKind
-
-# Flags that are not called as their field is.
-_FLAGS = {"type_evicted": "--cache-type-evicted"}
 
 EXAMPLES = r"""
 examples:
@@ -138,37 +132,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """Returns the model that the flags of `add_model_options` and `add_context_options` describe."""
-    from pyggml_repkv.engine.model import Model
-
-    return Model.load(
-        model_path(args),
-        threads=args.threads or default_threads(),
-        repack=repacks(args, args.kv),
-        exact_graph=args.exact_graph,
-        normalize=False if getattr(args, "no_normalize", False) else None,
-        rope=rope_options(args),
-    )
-
-
-def rope_options(args: argparse.Namespace) -> RopeOptions:
-    """Returns what the flags of `add_rope_options` say."""
-    return RopeOptions(args.rope_scaling, args.rope_scale, args.rope_freq_base, args.yarn_orig_ctx)
-
-
-def repacks(args: argparse.Namespace, policy: str) -> bool:
-    """Returns whether ggml repacks weights. Only ggml's own nodes can read repacked ones."""
-    return not args.no_repack and "ggml" in kind_of(policy).forms
-
-
-def kind_of(policy: str) -> PolicyKind:
-    """Returns what a policy declares. Raises InputError if it is unknown. The import here loads ggml."""
-    from pyggml_repkv.memory.registry import policy_kind
-
-    return policy_kind(policy)
-
-
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     n_ctx_train = model.config.n_ctx_train
     unbounded = kind_of(args.kv).bounded
@@ -205,34 +168,6 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
         _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
 
 
-def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
-    """Returns the memory that the flags of `add_context_options` and `add_memory_options` describe."""
-    given = {field: getattr(args, field) for field in MEMORY_FIELDS if getattr(args, field) is not None}
-    return MemoryConfig(
-        kv=args.kv,
-        n_ctx=n_ctx,
-        n_batch=args.batch_size,
-        type_k=args.cache_type_k,
-        type_v=args.cache_type_v,
-        flash_attn=args.flash_attn == "on",
-        **{**PRESETS[args.preset or "balanced"], **given},
-    )
-
-
-def check_memory_flags(args: argparse.Namespace, policies: Sequence[str]) -> None:
-    """Raises InputError for a flag of `add_memory_options` that was given and that none of the policies uses."""
-    # The fields that presets set.
-    fields = {**{field: (field,) for field in MEMORY_FIELDS}, "preset": tuple(PRESETS["accurate"])}
-    given = [name for name in fields if getattr(args, name) is not None]
-    kinds = [kind_of(kv) for kv in policies] if given else []
-    unused = [_FLAGS.get(f, f"--{f.replace('_', '-')}") for f in given if not any(k.uses(fields[f]) for k in kinds)]
-    if unused:
-        raise InputError(f"{', '.join(unused)}: --kv {','.join(policies)} has no use for that; is --kv repkv meant?")
-    on_disk = args.kv_dir or args.kv_ram or getattr(args, "session", None)
-    if args.prefetch is not None and not on_disk:
-        raise InputError("--prefetch reads from disk: it needs --kv-ram, --kv-dir or --session")
-
-
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
     """Returns the generation; with --session, it continues after the tokens that the session and the prompt share."""
     from pyggml_repkv.engine.generate import Generation
@@ -255,7 +190,7 @@ def _generate(
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
-        with prompt_progress(args, generation.n_unread) as move:
+        with progress.of_prompt(args, generation.n_unread) as move:
             generation.prefill(move)
         if args.json:
             for _ in generation:
@@ -306,16 +241,6 @@ def _stream(pieces: Iterable[str]) -> None:
 def _end_line(last: str) -> None:
     if not last.endswith("\n"):
         output.write("\n")
-
-
-def prompt_progress(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
-    """Yields a function that shows how much of a prompt is read, or None if nothing is shown."""
-    # One step reads a prompt of one batch: a bar would only flicker.
-    if n_tokens <= args.batch_size:
-        return nullcontext()
-    if progress.wanted():
-        return progress.prompt_bar(n_tokens)
-    return nullcontext() if args.quiet else progress.prompt_lines()
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:
