@@ -98,6 +98,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--text",
         metavar="FILE",
+        type=filled_text,
         help=f"the haystack (default: the usual filler), or the text; {', '.join(NEED_TEXT)} need it",
     )
     group.add_argument(
@@ -124,7 +125,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints results as they come, then a summary; returns the exit code. Raises RepkvError."""
-    text = read_text_file(args.text, "--text") if args.text else None
+    text = read_text_file(args.text, "--text") if args.text is not None else None
     if args.task in NEED_TEXT and text is None:
         raise InputError(f"{args.task} needs a text: --text FILE")
     if text is not None and not text.strip():

@@ -72,7 +72,9 @@ def _add_prompt(group: Any) -> None:
     group.add_argument(
         "-p", "--prompt", metavar="TEXT", type=text, help="the prompt; - reads stdin (default: a sentence)"
     )
-    group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
+    group.add_argument(
+        "-f", "--file", metavar="FILE", type=filled_text, help="a prompt file (UTF-8); with -p, the file comes first"
+    )
 
 
 def trace(args: argparse.Namespace) -> int:

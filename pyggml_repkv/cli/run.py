@@ -50,7 +50,9 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     group = parser.add_argument_group("prompt")
     group.add_argument("-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin")
-    group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
+    group.add_argument(
+        "-f", "--file", metavar="FILE", type=filled_text, help="a prompt file (UTF-8); with -p, the file comes first"
+    )
     group.add_argument(
         "--session",
         metavar="DIR",
@@ -146,11 +148,14 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: --positions exact with {n_prompt} tokens, but the model was trained on {n_ctx_train}")
     if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} exceeds the {n_ctx_train} tokens that the model was trained on")
-    if unbounded and not n_ctx and n_prompt > n_ctx_train:
-        # This tells the memory from the start that the context will be long.
+    if unbounded and not n_ctx:
         limit = _config(args).limit(n_ctx_train)
-        n_more = UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT)
-        n_ctx = min(max(UNBOUNDED_CONTEXT, n_prompt + n_more), MAX_CONTEXT)
+        n_tokens = n_prompt + (UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT))
+        if n_prompt > n_ctx_train:
+            # This tells the memory from the start that the context will be long.
+            n_ctx = min(max(UNBOUNDED_CONTEXT, n_tokens), MAX_CONTEXT)
+        elif min(n_tokens, n_ctx_train) > UNBOUNDED_CONTEXT:
+            n_ctx = min(n_tokens, n_ctx_train)
     return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
@@ -158,11 +163,13 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     """Says what this run will need, before anything is computed. Raises ComputeError if there is less."""
     from pyggml_repkv.engine import budget
 
-    n_more = max(args.n_predict, 0)
-    n_tokens = min(n_prompt + n_more, session.n_ctx)
-    parts = session.budget(n_prompt, n_more)
+    limit = _config(args).limit(session.n_ctx_train)
+    n_tokens = session.n_ctx if limit is None else min(n_prompt + limit, session.n_ctx)
+    # A text that has no set length may end early: it is not refused for what it might need.
+    parts = session.budget(n_prompt, max(args.n_predict, 0)) | session.policy.bytes_at(n_tokens)
     needed, free = budget.size(sum(parts.values())), budget.describe_available()
-    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
+    up_to = "up to " if args.n_predict < 0 else ""
+    _note(args, f"memory for {up_to}{n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
     need = session.disk_need(n_tokens)
     if need is not None and need.total:
         _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
@@ -185,8 +192,6 @@ def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: lis
 def _generate(
     args: argparse.Namespace, model: Model, session: Session, prompt: str, generation: Generation
 ) -> None:  # fmt: skip
-    from pyggml_repkv.cli import report
-
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
@@ -202,18 +207,32 @@ def _generate(
             _save_stopped(args, session)
         _say_timings(args, generation, model, session)
         raise
+    except (ComputeError, StoreError):
+        if args.json and generation.result().tokens:
+            _print_json(generation, model, session)
+        raise
     result = generation.result()
+    if args.json:
+        _print_json(generation, model, session)
     if args.session is not None:
         session.save()
-    if args.json:
-        output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
+        from pyggml_repkv.engine.checks import larger_context
+
         n = len(result.tokens)
-        output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
+        remedy = larger_context(kind_of(args.kv).bounded, session.n_ctx, session.n_ctx_train)
+        output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; {remedy}")
     if result.finish_reason == "length" and args.n_predict == -1:
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens without an end; -n N allows more, -n -2 as many as the context")
     _say_timings(args, generation, model, session)
+
+
+def _print_json(generation: Generation, model: Model, session: Session) -> None:
+    from pyggml_repkv.cli import report
+
+    seed = generation.sampler.seed
+    output.write(report.as_json(generation.result(), model.load_ms, session.stats(), seed) + "\n")
 
 
 def _save_stopped(args: argparse.Namespace, session: Session) -> None:

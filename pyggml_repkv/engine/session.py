@@ -381,7 +381,7 @@ class Session:
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         self._check_open()
         ids = check_tokens(tokens, self.config.n_vocab)
-        check_fits(len(ids), self.n_past, self.n_ctx)
+        check_fits(self.policy, len(ids), self.n_past, self.n_ctx_train)
         return ids
 
     def _check_open(self) -> None:

@@ -66,7 +66,7 @@ class RepKVMemory(BoundedMemory):
         memory, config, file = inputs.memory, inputs.config, inputs.block_file
         if file is None and not memory.on_disk:
             if memory.kv_disk_max or memory.type_evicted:
-                raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram, --kv-dir or --session")
+                raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram or --kv-dir")
             return RamStore(
                 arenas, config, memory, n_rows=n_ctx, max_blocks=max_blocks, sealed_end=lambda: self.blocks.sealed_end
             )  # fmt: skip

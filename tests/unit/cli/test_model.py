@@ -210,7 +210,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
         (["MODEL", "-c", "100000000000"], "-c/--ctx-size: must be a whole number from 0 to 134217728"),
         (["MODEL", "--kv", "nope"], "'nope' is none of full, window, repkv"),
         (["MODEL", "--kv", "nope.py"], "--kv nope.py: there is no such file"),
-        (["MODEL", "--kv", "full", "--kv-ram", "1M"], "--kv-ram: --kv full has no use for that"),
+        (["MODEL", "--kv", "full", "--kv-ram", "1M"], "--kv-ram is of no use with --kv full"),
         (["MODEL", "--kv", "repkv", "-fa", "off"], "which --kv repkv never does"),
         (["MODEL", "--kv-ram", "1"], "--kv-ram has room for 0 blocks"),
         (["MODEL", "--kv-ram", "1G", "--kv-dir", "/proc/x"], "the blocks need a directory that can be written"),
