@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 
+from pyggml_repkv.arguments import check_int, check_type
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.model import pretokenizers
 from pyggml_repkv.model.gguf_header import printable
@@ -215,8 +216,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing.
 
-        special: control tokens are spelled out rather than left out.
+        special: control tokens are spelled out rather than left out. Raises InputError where `ids` holds anything but
+        integers.
         """
+        check_type("ids", ids, Iterable, "token ids")
         return b"".join(self._piece(i, special) for i in ids).decode("utf-8", "replace")
 
     def stream(self, *, special: bool = True) -> StreamDecoder:
@@ -225,7 +228,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token; none for an unused one. Raises InputError for an id outside the vocabulary."""
-        if not 0 <= token < self.n_vocab:
+        if not 0 <= check_int("token", token) < self.n_vocab:
             raise InputError(f"token id {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
         kind = self._kinds.get(token, TokenType.NORMAL)
         text = self._tokens[token]
@@ -243,7 +246,7 @@ class Tokenizer:
         return self._kinds.get(token) in _CONTROL
 
     def _piece(self, token: int, special: bool) -> bytes:
-        if not 0 <= token < self.n_vocab or (not special and self.is_special(token)):
+        if not 0 <= check_int("token", token) < self.n_vocab or (not special and self.is_special(token)):
             return b""
         return self.token_bytes(token)
 

@@ -382,6 +382,21 @@ def test_part_of_the_last_prompt_is_another_one(model, long_folder):
         session.continue_text((TOKENS * 3)[:800]).prefill()
 
 
+def test_a_full_disk_is_called_that_and_loses_no_earlier_save(model, tmp_path):
+    path = tmp_path / "full"
+    with model.session(MEMORY, directory=path) as session:
+        session.prefill(TOKENS[:100])
+        session.save()
+        db = session._store._db
+        n_pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {n_pages}")
+        with pytest.raises(StoreError) as error:
+            session.prefill(TOKENS[100:])
+        assert str(error.value) == f"--session {path}: the disk is full; what was saved before is whole"
+    with model.resume(path) as session:
+        assert session.tokens[:100] == TOKENS[:100]
+
+
 @pytest.fixture
 def long_answer(model, tmp_path):
     """A session that has read a prompt of 40 tokens and 600 generated ones."""
