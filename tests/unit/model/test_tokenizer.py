@@ -455,3 +455,10 @@ def test_text_without_a_place_to_cut_stays_whole() -> None:
 def test_a_run_of_ten_million_blanks_does_not_exhaust_the_regex() -> None:
     (pattern,) = PATTERNS["qwen2"]
     assert len(Split(Regex(pattern), "isolated").pre_tokenize_str(" " * 10_000_001)) == 1
+
+
+def test_ends_that_a_file_wants_added_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {key: value for key, (value, _) in tiny_tokenizer(300).items()} | {"tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert tokenizer.eos_id not in tokenizer.encode("a")
+    assert caplog.messages == ["tokenizer.ggml.add_eos_token is not honoured: a prompt is to be continued"]
