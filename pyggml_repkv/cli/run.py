@@ -21,7 +21,8 @@ from pyggml_repkv.cli.options import (
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
-from pyggml_repkv.memory.config import MAX_CONTEXT, UNBOUNDED_CONTEXT
+from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
+from pyggml_repkv.model.limits import MAX_CONTEXT
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.generate import Generation, GenerationConfig

@@ -478,3 +478,10 @@ def test_what_is_no_token_is_named(ids: Any, message: str) -> None:
         with pytest.raises(InputError, match=f"^{message}$"):
             tokenizer.stream().push(ids[0])
     assert tokenizer.decode(np.array([0, 1])) == tokenizer.decode(iter([0, 1]))
+
+
+def test_ends_that_a_file_wants_added_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {key: value for key, (value, _) in tiny_tokenizer(300).items()} | {"tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert tokenizer.eos_id not in tokenizer.encode("a")
+    assert caplog.messages == ["tokenizer.ggml.add_eos_token is not honoured: a prompt is to be continued"]
