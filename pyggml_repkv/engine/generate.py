@@ -115,10 +115,10 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What a session that goes on has read of a prompt already, and of the text that was being generated after it.
+    """What a session has read of a prompt, and of a text that was being generated after it, before a generation begins.
 
-    logits: [n_vocab] after the last token, needed unless some of the prompt is left; sampler: its state, or None for a
-    new one.
+    n_read: prompt tokens; tokens: those of the text; logits: [n_vocab] after the last token, needed unless some of the
+    prompt is left; sampler: its state, or None for a new one.
     """
 
     n_read: int = 0
@@ -281,7 +281,7 @@ class Generation:
 
     @property
     def begun(self) -> Begun:
-        """What there was before it."""
+        """What the session had read, of the prompt and of the text after it, when this generation was made."""
         return self._begun_with
 
     def was_cut_off(self, saved: Mapping[str, Any]) -> bool:
