@@ -173,7 +173,7 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     _note(args, f"memory for {up_to}{n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
     need = session.disk_need(n_tokens)
     if need is not None and need.total:
-        _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
+        _note(args, f"disk: {up_to}{budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
 
 
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
