@@ -164,7 +164,9 @@ class RepKVMemory(BoundedMemory):
                     self.index.renew(block, begin, end)
         self.local.base = self.local.start(state.n_past)
         self.index.forget(state.sealed_end)
-        if state.scores.size != self.config.n_layer * self.config.n_head_kv * (state.n_past - state.sealed_end):
+        # Sinks have none, also where some are still to come.
+        n_scored = max(0, state.n_past - state.sealed_end)
+        if state.scores.size != self.config.n_layer * self.config.n_head_kv * n_scored:
             raise StoreError("the scores are damaged")
         self.index.put_scores(state.sealed_end, state.scores)
         n_select = self.n_select(state.n_past, 1)

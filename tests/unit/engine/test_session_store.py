@@ -397,6 +397,20 @@ def test_a_full_disk_is_called_that_and_loses_no_earlier_save(model, tmp_path):
         assert session.tokens[:100] == TOKENS[:100]
 
 
+@pytest.mark.parametrize("n_prompt", [1, MEMORY.n_sink - 1, MEMORY.n_sink, MEMORY.n_sink + 1])
+def test_a_session_within_its_sinks_is_whole(model, tmp_path, caplog, n_prompt):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:n_prompt])
+        wanted = session.prefill(TOKENS[n_prompt:300]).copy()
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        session.prefill(TOKENS[:n_prompt])
+        session.save()
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        assert session.continue_text(TOKENS[:300]).begun.n_read == n_prompt
+        assert np.array_equal(session.prefill(TOKENS[n_prompt:300]), wanted)
+    assert caplog.messages == []
+
+
 @pytest.fixture
 def long_answer(model, tmp_path):
     """A session that has read a prompt of 40 tokens and 600 generated ones."""
