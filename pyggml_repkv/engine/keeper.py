@@ -97,15 +97,16 @@ class Keeper:
         return tokens, min(len(tokens), n_prompt) if isinstance(n_prompt, int) and n_prompt > 0 else len(tokens)
 
     def check_keeps(self, prompt: Sequence[int]) -> None:
-        """Raises InputError where a prompt that lacks some of the last one would drop more than MAX_DROPPED tokens, of
-        that one or of what was generated after it.
+        """Raises InputError where a prompt that lacks some of the last one would drop more than MAX_DROPPED tokens of
+        that one, or as many that were generated after it and more than the two share.
 
-        After the whole last prompt any answer may be dropped: for a new one, or for the next question.
+        So a long answer makes way for another question about the same document, and for nothing else.
         """
         tokens, n_prompt = self._last_prompt()
         n_shared = common_prefix(tokens, np.asarray(prompt, np.int64))
         n_generated = len(tokens) - n_prompt
-        if n_shared < n_prompt and max(n_prompt - n_shared, n_generated) > MAX_DROPPED:
+        n_dropped = n_prompt - n_shared
+        if n_dropped > MAX_DROPPED or (n_dropped and n_generated > max(MAX_DROPPED, n_shared)):
             raise InputError(
                 f"--session {self.store.folder} holds a prompt of {n_prompt} tokens, of which this one shares the "
                 f"first {n_shared}, and {n_generated} generated after it: give another directory, or --session-new "

@@ -434,6 +434,17 @@ def test_another_prompt_that_would_drop_a_long_answer_is_refused(model, long_ans
         assert session.n_past == 640
 
 
+def test_a_long_answer_makes_way_for_another_question_about_the_same_document(model, tmp_path, caplog):
+    memory, document = replace(MEMORY, n_ctx=4096), [*TOKENS, *TOKENS][:640]
+    with model.session(memory, directory=tmp_path / "kept") as session:
+        for _ in session.continue_text([*document, 1], GenerationConfig(n_predict=601, ignore_eos=True)):
+            pass
+        session.save()
+    with model.session(memory, directory=tmp_path / "kept") as session:
+        session.continue_text([*document, 2])
+    assert "session: drops 1 tokens of its prompt and 600 generated ones" in caplog.messages
+
+
 @pytest.mark.parametrize(
     ("prompt", "drop", "dropped"),
     [
