@@ -18,14 +18,14 @@ def check_type(name: str, value: object, kind: type | tuple[type, ...], right: s
 
 
 def check_int(name: str, value: Any) -> int:
-    """`value` as an int; NumPy's integers are some, a bool is none. Raises InputError."""
+    """`value` as an int. Raises InputError unless it is one, of Python or NumPy; a bool is not."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise InputError(f"{name} must be an integer, got {value!r:.80}")
     return int(value)
 
 
 def check_number(name: str, value: Any) -> float:
-    """`value` as a float; any real number but a bool is one. Raises InputError."""
+    """`value` as a float. Raises InputError unless it is a real number, of Python or NumPy; a bool is not."""
     try:
         if not isinstance(value, bool) and isinstance(value, Real):
             return float(value)

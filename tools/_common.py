@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pyggml_repkv.cli import output, progress
+from pyggml_repkv.cli.memory_flags import check_memory_flags, memory_config
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options
 from pyggml_repkv.cli.parser import Parser, integer
-from pyggml_repkv.cli.run import check_memory_flags, memory_config
 from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.memory.config import MemoryConfig

@@ -28,9 +28,9 @@ from _common import (
 )
 
 from pyggml_repkv.cli import output
+from pyggml_repkv.cli.model_file import rope_options
 from pyggml_repkv.cli.options import add_rope_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.cli.run import rope_options
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.lab.bench.engines import (
     EngineProcess,

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output
-from pyggml_repkv.cli.model_file import model_path
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import model_path, repacks, rope_options
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
-from pyggml_repkv.cli.parser import HelpFormatter, integer
+from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, repacks, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 
@@ -70,7 +70,12 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "-r", "--repetitions", metavar="N", type=integer(1, 1000), default=5, help="rounds (default: %(default)s)"
     )
     group.add_argument("--no-warmup", action="store_true", help="skip the uncounted first round")
-    group.add_argument("--text", metavar="FILE", help="the text to read (default: random tokens, as llama-bench has)")
+    group.add_argument(
+        "--text",
+        metavar="FILE",
+        type=filled_text,
+        help="the text to read (default: random tokens, as llama-bench has)",
+    )
     group.add_argument(
         "--seed",
         metavar="N",
@@ -293,13 +298,14 @@ def _step_bytes(args: argparse.Namespace, memories: dict[str, MemoryConfig], pla
     from dataclasses import replace
 
     from pyggml_repkv.lab.inspect.builder import BuiltGraph, Wanted
-    from pyggml_repkv.memory.config import MemoryConfig
+    from pyggml_repkv.memory.config import DISK_FIELDS, MemoryConfig
 
     found = {}
+    in_ram = {name: getattr(MemoryConfig(), name) for name in DISK_FIELDS}
     for depth in {case.depth for case in plan.cases}:
         for c in plan.contenders:
             theirs = MemoryConfig(type_k=args.cache_type_k, type_v=args.cache_type_v)
-            memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=plan.n_ctx(depth, c), kv_dir="", kv_ram=0)
+            memory = replace(memories[c.name] if c.is_ours else theirs, n_ctx=plan.n_ctx(depth, c), **in_ram)
             exact = args.exact_graph and c.is_ours
             wanted = Wanted("decode", memory, depth, args.threads, exact=exact, rope=rope_options(args))
             with BuiltGraph(args.model, wanted) as graph:

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output, report
+from pyggml_repkv.cli import output, progress, report
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
-from pyggml_repkv.cli.run import check_memory_flags, kind_of, load_model, memory_config, prompt_progress
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
 from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
@@ -97,6 +98,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     group.add_argument(
         "--text",
         metavar="FILE",
+        type=filled_text,
         help=f"the haystack (default: the usual filler), or the text; {', '.join(NEED_TEXT)} need it",
     )
     group.add_argument(
@@ -123,7 +125,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints results as they come, then a summary; returns the exit code. Raises RepkvError."""
-    text = read_text_file(args.text, "--text") if args.text else None
+    text = read_text_file(args.text, "--text") if args.text is not None else None
     if args.task in NEED_TEXT and text is None:
         raise InputError(f"{args.task} needs a text: --text FILE")
     if text is not None and not text.strip():
@@ -225,7 +227,7 @@ def _answer(
         except (TypeError, ValueError):
             raise InputError(f"--out {args.out} holds results of another version: give another file") from None
     (result,) = run_retrieval(
-        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: prompt_progress(args, n_tokens)
+        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: progress.of_prompt(args, n_tokens)
     )
     if file is not None:
         file.add(settings, asdict(result))

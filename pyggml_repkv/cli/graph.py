@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import graph_run, output
-from pyggml_repkv.cli.model_file import model_path
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import model_path, rope_options
 from pyggml_repkv.cli.options import add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, Parser, integer
-from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, rope_options
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 

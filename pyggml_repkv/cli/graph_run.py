@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyggml_repkv.cli import output
+from pyggml_repkv.cli.memory_flags import kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.parser import filled_text, integer, number, text
 from pyggml_repkv.cli.prompt import read_prompt
-from pyggml_repkv.cli.run import kind_of, load_model, memory_config
 from pyggml_repkv.errors import InputError, RepkvError
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ def _add_prompt(group: Any) -> None:
     group.add_argument(
         "-p", "--prompt", metavar="TEXT", type=text, help="the prompt; - reads stdin (default: a sentence)"
     )
-    group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
+    group.add_argument(
+        "-f", "--file", metavar="FILE", type=filled_text, help="a prompt file (UTF-8); with -p, the file comes first"
+    )
 
 
 def trace(args: argparse.Namespace) -> int:

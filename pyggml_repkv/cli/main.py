@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return signals.exit_code()
     except BrokenPipeError:
         output.discard(sys.stdout, sys.stderr)
-        return 1
+        return signals.exit_code() if signals.taken() else 1
     except Exception as error:
         return _fail(error)
 
@@ -89,6 +89,9 @@ def _dispatch(argv: list[str]) -> int:
 def _fail(error: Exception) -> int:
     if os.environ.get("PYGGML_REPKV_DEBUG") == "1":
         traceback.print_exception(error)
+    if signals.taken():
+        # Libraries make other exceptions of it: NumPy's import an ImportError.
+        return signals.exit_code()
     code = 1
     message = " ".join(str(error).split())
     if isinstance(error, RepkvError):

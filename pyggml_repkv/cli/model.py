@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import model_cache, output
-from pyggml_repkv.cli.model_file import model_path
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import model_path, rope_options
 from pyggml_repkv.cli.options import KV_POLICIES, add_context_options, add_memory_options, add_model_options
-from pyggml_repkv.cli.parser import HelpFormatter, Parser
-from pyggml_repkv.cli.run import check_memory_flags, kind_of, memory_config, rope_options
+from pyggml_repkv.cli.parser import HelpFormatter, Parser, filled_text
 from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import DISK_FIELDS
@@ -52,7 +52,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
-    info.add_argument("file", metavar="MODEL", nargs="?", help="GGUF file or name, as -m MODEL")
+    info.add_argument("file", metavar="MODEL", nargs="?", type=filled_text, help="GGUF file or name, as -m MODEL")
     info.add_argument("--json", action="store_true", help="print one JSON object (docs/model_info.md has the keys)")
     add_model_options(info)
     add_context_options(info)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pyggml_repkv.cli import output, progress
 from pyggml_repkv.cli.parser import HelpFormatter
 from pyggml_repkv.errors import InputError
-
-if TYPE_CHECKING:
-    from pyggml_repkv.model.catalogue import KnownModel
 
 
 def add_tasks(tasks: argparse._SubParsersAction[Any]) -> None:
@@ -40,8 +37,9 @@ def _list(args: argparse.Namespace) -> int:
     from pyggml_repkv.lab.inspect.table import as_table
     from pyggml_repkv.model.catalogue import CATALOGUE
     from pyggml_repkv.model.fetch import cache_folder, cached, n_parts_kept
+    from pyggml_repkv.model.gguf_header import printable
 
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": model.name,
             "about": model.about,
@@ -56,19 +54,16 @@ def _list(args: argparse.Namespace) -> int:
     if args.json:
         output.write(json.dumps({"folder": str(cache_folder()), "models": found}) + "\n")
         return 0
-    rows = [(model.name, f"{model.n_bytes / 1e6:,.0f} MB", _state(model), model.about) for model in CATALOGUE.values()]
+    rows = [(one["name"], f"{one['bytes'] / 1e6:,.0f} MB", _state(one), one["about"]) for one in found]
     output.write(as_table(("name", "size", "here", "what"), rows, frozenset(("name", "here", "what"))))
-    output.write(f"in {cache_folder()}\n")
+    output.write(f"in {printable(cache_folder(), 400)}\n")
     return 0
 
 
-def _state(model: KnownModel) -> str:
-    from pyggml_repkv.model.fetch import cached, n_parts_kept
-
-    if cached(model) is not None:
+def _state(model: dict[str, Any]) -> str:
+    if model["path"] is not None:
         return "yes"
-    n_kept = n_parts_kept(model)
-    return f"{n_kept} of {len(model.parts)} parts" if n_kept else "no"
+    return f"{model['parts_kept']} of {model['parts']} parts" if model["parts_kept"] else "no"
 
 
 def _fetch(args: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ from pyggml_repkv.engine.threads import MAX_THREADS, default_threads
 from pyggml_repkv.memory.config import (
     CACHE_TYPES,
     EVICTED_TYPES,
-    MAX_CONTEXT,
     POSITIONS,
     PREFETCH,
     PRESETS,
@@ -17,7 +16,8 @@ from pyggml_repkv.memory.config import (
     SCORES,
     MemoryConfig,
 )
-from pyggml_repkv.model.rope_options import MAX_BASE, MAX_ORIGINAL, MAX_SCALING, MIN_BASE, ROPE_SCALINGS
+from pyggml_repkv.model.limits import MAX_CONTEXT, MAX_SCALING
+from pyggml_repkv.model.rope_options import MAX_BASE, MIN_BASE, ROPE_SCALINGS
 
 KV_POLICIES = ("full", "window", "repkv")
 MAX_INT = 2**31 - 1
@@ -77,7 +77,7 @@ def add_rope_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--yarn-orig-ctx",
         metavar="N",
-        type=integer(1, MAX_ORIGINAL),
+        type=integer(1, MAX_CONTEXT),
         help="tokens that the model was trained on before YaRN",
     )
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,16 @@ def notices(*, quiet: bool) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+def of_prompt(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Callable[[int, int], None] | None]:
+    """Yields a function that shows how much of a prompt is read, or None if nothing is shown."""
+    # One step reads a prompt of one batch: a bar would only flicker.
+    if n_tokens <= args.batch_size:
+        return nullcontext()
+    if wanted():
+        return prompt_bar(n_tokens)
+    return nullcontext() if args.quiet else prompt_lines()
 
 
 @contextmanager

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, progress
-from pyggml_repkv.cli.model_file import model_path
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import (
     MAX_INT,
     add_context_options,
@@ -20,19 +20,14 @@ from pyggml_repkv.cli.options import (
 )
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer, text
 from pyggml_repkv.cli.prompt import check_chat_flags, read_prompt, tokenize
-from pyggml_repkv.engine.threads import default_threads
 from pyggml_repkv.errors import ComputeError, InputError, RepkvError, StoreError
-from pyggml_repkv.memory.config import MAX_CONTEXT, MEMORY_FIELDS, PRESETS, UNBOUNDED_CONTEXT, MemoryConfig
-from pyggml_repkv.model.rope_options import RopeOptions
+from pyggml_repkv.memory.config import UNBOUNDED_CONTEXT
+from pyggml_repkv.model.limits import MAX_CONTEXT
 
 if TYPE_CHECKING:
-    from pyggml_repkv.engine.generate import Generation, GenerationConfig, Progress
+    from pyggml_repkv.engine.generate import Generation, GenerationConfig
     from pyggml_repkv.engine.model import Model
     from pyggml_repkv.engine.session import Session
-    from pyggml_repkv.memory.registry import PolicyKind
-
-# Flags that are not called as their field is.
-_FLAGS = {"type_evicted": "--cache-type-evicted"}
 
 EXAMPLES = r"""
 examples:
@@ -56,13 +51,15 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     group = parser.add_argument_group("prompt")
     group.add_argument("-p", "--prompt", metavar="TEXT", type=text, help="the prompt, taken literally; - reads stdin")
-    group.add_argument("-f", "--file", metavar="FILE", help="a prompt file (UTF-8); with -p, the file comes first")
+    group.add_argument(
+        "-f", "--file", metavar="FILE", type=filled_text, help="a prompt file (UTF-8); with -p, the file comes first"
+    )
     group.add_argument(
         "--session",
         metavar="DIR",
         type=filled_text,
         help="save what is read and generated to DIR as it comes (with --kv repkv); the next run continues after the "
-        "tokens that its prompt shares with DIR, and is refused where it would drop over 512 other tokens of a prompt",
+        "tokens that its prompt shares with DIR; it says what it drops; another prompt may drop at most 512",
     )
     group.add_argument(
         "--session-new", action="store_true", help="let the prompt drop whatever it does not share with --session DIR"
@@ -138,37 +135,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def load_model(args: argparse.Namespace) -> Model:
-    """Returns the model that the flags of `add_model_options` and `add_context_options` describe."""
-    from pyggml_repkv.engine.model import Model
-
-    return Model.load(
-        model_path(args),
-        threads=args.threads or default_threads(),
-        repack=repacks(args, args.kv),
-        exact_graph=args.exact_graph,
-        normalize=False if getattr(args, "no_normalize", False) else None,
-        rope=rope_options(args),
-    )
-
-
-def rope_options(args: argparse.Namespace) -> RopeOptions:
-    """Returns what the flags of `add_rope_options` say."""
-    return RopeOptions(args.rope_scaling, args.rope_scale, args.rope_freq_base, args.yarn_orig_ctx)
-
-
-def repacks(args: argparse.Namespace, policy: str) -> bool:
-    """Returns whether ggml repacks weights. Only ggml's own nodes can read repacked ones."""
-    return not args.no_repack and "ggml" in kind_of(policy).forms
-
-
-def kind_of(policy: str) -> PolicyKind:
-    """Returns what a policy declares. Raises InputError if it is unknown. The import here loads ggml."""
-    from pyggml_repkv.memory.registry import policy_kind
-
-    return policy_kind(policy)
-
-
 def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
     n_ctx_train = model.config.n_ctx_train
     unbounded = kind_of(args.kv).bounded
@@ -183,11 +149,14 @@ def _session(args: argparse.Namespace, model: Model, n_prompt: int) -> Session:
         output.say(f"warning: --positions exact with {n_prompt} tokens, but the model was trained on {n_ctx_train}")
     if n_ctx > n_ctx_train and not unbounded:
         output.say(f"warning: -c {n_ctx} exceeds the {n_ctx_train} tokens that the model was trained on")
-    if unbounded and not n_ctx and n_prompt > n_ctx_train:
-        # This tells the memory from the start that the context will be long.
+    if unbounded and not n_ctx:
         limit = _config(args).limit(n_ctx_train)
-        n_more = UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT)
-        n_ctx = min(max(UNBOUNDED_CONTEXT, n_prompt + n_more), MAX_CONTEXT)
+        n_tokens = n_prompt + (UNBOUNDED_CONTEXT if limit is None else min(limit, UNBOUNDED_CONTEXT))
+        if n_prompt > n_ctx_train:
+            # This tells the memory from the start that the context will be long.
+            n_ctx = min(max(UNBOUNDED_CONTEXT, n_tokens), MAX_CONTEXT)
+        elif min(n_tokens, n_ctx_train) > UNBOUNDED_CONTEXT:
+            n_ctx = min(n_tokens, n_ctx_train)
     return model.session(memory_config(args, n_ctx), directory=args.session)
 
 
@@ -195,42 +164,16 @@ def _say_budget(args: argparse.Namespace, session: Session, n_prompt: int) -> No
     """Says what this run will need, before anything is computed. Raises ComputeError if there is less."""
     from pyggml_repkv.engine import budget
 
-    n_more = max(args.n_predict, 0)
-    n_tokens = min(n_prompt + n_more, session.n_ctx)
-    parts = session.budget(n_prompt, n_more)
+    limit = _config(args).limit(session.n_ctx_train)
+    n_tokens = session.n_ctx if limit is None else min(n_prompt + limit, session.n_ctx)
+    # A text that has no set length may end early: it is not refused for what it might need.
+    parts = session.budget(n_prompt, max(args.n_predict, 0)) | session.policy.bytes_at(n_tokens)
     needed, free = budget.size(sum(parts.values())), budget.describe_available()
-    _note(args, f"memory for {n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
+    up_to = "up to " if args.n_predict < 0 else ""
+    _note(args, f"memory for {up_to}{n_tokens} tokens: {needed} ({budget.describe(parts)}); {free}")
     need = session.disk_need(n_tokens)
     if need is not None and need.total:
-        _note(args, f"disk: {budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
-
-
-def memory_config(args: argparse.Namespace, n_ctx: int) -> MemoryConfig:
-    """Returns the memory that the flags of `add_context_options` and `add_memory_options` describe."""
-    given = {field: getattr(args, field) for field in MEMORY_FIELDS if getattr(args, field) is not None}
-    return MemoryConfig(
-        kv=args.kv,
-        n_ctx=n_ctx,
-        n_batch=args.batch_size,
-        type_k=args.cache_type_k,
-        type_v=args.cache_type_v,
-        flash_attn=args.flash_attn == "on",
-        **{**PRESETS[args.preset or "balanced"], **given},
-    )
-
-
-def check_memory_flags(args: argparse.Namespace, policies: Sequence[str]) -> None:
-    """Raises InputError for a flag of `add_memory_options` that was given and that none of the policies uses."""
-    # The fields that presets set.
-    fields = {**{field: (field,) for field in MEMORY_FIELDS}, "preset": tuple(PRESETS["accurate"])}
-    given = [name for name in fields if getattr(args, name) is not None]
-    kinds = [kind_of(kv) for kv in policies] if given else []
-    unused = [_FLAGS.get(f, f"--{f.replace('_', '-')}") for f in given if not any(k.uses(fields[f]) for k in kinds)]
-    if unused:
-        raise InputError(f"{', '.join(unused)}: --kv {','.join(policies)} has no use for that; is --kv repkv meant?")
-    on_disk = args.kv_dir or args.kv_ram or getattr(args, "session", None)
-    if args.prefetch is not None and not on_disk:
-        raise InputError("--prefetch reads from disk: it needs --kv-ram, --kv-dir or --session")
+        _note(args, f"disk: {up_to}{budget.size(need.total)} in {need.folder}; {budget.size(need.free)} free")
 
 
 def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: list[int]) -> Generation:
@@ -250,12 +193,10 @@ def _begin(args: argparse.Namespace, model: Model, session: Session, tokens: lis
 def _generate(
     args: argparse.Namespace, model: Model, session: Session, prompt: str, generation: Generation
 ) -> None:  # fmt: skip
-    from pyggml_repkv.cli import report
-
     if args.temp > 0:
         _note(args, f"seed: {generation.sampler.seed}")
     try:
-        with prompt_progress(args, generation.n_unread) as move:
+        with progress.of_prompt(args, generation.n_unread) as move:
             generation.prefill(move)
         if args.json:
             for _ in generation:
@@ -267,18 +208,32 @@ def _generate(
             _save_stopped(args, session)
         _say_timings(args, generation, model, session)
         raise
+    except (ComputeError, StoreError):
+        if args.json and generation.result().tokens:
+            _print_json(generation, model, session)
+        raise
     result = generation.result()
+    if args.json:
+        _print_json(generation, model, session)
     if args.session is not None:
         session.save()
-    if args.json:
-        output.write(report.as_json(result, model.load_ms, session.stats(), generation.sampler.seed) + "\n")
     if result.finish_reason == "context":
+        from pyggml_repkv.engine.checks import larger_context
+
         n = len(result.tokens)
-        output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; raise it with -c")
+        remedy = larger_context(kind_of(args.kv).bounded, session.n_ctx, session.n_ctx_train)
+        output.say(f"warning: cut off after {n} tokens: the context of {session.n_ctx} is full; {remedy}")
     if result.finish_reason == "length" and args.n_predict == -1:
         n = len(result.tokens)
         output.say(f"warning: cut off after {n} tokens without an end; -n N allows more, -n -2 as many as the context")
     _say_timings(args, generation, model, session)
+
+
+def _print_json(generation: Generation, model: Model, session: Session) -> None:
+    from pyggml_repkv.cli import report
+
+    seed = generation.sampler.seed
+    output.write(report.as_json(generation.result(), model.load_ms, session.stats(), seed) + "\n")
 
 
 def _save_stopped(args: argparse.Namespace, session: Session) -> None:
@@ -306,16 +261,6 @@ def _stream(pieces: Iterable[str]) -> None:
 def _end_line(last: str) -> None:
     if not last.endswith("\n"):
         output.write("\n")
-
-
-def prompt_progress(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager[Progress | None]:
-    """Yields a function that shows how much of a prompt is read, or None if nothing is shown."""
-    # One step reads a prompt of one batch: a bar would only flicker.
-    if n_tokens <= args.batch_size:
-        return nullcontext()
-    if progress.wanted():
-        return progress.prompt_bar(n_tokens)
-    return nullcontext() if args.quiet else progress.prompt_lines()
 
 
 def _config(args: argparse.Namespace) -> GenerationConfig:

@@ -10,7 +10,7 @@ import time
 from types import FrameType
 from typing import Any, NoReturn
 
-# Signals that come together, as from an impatient finger, are one.
+# Signals that come together, as from an impatient finger or from two supervisors, are one.
 _TOGETHER_S = 0.5
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -18,6 +18,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # The first signal and when it came.
 _stopped: tuple[int, float] | None = None
 _over = False
+
+
+class Stopped(KeyboardInterrupt):
+    """What the first signal raises. CPython ends a process with SIGINT, whatever its exit code, once the plain one has
+    passed through exec(), as on the way out of a dataclass.
+    """
 
 
 def install() -> None:
@@ -37,8 +43,13 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def taken() -> bool:
+    """Whether a signal has come."""
+    return _stopped is not None
+
+
 def exit_code() -> int:
-    """What a shell would say of a process that the signal killed."""
+    """The status that a shell shows for a process which the first signal killed; for Ctrl-C where none has come."""
     return 128 + (signal.SIGINT if _stopped is None else _stopped[0])
 
 
@@ -49,8 +60,8 @@ def _on_signal(number: int, _: FrameType | None) -> None:
         return
     if _stopped is None:
         _stopped = number, now
-        raise KeyboardInterrupt
-    if number != signal.SIGINT or now - _stopped[1] > _TOGETHER_S:
+        raise Stopped
+    if now - _stopped[1] > _TOGETHER_S:
         _leave()
 
 

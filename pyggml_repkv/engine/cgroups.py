@@ -54,7 +54,7 @@ def _groups(controller: str) -> Iterator[tuple[str, bool]]:
 
 
 def read(path: str) -> str:
-    """What a file of the kernel's says; "" where there is none."""
+    """Text of a file in /proc or /sys; "" where it cannot be read."""
     try:
         return Path(path).read_text(encoding="ascii")
     except (OSError, UnicodeError):

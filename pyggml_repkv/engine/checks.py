@@ -30,10 +30,16 @@ def check_tokens(tokens: Sequence[int], n_vocab: int) -> NDArray[np.int32]:
     return ids.astype(np.int32)
 
 
-def check_fits(n_tokens: int, n_past: int, n_ctx: int) -> None:
+def check_fits(policy: Policy, n_tokens: int, n_past: int, n_ctx_train: int) -> None:
     """Raises ContextFullError where n_tokens more are too many."""
-    if n_past + n_tokens > n_ctx:
-        raise ContextFullError(f"{n_tokens} tokens do not fit: {n_past} of {n_ctx} are used; a larger -c holds more")
+    if n_past + n_tokens > policy.n_ctx:
+        remedy = larger_context(policy.bounded, policy.n_ctx, n_ctx_train)
+        raise ContextFullError(f"{n_tokens} tokens do not fit: {n_past} of {policy.n_ctx} are used; {remedy}")
+
+
+def larger_context(bounded: bool, n_ctx: int, n_ctx_train: int) -> str:
+    """What holds more tokens than a context of n_ctx; bounded: of a memory that goes on past the trained one."""
+    return "a larger -c holds more" + ("" if bounded or n_ctx < n_ctx_train else ", or --kv repkv")
 
 
 class Room:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.arguments import check_callable, check_fields, check_type
 from pyggml_repkv.engine.sampling import Sampler, SamplingConfig
-from pyggml_repkv.errors import ContextFullError, InputError
+from pyggml_repkv.errors import ComputeError, ContextFullError, InputError
 
 FinishReason = Literal["eos", "stop", "length", "context"]
 Progress = Callable[[int, int], None]
@@ -26,6 +26,8 @@ class TokenSession(Protocol):
 
     @property
     def n_ctx_train(self) -> int: ...
+    @property
+    def n_past(self) -> int: ...
     def prefill(self, tokens: Sequence[int], *, on_progress: Progress | None = None) -> NDArray[np.float32]: ...
     def decode(self, token: int) -> NDArray[np.float32]: ...
 
@@ -113,10 +115,10 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """What a session that goes on has read of a prompt already, and of the text that was being generated after it.
+    """What a session has read of a prompt, and of a text that was being generated after it, before a generation begins.
 
-    logits: [n_vocab] after the last token, needed unless some of the prompt is left; sampler: its state, or None for a
-    new one.
+    n_read: prompt tokens; tokens: those of the text; logits: [n_vocab] after the last token, needed unless some of the
+    prompt is left; sampler: its state, or None for a new one.
     """
 
     n_read: int = 0
@@ -196,27 +198,48 @@ class Generation:
         self._tokens: list[int] = []
         self._text: list[str] = []
         self._finish_reason: FinishReason | None = None
+        # Position of the first prompt token that this reads.
+        self._start: int | None = None
         self._n_read = self._n_decoded = 0
         self._prompt_s = self._predicted_s = 0.0
         self._begun = self._ended = 0.0
 
     def prefill(self, on_progress: Progress | None = None) -> None:
-        """Reads the prompt, as iterating does if need be. Raises ContextFullError when it does not fit."""
-        check_callable("on_progress", on_progress)
-        n_before = self._begun_with.n_read
+        """Reads the prompt, as iterating does if need be, once: what was stopped goes on where it was.
 
-        def count(n_done: int, n_total: int) -> None:
-            self._n_read = n_done
-            if on_progress is not None:
+        Raises ContextFullError when it does not fit; ComputeError where it was stopped after the last token.
+        """
+        check_callable("on_progress", on_progress)
+        if self._logits is not None:
+            return
+        if self._start is None:
+            self._start = self._session.n_past
+        start = perf_counter()
+        self._begun = self._begun or start
+        try:
+            self._logits = self._read(self._start, on_progress)
+        finally:
+            # Not what on_progress was told: a step may be over when Ctrl-C comes before that.
+            self._n_read = self._session.n_past - self._start
+            self._prompt_s += perf_counter() - start
+        if on_progress is not None and self._n_read:
+            on_progress(len(self._prompt), len(self._prompt))
+
+    def _read(self, start: int, on_progress: Progress | None) -> NDArray[np.float32]:
+        n_before = self._begun_with.n_read + self._session.n_past - start
+        rest = self._prompt[n_before:]
+        if not rest:
+            if self._begun_with.logits is None or self._session.n_past > start:
+                raise ComputeError("the prompt was read and its logits are lost: read it in a new session, or rewind")
+            return self._begun_with.logits
+
+        def tell(n_done: int, n_total: int) -> None:
+            self._n_read = n_before - self._begun_with.n_read + n_done
+            # The last call waits for the logits, which would be lost if it raised.
+            if on_progress is not None and n_done < n_total:
                 on_progress(n_before + n_done, n_before + n_total)
 
-        self._begun = perf_counter()
-        rest = self._prompt[n_before:]
-        try:
-            self._logits = self._session.prefill(rest, on_progress=count) if rest else self._begun_with.logits
-            self._n_read = len(rest)
-        finally:
-            self._prompt_s = perf_counter() - self._begun
+        return self._session.prefill(rest, on_progress=tell)
 
     def __iter__(self) -> Iterator[str]:
         if self._iterated:
@@ -258,7 +281,7 @@ class Generation:
 
     @property
     def begun(self) -> Begun:
-        """What there was before it."""
+        """What the session had read, of the prompt and of the text after it, when this generation was made."""
         return self._begun_with
 
     def was_cut_off(self, saved: Mapping[str, Any]) -> bool:
@@ -274,11 +297,13 @@ class Generation:
     def saved(self, n_past: int) -> dict[str, Any]:
         """What a session that has read n_past tokens keeps so that this text can go on: JSON."""
         unread = n_past - len(self._prompt) < len(self._tokens)
+        # One that ended within what there was before it, as with a smaller n_predict, has ended nothing.
+        is_all = len(self._tokens) >= len(self._begun_with.tokens)
         return {
             "n_prompt": len(self._prompt),
             "settings": self._identity(),
             "sampler": self._sampler_before if unread else self.sampler.state(),
-            "finished": self._finish_reason,
+            "finished": self._finish_reason if is_all else None,
         }
 
     def _pieces(self) -> Iterator[str]:

@@ -18,7 +18,7 @@ MayResume = Callable[[dict[str, Any]], bool]
 
 log = logging.getLogger(__name__)
 
-# Tokens of a prompt that another may drop without being asked: the question after a document, not the document.
+# Tokens that another prompt may drop without being asked: the question after a document, not the document.
 MAX_DROPPED = 512
 
 
@@ -86,24 +86,44 @@ class Keeper:
         self._n_steps_saved = 0
         self._saver = self._new_saver()
 
-    def check_keeps(self, prompt: Sequence[int]) -> None:
-        """Raises InputError where going on with a prompt would drop more than MAX_DROPPED tokens of the one before.
-
-        What was generated after that does not count: every other question drops the answer to the last one.
-        """
-        tokens, _ = self._kept_tokens()
+    def _last_prompt(self) -> tuple[np.ndarray, int]:
+        """The directory's tokens, and how many of them are its prompt; the others were generated after it."""
         checkpoints = self.store.checkpoints()
         if not checkpoints:
-            return
+            return np.empty(0, np.int32), 0
+        tokens, _ = self._kept_tokens()
         n_prompt = checkpoints[0][2].get("n_prompt")
         # 0 where tokens were read that nobody called a prompt.
-        n_read = min(len(tokens), n_prompt) if isinstance(n_prompt, int) and n_prompt > 0 else len(tokens)
+        return tokens, min(len(tokens), n_prompt) if isinstance(n_prompt, int) and n_prompt > 0 else len(tokens)
+
+    def check_keeps(self, prompt: Sequence[int]) -> None:
+        """Raises InputError where a prompt that lacks some of the last one would drop more than MAX_DROPPED tokens of
+        that one, or as many that were generated after it and more than the two share.
+
+        So a long answer makes way for another question about the same document, and for nothing else.
+        """
+        tokens, n_prompt = self._last_prompt()
         n_shared = common_prefix(tokens, np.asarray(prompt, np.int64))
-        if n_read - n_shared > MAX_DROPPED:
+        n_generated = len(tokens) - n_prompt
+        n_dropped = n_prompt - n_shared
+        if n_dropped > MAX_DROPPED or (n_dropped and n_generated > max(MAX_DROPPED, n_shared)):
             raise InputError(
-                f"--session {self.store.folder} holds a prompt of {n_read} tokens, of which this one shares the first "
-                f"{n_shared}: give another directory, or --session-new to drop the others"
+                f"--session {self.store.folder} holds a prompt of {n_prompt} tokens, of which this one shares the "
+                f"first {n_shared}, and {n_generated} generated after it: give another directory, or --session-new "
+                "(drop=True in Python) to drop the others"
             )
+
+    def start_over(self) -> None:
+        """Called where a session is read into without going back. Raises as check_keeps does."""
+        self.check_keeps(())
+        self._say_dropped(0)
+
+    def _say_dropped(self, n_kept: int) -> None:
+        tokens, n_prompt = self._last_prompt()
+        dropped = max(0, n_prompt - n_kept), len(tokens) - max(n_prompt, n_kept)
+        if any(dropped):
+            level = logging.WARNING if max(dropped) > MAX_DROPPED else logging.INFO
+            log.log(level, "session: drops %d tokens of its prompt and %d generated ones", *dropped)
 
     def go_back_to(self, prompt: Sequence[int] | None, may_resume: MayResume, n_ctx: int) -> Resumed:
         """See Session.go_back_to."""
@@ -120,8 +140,10 @@ class Keeper:
             if n_past > n_ctx:
                 raise InputError(f"--session {self.store.folder} has {n_past} tokens: give -c {n_past} or more")
             again = not self._restore(tokens[:n_past], sizes)
+            self._say_dropped(max(n_past, prefix))
             self._say_read_again(prefix - n_past)
             return Resumed(n_past, self._stepper.logits, extra, again)
+        self._say_dropped(prefix)
         self._say_read_again(prefix)
         return Resumed(0, None, {})
 

@@ -25,9 +25,12 @@ class Reader:
     tokens, or had.
     """
 
-    def __init__(self, stepper: Stepper, keeper: Keeper | None, n_batch: int, closing: threading.Event) -> None:
-        """closing: is set when no further step shall begin."""
-        self._stepper, self._keeper, self._n_batch, self._closing = stepper, keeper, n_batch, closing
+    def __init__(
+        self, stepper: Stepper, keeper: Keeper | None, n_ctx_train: int, n_batch: int, closing: threading.Event
+    ) -> None:
+        """n_ctx_train: of the model; closing: is set when no further step shall begin."""
+        self._stepper, self._keeper, self._closing = stepper, keeper, closing
+        self._n_ctx_train, self._n_batch = n_ctx_train, n_batch
         self.begun = stepper.n_past > 0
         self._room = Room()
 
@@ -37,12 +40,12 @@ class Reader:
         """As Stepper.step. Raises InputError where the session is closed, ContextFullError before anything is read."""
         stepper = self._stepper
         check_open(self._closing)
-        check_fits(len(chunk), stepper.n_past, stepper.policy.n_ctx)
+        check_fits(stepper.policy, len(chunk), stepper.n_past, self._n_ctx_train)
         # One token's logits are cheaper than a second plan without them.
         outputs = "all" if len(chunk) == 1 else outputs
         self._room.check(stepper.policy, stepper.n_past, stepper.n_past + len(chunk))
         if self._keeper is not None and not self.begun:
-            self._keeper.check_keeps(())
+            self._keeper.start_over()
         self.begun = True
         again = stepper if self._keeper is None else self._keeper
         if stepper.lost:

@@ -69,7 +69,7 @@ class Session(Exclusive):
     def _begin(self, stepper: Stepper, store: SessionStore | None = None, keeper: Keeper | None = None) -> None:
         super().__init__()
         self._stepper, self._store, self._keeper = stepper, store, keeper
-        self._reader = Reader(stepper, keeper, self.n_batch, self._closing)
+        self._reader = Reader(stepper, keeper, self.config.n_ctx_train, self.n_batch, self._closing)
         self._extra: Callable[[int], dict[str, object]] = lambda _: {}
         self._prompt_end = 0
         self._freed = False
@@ -110,7 +110,7 @@ class Session(Exclusive):
         ContextFullError where the prompt is longer than the context.
         """
         n_prompt, n_more = check_count("n_prompt", n_prompt), check_count("n_more", n_more)
-        check_fits(n_prompt, 0, self.n_ctx)
+        check_fits(self.policy, n_prompt, 0, self.n_ctx_train)
         sizes = self.policy.split(max(n_prompt, 1), self.n_batch)
         self._stepper.prepare(sizes[0], "all" if sizes[0] == 1 else "none" if len(sizes) > 1 else "last")
         need = self.disk_need(min(n_prompt + n_more, self.n_ctx))
@@ -329,7 +329,7 @@ class Session(Exclusive):
     def _checked(self, tokens: Sequence[int]) -> np.ndarray:
         check_open(self._closing)
         ids = check_tokens(tokens, self.config.n_vocab)
-        check_fits(len(ids), self.n_past, self.n_ctx)
+        check_fits(self.policy, len(ids), self.n_past, self.n_ctx_train)
         return ids
 
     def _free(self) -> None:

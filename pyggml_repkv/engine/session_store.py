@@ -100,6 +100,8 @@ def kept_settings(folder: Path) -> MemoryConfig:
 
 
 def _unusable(where: str, error: Exception) -> InputError:
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return InputError(f"{where}: the disk is full; what was saved before is whole")
     return InputError(
         f"{where}: session.db cannot be used ({error}); check permissions and the disk, or move the directory away to "
         "start a new one"

@@ -1,4 +1,4 @@
-"""How many threads compute, unless somebody says."""
+"""The default number of compute threads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ MAX_THREADS = 512
 
 
 def default_threads() -> int:
-    """Physical cores among the CPUs of this process: a second thread on one core slows matrix kernels. At most as many
-    as a container's quota has whole processors: threads beyond it make all of them wait.
+    """The physical cores among this process's CPUs, at most as many as a control group's quota has whole processors.
+
+    A second thread on one core slows matrix kernels; threads beyond a quota make all of them wait.
     """
     quota = cgroups.cpu_quota()
     return max(1, min(_n_cores(), MAX_THREADS, MAX_THREADS if quota is None else int(quota)))

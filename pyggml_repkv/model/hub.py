@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pyggml_repkv.errors import InputError, RepkvError
-from pyggml_repkv.model.demo import need_space
+from pyggml_repkv.model.disk_space import need_space
 from pyggml_repkv.model.fetch import Progress
 from pyggml_repkv.model.gguf_file import printable
 
@@ -74,14 +74,15 @@ def _files(repo: str) -> dict[str, _RemoteFile]:
 def _chosen(repo: str, files: Mapping[str, Any], quant: str | None, file: str | None) -> str:
     """Returns the file that is asked for, of a split model any part. Raises InputError."""
     if file is not None:
+        if quant is not None:
+            raise InputError(f"{repo}:{quant} and the file '{printable(file, 200)}' both name a model: leave one out")
         if file in files:
             return file
         raise InputError(f"{repo} has no file '{printable(file, 200)}'; it has {_some(_models(files))}")
     models = _models(files)
     if not models:
         raise InputError(f"{repo} has no GGUF model; look for a repository whose name ends in -GGUF")
-    pattern = re.compile(rf"(?<![a-z0-9]){re.escape(quant or DEFAULT_QUANT)}(?=[.\-/])", re.IGNORECASE)
-    found = next(filter(pattern.search, models), None)
+    found = next((name for name in models if _has_quant(quant or DEFAULT_QUANT, name)), None)
     if found is not None:
         return found
     if quant is not None:
@@ -90,6 +91,10 @@ def _chosen(repo: str, files: Mapping[str, Any], quant: str | None, file: str | 
     if len(models) > 1:
         log.warning("%s has no %s; taking %s", repo, DEFAULT_QUANT, printable(models[0], 200))
     return models[0]
+
+
+def _has_quant(quant: str, name: str) -> bool:
+    return re.search(rf"(?<![a-z0-9]){re.escape(quant)}(?=[.\-/])", name, re.IGNORECASE) is not None
 
 
 def _models(files: Mapping[str, Any]) -> list[str]:
@@ -116,13 +121,17 @@ def _download(repo: str, wanted: Sequence[str], files: Mapping[str, _RemoteFile]
 
     cache = Path(constants.HF_HUB_CACHE)
     missing = sum(files[name].n_bytes for name in wanted if not isinstance(try_to_load_from_cache(repo, name), str))
-    need_space(next(folder for folder in (cache, *cache.parents) if folder.is_dir()), missing)
+    need_space(next(folder for folder in (cache, *cache.parents) if folder.is_dir()), missing, "HF_HOME")
     if missing:
         log.info("downloading %s of %s (%.0f MB)", printable(wanted[0], 200), repo, missing / 1e6)
     api, n_all, n_before, paths = HfApi(endpoint=constants.ENDPOINT), sum(files[name].n_bytes for name in wanted), 0, []
     for name in wanted:
         bar = _bar(progress, n_before, n_all)
-        paths.append(Path(api.hf_hub_download(repo, name, tqdm_class=bar)))
+        try:
+            paths.append(Path(api.hf_hub_download(repo, name, tqdm_class=bar)))
+        except KeyboardInterrupt:
+            log.info("%s will be downloaded from its beginning when this is run again", printable(name, 200))
+            raise
         if bar.n_seen:
             _check(paths[-1], files[name].sha256)
         n_before += files[name].n_bytes
@@ -176,7 +185,10 @@ def _from_cache(repo: str, quant: str | None, file: str | None, error: Exception
         wanted = _with_parts(repo, _chosen(repo, files, quant, file), files)
     except (OSError, ValueError, RepkvError):
         _refuse(repo, error)
-    if not isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled):
+        if quant is None and file is None and not _has_quant(DEFAULT_QUANT, wanted[0]):
+            log.warning("HF_HUB_OFFLINE is set; of %s the cache has %s", repo, printable(wanted[0], 200))
+    else:
         log.warning(
             "the hub cannot be reached (%s); using %s from its cache", _reason(error), printable(wanted[0], 200)
         )
@@ -208,6 +220,8 @@ def _refuse(repo: str, error: Exception) -> NoReturn:
         raise InputError(f"the hub has no repository {repo}, or it is private: check the name, or {token}") from None
     if status in (401, 403):
         raise RepkvError(f"the hub refuses access to {repo} ({status}): check the token in HF_TOKEN") from None
+    if status == 404:
+        raise InputError(f"the hub has no repository {repo}: check the name") from None
     if status:
         raise RepkvError(f"{repo} cannot be downloaded: the hub answers {status}; try again later") from None
     if isinstance(error, OfflineModeIsEnabled):

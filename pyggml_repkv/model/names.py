@@ -15,8 +15,8 @@ HUB_PREFIX = "hf:"
 def find_model(name: str | os.PathLike[str], progress: Progress | None = None) -> Path:
     """Returns the path of a model; one that has a name, or is on the hub, is fetched first if it is not in the cache.
 
-    name: a file, if it has a path separator or ends in .gguf; else a name of `CATALOGUE`, or a file that is called
-    nothing alike. "hf:USER/REPO[:QUANT]" is a repository of the hub. progress: told of what is downloaded.
+    name: a file, if it has a path separator or ends in .gguf; otherwise a name of `CATALOGUE` if there is such a one,
+    else a file. "hf:USER/REPO[:QUANT]" is a repository of the hub. progress: told of what is downloaded.
     Raises InputError for what is neither, RepkvError where fetching fails.
     """
     text = os.fspath(name)
@@ -27,7 +27,7 @@ def find_model(name: str | os.PathLike[str], progress: Progress | None = None) -
 
         return fetch_from_hub(text.removeprefix(HUB_PREFIX), progress=progress)
     path = Path(text)
-    if text and text not in CATALOGUE and (path.name != text or text.lower().endswith(".gguf") or path.exists()):
+    if text and text not in CATALOGUE and (path.name != text or text.lower().endswith(".gguf") or os.path.exists(text)):
         return path
     return fetch(known_model(text), progress)
 

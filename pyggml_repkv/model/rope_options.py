@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.model.limits import MAX_CONTEXT, MAX_SCALING
 
 if TYPE_CHECKING:
     from pyggml_repkv.model.config import ModelConfig
@@ -16,10 +17,8 @@ log = logging.getLogger(__name__)
 
 ROPE_SCALINGS = ("none", "linear", "yarn")
 
-# As much as a model file may name (model/config.py). YaRN divides by the logarithm of the base.
-MAX_SCALING = 1e6
+# YaRN divides by the logarithm of the base.
 MIN_BASE, MAX_BASE = 1.001, 1e12
-MAX_ORIGINAL = 2**27
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class RopeOptions:
         limits = (
             ("--rope-scale", self.scale, 1 / MAX_SCALING, MAX_SCALING, (int, float)),
             ("--rope-freq-base", self.freq_base, MIN_BASE, MAX_BASE, (int, float)),
-            ("--yarn-orig-ctx", self.orig_ctx, 1, MAX_ORIGINAL, (int,)),
+            ("--yarn-orig-ctx", self.orig_ctx, 1, MAX_CONTEXT, (int,)),
         )
         for flag, value, low, high, kinds in limits:
             sound = isinstance(value, kinds) and type(value) is not bool and low <= value <= high
@@ -61,7 +60,7 @@ class RopeOptions:
         if self.orig_ctx is not None and kind != "yarn":
             raise InputError(f"--yarn-orig-ctx is for --rope-scaling yarn, and the scaling is {kind}")
         if kind == "yarn" and factor < 1:
-            raise InputError(f"the RoPE scaling factor is {factor:g}, yarn scaling needs at least 1: give --rope-scale")
+            raise InputError(f"yarn scaling needs a factor of at least 1, not {factor:g}: give a larger --rope-scale")
         if self.scaling in ("linear", "yarn") and self.scale is None and factor == 1:
             log.warning("--rope-scaling %s scales nothing: the file names no factor; give --rope-scale", kind)
         if kind == "none" or (kind == "linear" and factor == 1):
@@ -73,8 +72,8 @@ class RopeOptions:
             orig_context=self.orig_ctx or before.orig_context,
             ext_factor=1.0 if kind == "yarn" else 0.0,
         )
-        if scaling != before and kind == "yarn" and factor * scaling.orig_context > MAX_ORIGINAL:
-            raise InputError(f"{scaling} would be more than {MAX_ORIGINAL} tokens: give a smaller --rope-scale")
+        if scaling != before and kind == "yarn" and factor * scaling.orig_context > MAX_CONTEXT:
+            raise InputError(f"{scaling} would be more than {MAX_CONTEXT} tokens: give a smaller --rope-scale")
         n_ctx_train = config.n_ctx_train
         # As llama.cpp counts: only YaRN reaches further without training.
         if scaling != before and "yarn" in (kind, before.kind):

@@ -1,69 +1,28 @@
-"""Text to token ids and back, with the vocabulary, merges and special tokens of a GGUF file.
-
-Special tokens and the end-of-generation set follow llama.cpp (src/llama-vocab.cpp).
-"""
+"""Text to token ids and back, with the vocabulary, merges and special tokens of a GGUF file."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from gguf.constants import TokenType
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.models import BPE
 from tokenizers.normalizers import NFC
 
+from pyggml_repkv.arguments import check_int, check_type
 from pyggml_repkv.errors import InputError, ModelFileError
 from pyggml_repkv.model import pretokenizers
-from pyggml_repkv.model.gguf_header import printable
-from pyggml_repkv.model.pretokenizers import LLAMA3, check_known, chunks, pre_name, pre_tokenizer
+from pyggml_repkv.model.pretokenizers import LLAMA3, chunks, pre_tokenizer
 from pyggml_repkv.model.stream import StreamDecoder
 from pyggml_repkv.model.text import apart, unmask, valid_text
-
-log = logging.getLogger(__name__)
+from pyggml_repkv.model.tokenizer_keys import TokenizerKeys, mark_special_tokens
 
 # Characters. One call costs 170 bytes for each of them, and cannot be interrupted.
 CHUNK = 16384
 # A word of more characters is encoded in a thread, which Ctrl-C need not wait for: some milliseconds.
 LONG_CHUNK = 4 * CHUNK
-
-# Tokens that end generation, and are control tokens, whatever their type says.
-EOG_TEXTS = frozenset(
-    (
-        *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|end_of_text|>"),
-        *("<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<turn|>", "<end_of_turn>"),
-        *("</s>", "<eos>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "[e~[", "<end_of_utterance>"),
-        "<｜end▁of▁sentence｜>",
-    )
-)
-
-
-class _FimRole(NamedTuple):
-    """A fill-in-the-middle token: `texts` stand in for missing metadata, and make it a control token."""
-
-    roles: tuple[str, ...]  # in names of metadata keys
-    texts: tuple[str, ...]
-    ends: bool  # generation ends there
-
-
-_PREFIXES = ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>")
-_SUFFIXES = ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>")
-_MIDDLES = ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>")
-_FIM_ROLES = (
-    _FimRole(("fim_pre", "prefix"), (*_PREFIXES, "<|code_prefix|>", "<|prefix|>"), ends=False),
-    _FimRole(("fim_suf", "suffix"), (*_SUFFIXES, "<|code_suffix|>", "<|suffix|>"), ends=False),
-    _FimRole(("fim_mid", "middle"), (*_MIDDLES, "<|code_middle|>", "<|middle|>"), ends=False),
-    _FimRole(("fim_pad",), ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"), ends=True),
-    _FimRole(("fim_rep",), ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), ends=True),
-    _FimRole(("fim_sep",), ("<|file_sep|>",), ends=True),
-)
-
-# Of the ids in a file's metadata, those that this program asks for.
-_ROLES = ("bos", "eos", "eot", "eom", *(name for role in _FIM_ROLES for name in role.roles))
 
 _NFC = NFC()
 
@@ -79,50 +38,6 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenizerKeys:
-    """The `tokenizer.ggml.*` keys of a file. merges: "left right", or pairs; kinds: types of the tokens that are not
-    normal ones; ids: of the special tokens that the file names, by role.
-    """
-
-    tokens: list[str]
-    merges: list[str | tuple[str, str]]
-    pre: str
-    kinds: dict[int, int]
-    ids: dict[str, int]
-    add_bos: bool
-
-    @classmethod
-    def read(cls, metadata: Mapping[str, Any]) -> TokenizerKeys:
-        """Checks each key, and warns where one is made up for. Whether merges contradict the tokens is left to
-        `Tokenizer`, which takes far longer. Raises ModelFileError.
-        """
-        model = metadata.get("tokenizer.ggml.model")
-        if not isinstance(model, str) or model != "gpt2":
-            raise ModelFileError(f"tokenizer.ggml.model is {printable(repr(model))}; only 'gpt2' is supported")
-        tokens = _strings(metadata, "tokenizer.ggml.tokens")
-        if "" in tokens:
-            tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
-        _check_scores(metadata, len(tokens))
-        pre, given = pre_name(metadata), metadata.get("tokenizer.ggml.pre")
-        check_known(pre)
-        keys = cls(
-            tokens, _merges(metadata), pre, _token_kinds(metadata, len(tokens)),
-            special_ids(metadata, len(tokens)), _adds_bos(metadata),
-        )  # fmt: skip
-        if given in (None, "", "default"):
-            named = "is missing" if given is None else f"is {given!r}"
-            guess = f"architecture and vocabulary are those of {pre}, which is used"
-            if pre == "default":
-                guess = "words are cut by a general rule, perhaps not the one that the model was trained with"
-            log.warning("tokenizer.ggml.pre %s: %s", named, guess)
-        wrong = [key for role in _ROLES if role not in keys.ids and (key := _id_key(role)) in metadata]
-        if wrong:
-            named = ", ".join(f"{key} is {printable(repr(metadata[key]), 40)}" for key in wrong)
-            log.warning("%s: no token of a vocabulary of %d, treated as none", named, len(tokens))
-        return keys
 
 
 class Tokenizer:
@@ -173,7 +88,7 @@ class Tokenizer:
         """
         keys = TokenizerKeys.read(metadata)
         kinds = dict(keys.kinds)
-        eog_ids = _mark_special_tokens(keys.ids, keys.tokens, kinds)
+        eog_ids = mark_special_tokens(keys.ids, keys.tokens, kinds)
         return cls(
             keys.tokens,
             keys.merges,
@@ -215,8 +130,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, special: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary nothing.
 
-        special: control tokens are spelled out rather than left out.
+        special: control tokens are spelled out rather than left out. Raises InputError where `ids` holds anything but
+        integers.
         """
+        check_type("ids", ids, Iterable, "token ids")
         return b"".join(self._piece(i, special) for i in ids).decode("utf-8", "replace")
 
     def stream(self, *, special: bool = True) -> StreamDecoder:
@@ -225,7 +142,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """Bytes of one token; none for an unused one. Raises InputError for an id outside the vocabulary."""
-        if not 0 <= token < self.n_vocab:
+        if not 0 <= check_int("token", token) < self.n_vocab:
             raise InputError(f"token id {token} is not in the vocabulary; ids go from 0 to {self.n_vocab - 1}")
         kind = self._kinds.get(token, TokenType.NORMAL)
         text = self._tokens[token]
@@ -243,7 +160,7 @@ class Tokenizer:
         return self._kinds.get(token) in _CONTROL
 
     def _piece(self, token: int, special: bool) -> bytes:
-        if not 0 <= token < self.n_vocab or (not special and self.is_special(token)):
+        if not 0 <= check_int("token", token) < self.n_vocab or (not special and self.is_special(token)):
             return b""
         return self.token_bytes(token)
 
@@ -269,25 +186,6 @@ class Tokenizer:
             if spelled in text:
                 parts = [cut for part in parts for cut in _cut(part, spelled, special)]
         return parts
-
-
-def _adds_bos(metadata: Mapping[str, Any]) -> bool:
-    """Whether a text starts with the BOS token. Raises ModelFileError."""
-    key = "tokenizer.ggml.add_bos_token"
-    adds = metadata.get(key, pre_name(metadata) in LLAMA3)
-    if not isinstance(adds, bool | int):
-        raise ModelFileError(f"{key} is {printable(repr(adds))}; true or false is needed")
-    return bool(adds)
-
-
-def special_ids(metadata: Mapping[str, Any], n_tokens: int) -> dict[str, int]:
-    """The ids that the file names, by role, less what is no id: converters write -1 for a token that there is not."""
-    named = {role: metadata.get(_id_key(role)) for role in _ROLES}
-    return {role: token for role, token in named.items() if type(token) is int and 0 <= token < n_tokens}
-
-
-def _id_key(role: str) -> str:
-    return f"tokenizer.ggml.{role}_token_id"
 
 
 def _cut(part: str | int, spelled: str, special: int) -> list[str | int]:
@@ -341,62 +239,3 @@ def _byte_pair_encoder(
         return HFTokenizer(BPE(vocab, pairs, unk_token=stand_in, ignore_merges=ignore_merges)), len(tokens)
     except TypeError:
         raise ModelFileError("tokenizer.ggml.tokens has text that is not UTF-8; convert the file again") from None
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    values = metadata.get(key)
-    if not isinstance(values, list) or {*map(type, values)} != {str}:
-        raise ModelFileError(f"{key} is missing, empty or no array of strings; a model file needs it")
-    return values
-
-
-def _merges(metadata: Mapping[str, Any]) -> list[str | tuple[str, str]]:
-    key = "tokenizer.ggml.merges"
-    values = metadata.get(key)
-    if not isinstance(values, list) or not values or not isinstance(values[0], list):
-        return [*_strings(metadata, key)]
-    if any(not isinstance(pair, list) or len(pair) != 2 for pair in values):
-        raise ModelFileError(f"{key} is an array of arrays, and not all of them are pairs of tokens")
-    return [(left, right) for left, right in values]
-
-
-def _check_scores(metadata: Mapping[str, Any], n_tokens: int) -> None:
-    """Nobody reads them, but a file where they do not fit the tokens is damaged."""
-    key = "tokenizer.ggml.scores"
-    scores = metadata.get(key)
-    if scores is not None and (not isinstance(scores, np.ndarray) or len(scores) < n_tokens):
-        raise ModelFileError(f"{key} is not an array of {n_tokens} numbers, one for each token")
-
-
-def _token_kinds(metadata: Mapping[str, Any], n_tokens: int) -> dict[int, int]:
-    """The types of the tokens that are not normal ones."""
-    key = "tokenizer.ggml.token_type"
-    if key not in metadata:
-        return {}
-    try:
-        types = np.asarray(metadata[key])
-    except ValueError:  # arrays of several lengths
-        types = np.empty(0)
-    if types.dtype.kind not in "iu" or types.ndim != 1 or len(types) < n_tokens:
-        raise ModelFileError(f"{key} is not an array of {n_tokens} integers, one for each token")
-    return {int(i): int(types[i]) for i in np.flatnonzero(types[:n_tokens] != TokenType.NORMAL)}
-
-
-def _mark_special_tokens(ids: Mapping[str, int], tokens: Sequence[str], kinds: dict[int, int]) -> frozenset[int]:
-    """The end-of-generation ids; tokens known by their text to be control tokens are marked so in `kinds`."""
-    known = EOG_TEXTS.union(*(role.texts for role in _FIM_ROLES))
-    found = {token: i for i, token in enumerate(tokens) if token in known}
-    control = {found[text] for text in EOG_TEXTS if text in found}
-
-    def named(*roles: str) -> list[int]:
-        return [ids[role] for role in roles if role in ids]
-
-    eog = control.union(named("eos", "eot", "eom"))
-    for roles, texts, ends in _FIM_ROLES:
-        by_name = named(*roles)
-        by_text = [] if by_name else [found[text] for text in texts if text in found][:1]
-        control.update(by_text)
-        if ends:
-            eog.update(by_name or by_text)
-    kinds.update(dict.fromkeys(control, int(TokenType.CONTROL)))
-    return frozenset(eog)

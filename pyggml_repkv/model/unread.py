@@ -18,9 +18,12 @@ _HARMLESS = frozenset(
 
 
 def warn_of_unread_keys(file: GGUFFile, prefix: str, read: Collection[str]) -> None:
-    """Names the keys `prefix`.* that are not among those `read`; those of RoPE are model/config.py's to judge."""
+    """Names the keys `prefix`.* that are not among those `read`; those of RoPE's scaling are model/config.py's to
+    judge.
+    """
     known = {*read, *(f"{prefix}.{key}" for key in _HARMLESS)}
-    unread = [k for k in file.metadata if k.startswith(f"{prefix}.") and not k.startswith(f"{prefix}.rope.")]
+    judged = f"{prefix}.rope.scaling."
+    unread = [key for key in file.metadata if key.startswith(f"{prefix}.") and not key.startswith(judged)]
     _warn(file, "keys", [key for key in unread if key not in known])
 
 

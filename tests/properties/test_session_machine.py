@@ -149,7 +149,7 @@ class SessionMachine(RuleBasedStateMachine):
     def it_goes_on_as_one_that_never_stopped(self):
         with self.model.session(self.memory) as plain:
             for size in self.steps:
-                plain._step(np.array(TOKENS[plain.n_past : plain.n_past + size], np.int32), "none")
+                plain._reader.step(np.array(TOKENS[plain.n_past : plain.n_past + size], np.int32), "none")
             for _ in range(3):
                 token = TOKENS[plain.n_past]
                 self.logits = self.session.decode(token).copy()

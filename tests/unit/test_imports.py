@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from pyggml_repkv.cli.main import COMMANDS
+
 PACKAGE = Path(__file__).parents[2] / "pyggml_repkv"
 
 # From the top down. `native` is compiled: only its build script is Python.
@@ -80,3 +82,8 @@ def test_no_files_use_each_other():
 
     for module in GRAPH.keys() - {"pyggml_repkv"}:
         visit(module, ())
+
+
+def test_no_command_imports_another():
+    commands = {f"pyggml_repkv.cli.{name}" for name in COMMANDS}
+    assert [module for module in FILES if room(module) == "cli" and GRAPH[module] & commands] == []

@@ -24,7 +24,7 @@ from pyggml_repkv.model.config import ModelConfig
 from pyggml_repkv.model.gguf_file import GGUFFile, TensorInfo, file_error
 from pyggml_repkv.model.rope_options import AS_IN_FILE, RopeOptions
 from pyggml_repkv.model.tensors import check_tensors, expected_tensors
-from pyggml_repkv.model.tokenizer import TokenizerKeys, special_ids
+from pyggml_repkv.model.tokenizer_keys import TokenizerKeys, special_ids
 from pyggml_repkv.model.weights import Repacker, Weights
 
 _TEMPLATE = "tokenizer.chat_template"

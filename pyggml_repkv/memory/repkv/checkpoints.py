@@ -29,7 +29,7 @@ N_BACK = 1024
 
 
 class Parts(Protocol):
-    """What of a RepKV memory is saved."""
+    """The parts of a RepKV memory that a checkpoint saves."""
 
     config: ModelConfig
     memory: MemoryConfig

@@ -66,7 +66,7 @@ class RepKVMemory(BoundedMemory):
         memory, config, file = inputs.memory, inputs.config, inputs.block_file
         if file is None and not memory.on_disk:
             if memory.kv_disk_max or memory.type_evicted:
-                raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram, --kv-dir or --session")
+                raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram or --kv-dir")
             return RamStore(
                 arenas, config, memory, n_rows=n_ctx, max_blocks=max_blocks, sealed_end=lambda: self.blocks.sealed_end
             )  # fmt: skip
@@ -164,7 +164,9 @@ class RepKVMemory(BoundedMemory):
                     self.index.renew(block, begin, end)
         self.local.base = self.local.start(state.n_past)
         self.index.forget(state.sealed_end)
-        if state.scores.size != self.config.n_layer * self.config.n_head_kv * (state.n_past - state.sealed_end):
+        # Sinks have none, also where some are still to come.
+        n_scored = max(0, state.n_past - state.sealed_end)
+        if state.scores.size != self.config.n_layer * self.config.n_head_kv * n_scored:
             raise StoreError("the scores are damaged")
         self.index.put_scores(state.sealed_end, state.scores)
         n_select = self.n_select(state.n_past, 1)

@@ -10,6 +10,7 @@ import pytest
 
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine import budget
+from pyggml_repkv.engine.generate import Generation
 from pyggml_repkv.errors import ContextFullError, InputError
 from pyggml_repkv.model import names
 
@@ -44,8 +45,9 @@ class FakeSession:
         self.model = model
         self.memory = memory
         self.n_ctx = memory.n_ctx
-        self.n_ctx_train = 256
+        self.n_ctx_train = model.config.n_ctx_train
         self.n_past = self.n_said = 0
+        self.policy = SimpleNamespace(bytes_at=lambda n_tokens: {"keys and values": model.kv_bytes * n_tokens})
 
     def __enter__(self):
         return self
@@ -56,6 +58,7 @@ class FakeSession:
     def prefill(self, tokens, *, on_progress=None):
         self.model.prompt = list(tokens)
         for n_done in range(0, len(tokens), self.memory.n_batch):
+            self.n_past = n_done
             on_progress(n_done, len(tokens))
             self.fail("prefill")
         self.n_past = len(tokens)
@@ -83,6 +86,12 @@ class FakeSession:
     def budget(self, n_prompt, n_more=0):
         budget.check({"keys and values": self.model.kv_bytes * n_prompt}, n_prompt)
         return {"weights": 1_000_000, "keys and values": self.model.kv_bytes * (n_prompt + n_more)}
+
+    def continue_text(self, prompt, config, *, drop):
+        return Generation(self, self.model.tokenizer, prompt, config)
+
+    def save(self):
+        self.fail("save")
 
     def disk_need(self, n_tokens):
         return None

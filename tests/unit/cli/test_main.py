@@ -22,7 +22,7 @@ from pyggml_repkv.errors import ComputeError
     ],
 )
 def test_a_failure_is_one_line_and_exit_code_1(run, model, error, message):
-    model.failure = ("decode", error)
+    model.failure = ("prefill", error)
     done = run("-q", "--json")
     assert (done.code, done.out) == (1, "")
     assert done.error_line.startswith(message)

@@ -23,9 +23,27 @@ def test_a_flag_that_the_memory_does_not_use_is_named(capsys, command, flags, na
     argv = [*command.split(), "-m", "there-is-none", *kv, *flags]
     assert main([*argv, "-p", "Hi"] if command == "run" else argv) == 2
     fields = sorted(named.split(", "))
-    line = capsys.readouterr().err
-    assert line.endswith(f": --kv {policies} has no use for that; is --kv repkv meant?\n")
-    assert sorted(line.removeprefix("pyggml_repkv: error: ").split(": ")[0].split(", ")) == fields
+    line = capsys.readouterr().err.removeprefix("pyggml_repkv: error: ")
+    are = "is" if len(fields) == 1 else "are"
+    assert line.endswith(f" {are} of no use with --kv {policies}; is --kv repkv meant?\n")
+    assert sorted(line.split(f" {are} ")[0].split(", ")) == fields
+
+
+def test_several_policies_are_named_one_by_one(capsys):
+    assert main(["bench", "-m", "there-is-none", "--kv", "full,window", "--per-head"]) == 2
+    line = "pyggml_repkv: error: --per-head is of no use with --kv full or window; is --kv repkv meant?\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("command", ["bench", "eval passkey"])
+def test_what_evicts_nothing_has_no_disk(tiny_model, capsys, command):
+    path = tiny_model(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ctx=512, seed=1)
+    flags = ["--kv", "full,window,repkv", "--kv-ram", "100M", "--kv-disk-max", "1G", "-t", "1"]
+    flags += ["-p", "64", "-n", "2", "-r", "1"] if command == "bench" else ["--lengths", "300", "--depths", "1"]
+    code = main([*command.split(), "-m", str(path), *flags])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert all(name in captured.out for name in ("full", "window", "repkv"))
 
 
 def test_one_of_several_policies_is_enough(capsys):
@@ -36,11 +54,23 @@ def test_one_of_several_policies_is_enough(capsys):
     assert "--n-local" in capsys.readouterr().err
 
 
-def test_prefetch_needs_a_disk(run, model):
-    flags = ["--kv", "repkv", "--prefetch", "off"]
-    assert run(*flags).error_line == "error: --prefetch reads from disk: it needs --kv-ram, --kv-dir or --session"
-    assert run(*flags, "--kv-ram", "1G").code == 0
-    assert run("--kv", "repkv", "--kv-dir", "/tmp", "--kv-disk-max", "1G", "--cache-type-evicted", "f16").code == 0
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--prefetch", "off"], "--prefetch is"),
+        (["--kv-disk-max", "1G"], "--kv-disk-max is"),
+        (["--cache-type-evicted", "q8_0", "--prefetch", "on"], "--cache-type-evicted, --prefetch are"),
+    ],
+)
+def test_flags_of_a_disk_need_one(run, model, capsys, flags, named):
+    flags = ["--kv", "repkv", *flags]
+    wanted = f"error: {named} for blocks on disk: give --kv-ram or --kv-dir"
+    assert run(*flags).error_line == f"{wanted} or --session, too"
+    for place in (["--kv-ram", "1G"], ["--kv-dir", "/tmp"], ["--session", "/tmp/there-is-none"]):
+        assert run(*flags, *place).code == 0
+    for command in (["bench"], ["eval", "passkey"], ["graph", "verify"], ["model", "info"]):
+        assert main([*command, "-m", "there-is-none", *flags]) == 2
+        assert capsys.readouterr().err == f"pyggml_repkv: {wanted}, too\n"
 
 
 @pytest.mark.parametrize(

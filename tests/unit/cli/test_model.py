@@ -82,7 +82,7 @@ def test_it_shows_how_far_yarn_reaches(info, tiny_model, spec, flags, trained, r
         (("--yarn-orig-ctx", "-1"), "--yarn-orig-ctx: must be a whole number from 1 to"),
         (("--rope-scaling", "longrope"), "--rope-scaling: invalid choice: 'longrope'"),
         (("--rope-scale", "4"), "--rope-scale 4 has nothing to scale: add --rope-scaling yarn or linear"),
-        (("--rope-scaling", "yarn", "--rope-scale", "0.5"), "yarn scaling needs at least 1"),
+        (("--rope-scaling", "yarn", "--rope-scale", "0.5"), "yarn scaling needs a factor of at least 1"),
     ],
 )
 def test_senseless_scaling_is_one_line(info, tiny_model, flags, message):
@@ -205,12 +205,12 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
         (["/"], "/: is a directory"),
         (["a\0b"], "no file and no model named 'a\\x00b'"),
         ([__file__], "is not a GGUF file"),
-        ([""], "no file and no model named ''; the names are demo"),
+        ([""], "argument MODEL: must not be empty"),
         (["-m", "a", "b"], "as MODEL and with -m or -hf: leave one out"),
         (["MODEL", "-c", "100000000000"], "-c/--ctx-size: must be a whole number from 0 to 134217728"),
         (["MODEL", "--kv", "nope"], "'nope' is none of full, window, repkv"),
         (["MODEL", "--kv", "nope.py"], "--kv nope.py: there is no such file"),
-        (["MODEL", "--kv", "full", "--kv-ram", "1M"], "--kv-ram: --kv full has no use for that"),
+        (["MODEL", "--kv", "full", "--kv-ram", "1M"], "--kv-ram is of no use with --kv full"),
         (["MODEL", "--kv", "repkv", "-fa", "off"], "which --kv repkv never does"),
         (["MODEL", "--kv-ram", "1"], "--kv-ram has room for 0 blocks"),
         (["MODEL", "--kv-ram", "1G", "--kv-dir", "/proc/x"], "the blocks need a directory that can be written"),

@@ -25,7 +25,7 @@ def test_a_long_prompt_moves_the_bar_only_on_a_terminal(run, monkeypatch):
     run("-b", "2", prompt="12")
     assert moves == []
     run("-b", "2", prompt="12345")
-    assert moves == [5, (0, 5), (2, 5), (4, 5), "gone"]
+    assert moves == [5, (0, 5), (2, 5), (4, 5), (5, 5), "gone"]
 
 
 def test_the_bar_draws_tokens_and_speed_and_leaves_the_cursor(capsys, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyggml_repkv.cli import options
+from pyggml_repkv.errors import ComputeError, StoreError
 from pyggml_repkv.memory import config, registry
 from pyggml_repkv.model.rope_options import RopeOptions
 
@@ -45,7 +46,7 @@ def test_the_timings_have_llama_cpps_layout(run):
         r"perf:    finish reason = eos",
         r"perf:           memory = 0 kB of keys and values, peak RSS [\d.]+ [MG]B",
     )
-    assert budget.startswith("pyggml_repkv: memory for 2 tokens: 1 MB (weights 1 MB, keys and values 0 kB); ")
+    assert budget.startswith("pyggml_repkv: memory for up to 256 tokens: 1 MB (weights 1 MB, keys and values 26 kB); ")
     assert len(lines) == 6
     for line, pattern in zip(lines, patterns, strict=True):
         assert re.fullmatch(pattern, line), line
@@ -120,7 +121,7 @@ def test_the_defaults_are_the_librarys(run, model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyggml_repkv.cli.run._config", lambda args: seen.append(_config(args)) or seen[0])
         run()
-    assert seen == [GenerationConfig()]
+    assert set(seen) == {GenerationConfig()}
     expected = {"threads": options.default_threads(), "repack": True, "exact_graph": False, "normalize": None}
     assert model.loaded[1] == expected | {"rope": RopeOptions()}
     assert (model.memory.n_ctx, model.memory.n_batch, model.memory.type_k) == (256, 512, "f16")
@@ -257,6 +258,70 @@ def test_an_unbounded_context_holds_the_prompt_and_what_is_generated(run, model,
     file.write_bytes(b"x" * n_prompt)
     run("--kv", "window", "-f", str(file), "-q", "-r", "H", "--greedy", *argv, prompt=None)
     assert model.memory.n_ctx == n_ctx
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "argv", "n_ctx"),
+    [
+        (100, [], 0),
+        (2**20 - 5, ["-n", "5"], 0),
+        (2**20 - 5, ["-n", "6"], 2**20 + 1),
+        (2**20 + 5, ["-n", "1000"], 2**20 + 1005),
+        (100, ["-n", "-2"], 2**20 + 100),
+        (2**21 - 5, ["-n", "1000"], 2**21),
+        (2**21 + 1, ["-n", "1000"], 2**21 + 1001),
+    ],
+)
+def test_a_prompt_within_a_trained_context_above_a_million_fits(run, model, n_prompt, argv, n_ctx, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"x" * n_prompt)
+    model.config.n_ctx_train = 2**21
+    run("--kv", "window", "-f", str(file), "-q", "-r", "H", "--greedy", *argv, prompt=None)
+    assert model.memory.n_ctx == n_ctx
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["-c", "256"], "a larger -c holds more, or --kv repkv"),
+        (["-c", "400"], "a larger -c holds more, or --kv repkv"),
+        (["-c", "255"], "a larger -c holds more"),
+        (["-c", "400", "--kv", "window"], "a larger -c holds more"),
+    ],
+)
+def test_where_the_trained_context_is_full_another_memory_is_named(run, argv, remedy):
+    done = run("--greedy", "--ignore-eos", "-n", "-2", "-q", *argv)
+    n_ctx = argv[1]
+    assert done.err.splitlines()[-1].endswith(f": the context of {n_ctx} is full; {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["-n", "10"], "memory for 12 tokens: 2 MB"),
+        (["-n", "0"], "memory for 2 tokens: 1 MB"),
+        ([], "memory for up to 256 tokens: 27 MB"),
+        (["-c", "1000"], "memory for up to 258 tokens: 27 MB"),
+        (["-c", "1000", "-n", "-2"], "memory for up to 1000 tokens: 101 MB"),
+        (["-c", "1000", "-n", "5000"], "memory for 1000 tokens: 101 MB"),
+    ],
+)
+def test_the_budget_is_that_of_the_longest_text(run, model, argv, wanted):
+    model.kv_bytes = 100_000
+    assert f"pyggml_repkv: {wanted} (weights 1 MB, keys and values " in run("--greedy", *argv).err
+
+
+@pytest.mark.parametrize("error", [StoreError("the disk is full"), ComputeError("out of memory")])
+@pytest.mark.parametrize("where", ["decode", "save"])
+def test_json_shows_what_was_generated_before_a_failure(run, model, where, error):
+    model.failure = (where, error)
+    done = run("--json", "--greedy", "-q", "--kv", "repkv", "--session", "/nowhere")
+    assert (done.code, done.error_line) == (1, f"error: {error}")
+    found = json.loads(done.out)
+    wanted = ("Hel", None) if where == "decode" else ("Hello, world", "eos")
+    assert (found["text"], found["finish_reason"]) == wanted
+    model.failure = ("prefill", error)
+    assert run("--json").out == ""
 
 
 def test_an_interrupt_ends_the_line_and_says_how_far_it_came(run, model):

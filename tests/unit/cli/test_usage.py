@@ -1,5 +1,7 @@
 import pytest
 
+from pyggml_repkv.cli.main import main
+
 
 def test_a_prompt_beyond_the_context_names_the_numbers_and_the_remedy(run, model):
     done = run("-q", "-c", "8", prompt="123456789")
@@ -48,6 +50,7 @@ def test_a_context_past_the_training_is_warned_about(run):
         (["-m", ""], "argument -m/--model: must not be empty"),
         (["-f", "/nowhere/at/all"], "-f /nowhere/at/all: No such file or directory"),
         (["-f", "/"], "-f /: Is a directory"),
+        (["-f", ""], "argument -f/--file: must not be empty"),
         (["-f", "a\0b"], "null byte"),
         (["-p", "\udcff"], "-p/--prompt: is not valid UTF-8"),
         (["-p", ""], "the prompt is empty"),
@@ -58,6 +61,21 @@ def test_a_bad_input_is_one_line_and_exit_code_2(run, argv, message):
     done = run(*argv, "-q") if argv[-1] != "-n" else run("-q", *argv)
     assert (done.code, done.out) == (2, "")
     assert message in done.error_line
+
+
+@pytest.mark.parametrize(
+    ("argv", "flag"),
+    [
+        (["graph", "trace", "-f", ""], "-f/--file"),
+        (["graph", "tensors", "-f", ""], "-f/--file"),
+        (["bench", "--text", ""], "--text"),
+        (["eval", "passkey", "--text", ""], "--text"),
+        (["eval", "niah", "--text", ""], "--text"),
+    ],
+)
+def test_no_file_has_an_empty_name(capsys, argv, flag):
+    assert main([*argv, "-m", "there-is-none"]) == 2
+    assert f"error: argument {flag}: must not be empty (see " in capsys.readouterr().err
 
 
 def test_no_prompt_at_all_is_bad_usage(run):

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from pyggml_repkv.engine.generate import Generation, GenerationConfig, StopStrings
+from pyggml_repkv.engine.generate import Begun, Generation, GenerationConfig, StopStrings
 from pyggml_repkv.engine.sampling import SamplingConfig
 from pyggml_repkv.errors import ComputeError, ContextFullError, InputError
 
@@ -43,15 +43,17 @@ class ScriptedSession:
         self.script = LetterTokenizer().encode(script)
         self.n_ctx = n_ctx
         self.n_past = 0
+        self.read = []
         self.decoded = []
 
     def prefill(self, tokens, *, on_progress=None):
         if len(tokens) > self.n_ctx:
             raise ContextFullError("the prompt does not fit")
-        for n_done in range(0, len(tokens), 4):
+        start = self.n_past
+        for n_done in [*range(0, len(tokens), 4), len(tokens)]:
+            self.read = [*self.read[: self.n_past], *tokens[self.n_past - start : n_done]]
+            self.n_past = start + n_done
             on_progress(n_done, len(tokens))
-        on_progress(len(tokens), len(tokens))
-        self.n_past = len(tokens)
         return self.logits()
 
     def decode(self, token):
@@ -185,6 +187,7 @@ def test_an_interrupted_prompt_counts_what_was_read():
     session = ScriptedSession("abc")
 
     def prefill(tokens, *, on_progress):
+        session.n_past = 4
         on_progress(4, len(tokens))
         raise KeyboardInterrupt
 
@@ -195,6 +198,50 @@ def test_an_interrupted_prompt_counts_what_was_read():
     result = generation.result()
     assert (result.n_prompt, result.tokens, result.finish_reason) == (4, (), None)
     assert result.prompt_ms > 0
+
+
+@pytest.mark.parametrize("stopped_at", [0, 4, 8, 10])
+@pytest.mark.parametrize("n_before", [0, 3])
+def test_a_prompt_is_read_once_however_often_it_is_stopped(stopped_at, n_before):
+    session, prompt = ScriptedSession("ab$"), list(range(2, 12))
+    session.read, session.n_past = prompt[:n_before], n_before
+    generation = Generation(
+        session, LetterTokenizer(), prompt, GenerationConfig(sampling=GREEDY), begun=Begun(n_read=n_before)
+    )
+
+    def stop(n_done, n_total):
+        assert n_total == 10
+        if n_done >= stopped_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generation.prefill(stop)
+    generation.prefill()
+    generation.prefill()
+    assert (session.read, session.n_past, generation.result().n_prompt) == (prompt, 10, 10 - n_before)
+    assert "".join(generation) == "ab."
+
+
+def test_one_that_is_stopped_between_two_steps_goes_on_there():
+    session, prompt = ScriptedSession("ab$"), list(range(2, 12))
+    whole = session.prefill
+
+    def stopped(tokens, *, on_progress):
+        session.read, session.n_past = tokens[:n_read], n_read
+        raise KeyboardInterrupt
+
+    for n_read in (4, 10):
+        session.n_past, session.prefill = 0, stopped
+        generation = Generation(session, LetterTokenizer(), prompt, GenerationConfig(sampling=GREEDY))
+        with pytest.raises(KeyboardInterrupt):
+            generation.prefill()
+        session.prefill = whole
+        if n_read == 10:
+            with pytest.raises(ComputeError, match="its logits are lost"):
+                list(generation)
+        else:
+            assert "".join(generation) == "ab."
+        assert session.read == prompt
 
 
 def test_broken_logits_are_an_error():

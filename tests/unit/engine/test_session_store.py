@@ -13,7 +13,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pyggml_repkv.engine.generate import GenerationConfig
 from pyggml_repkv.engine.model import Model
+from pyggml_repkv.engine.sampling import SamplingConfig
 from pyggml_repkv.engine.session_store import _checksum, common_prefix
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
@@ -360,7 +362,7 @@ def test_a_prompt_that_would_drop_much_of_the_last_one_is_refused(model, long_fo
             session.continue_text(prompt).prefill()
             assert session.tokens == prompt
             return
-        with pytest.raises(InputError, match=f"prompt of 900 tokens, of which this one shares the first {n_shared}: "):
+        with pytest.raises(InputError, match=f"prompt of 900 tokens, of which this one shares the first {n_shared}, "):
             session.continue_text(prompt)
         if n_shared == 0:
             with pytest.raises(InputError, match="shares the first 0"):
@@ -378,6 +380,123 @@ def test_part_of_the_last_prompt_is_another_one(model, long_folder):
         with pytest.raises(InputError, match="shares the first 300"):
             session.continue_text(TOKENS[:300])
         session.continue_text((TOKENS * 3)[:800]).prefill()
+
+
+def test_a_full_disk_is_called_that_and_loses_no_earlier_save(model, tmp_path):
+    path = tmp_path / "full"
+    with model.session(MEMORY, directory=path) as session:
+        session.prefill(TOKENS[:100])
+        session.save()
+        db = session._store._db
+        n_pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {n_pages}")
+        with pytest.raises(StoreError) as error:
+            session.prefill(TOKENS[100:])
+        assert str(error.value) == f"--session {path}: the disk is full; what was saved before is whole"
+    with model.resume(path) as session:
+        assert session.tokens[:100] == TOKENS[:100]
+
+
+@pytest.mark.parametrize("n_prompt", [1, MEMORY.n_sink - 1, MEMORY.n_sink, MEMORY.n_sink + 1])
+def test_a_session_within_its_sinks_is_whole(model, tmp_path, caplog, n_prompt):
+    with model.session(MEMORY) as session:
+        session.prefill(TOKENS[:n_prompt])
+        wanted = session.prefill(TOKENS[n_prompt:300]).copy()
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        session.prefill(TOKENS[:n_prompt])
+        session.save()
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        assert session.continue_text(TOKENS[:300]).begun.n_read == n_prompt
+        assert np.array_equal(session.prefill(TOKENS[n_prompt:300]), wanted)
+    assert caplog.messages == []
+
+
+@pytest.fixture
+def long_answer(model, tmp_path):
+    """A session that has read a prompt of 40 tokens and 600 generated ones."""
+    path = tmp_path / "answer"
+    with model.session(replace(MEMORY, n_ctx=4096), directory=path) as session:
+        for _ in session.continue_text(TOKENS[:40], GenerationConfig(n_predict=601, ignore_eos=True)):
+            pass
+        session.save()
+    return path
+
+
+@pytest.mark.parametrize("prompt", [TOKENS[:39], [*TOKENS[:39], TOKENS[39] + 1], [TOKENS[0] + 1]])
+def test_another_prompt_that_would_drop_a_long_answer_is_refused(model, long_answer, prompt):
+    with model.session(replace(MEMORY, n_ctx=4096), directory=long_answer) as session:
+        with pytest.raises(InputError, match=r"and 600 generated after it: .* --session-new \(drop=True in Python\)"):
+            session.continue_text(prompt)
+        if len(prompt) == 1:
+            with pytest.raises(InputError, match="shares the first 0, and 600 generated"):
+                session.prefill(prompt)
+    with model.resume(long_answer) as session:
+        assert session.n_past == 640
+
+
+def test_a_long_answer_makes_way_for_another_question_about_the_same_document(model, tmp_path, caplog):
+    memory, document = replace(MEMORY, n_ctx=4096), [*TOKENS, *TOKENS][:640]
+    with model.session(memory, directory=tmp_path / "kept") as session:
+        for _ in session.continue_text([*document, 1], GenerationConfig(n_predict=601, ignore_eos=True)):
+            pass
+        session.save()
+    with model.session(memory, directory=tmp_path / "kept") as session:
+        session.continue_text([*document, 2])
+    assert "session: drops 1 tokens of its prompt and 600 generated ones" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drop", "dropped"),
+    [
+        (TOKENS[:40], False, (0, 600)),
+        ([*TOKENS[:40], TOKENS[0] + 1], False, (0, 600)),
+        ([*TOKENS[:30], TOKENS[30] + 1], True, (10, 600)),
+        ([TOKENS[0] + 1], True, (40, 600)),
+    ],
+)
+def test_what_is_dropped_is_said(model, long_answer, caplog, prompt, drop, dropped):
+    with model.session(replace(MEMORY, n_ctx=4096), directory=long_answer) as session:
+        session.continue_text(prompt, drop=drop)
+    said = [(r.levelname, r.getMessage()) for r in caplog.records if "drops" in r.getMessage()]
+    assert said == [("WARNING", "session: drops {} tokens of its prompt and {} generated ones".format(*dropped))]
+
+
+@pytest.mark.parametrize("how", ["prefill", "continue_text"])
+def test_few_tokens_that_are_dropped_are_a_note(model, tmp_path, caplog, how):
+    caplog.set_level("INFO", "pyggml_repkv")
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        session.prefill(TOKENS[:40])
+        session.save()
+    with model.session(MEMORY, directory=tmp_path / "kept") as session:
+        if how == "prefill":
+            session.prefill([TOKENS[0] + 1])
+        else:
+            session.continue_text([TOKENS[0] + 1])
+    said = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert said == [("INFO", "session: drops 40 tokens of its prompt and 0 generated ones")]
+
+
+def test_a_text_that_a_smaller_n_predict_shows_in_part_goes_on(model, tmp_path, caplog):
+    memory = replace(MEMORY, n_ctx=4096)
+
+    def config(n_predict):
+        return GenerationConfig(n_predict=n_predict, ignore_eos=True, sampling=SamplingConfig(seed=3))
+
+    with model.session(memory) as session:
+        wanted = "".join(session.generate(TOKENS[:40], config(150)))
+    with model.session(memory, directory=tmp_path / "kept") as session:
+        for n, _ in enumerate(session.continue_text(TOKENS[:40], config(150))):
+            if n == 100:
+                break
+        session.save()
+    for n_predict in (0, 5, 150):
+        with model.session(memory, directory=tmp_path / "kept") as session:
+            generation = session.continue_text(TOKENS[:40], config(n_predict))
+            assert len(generation.begun.tokens) >= 100
+            text = "".join(generation)
+            session.save()
+    assert text == wanted
+    assert "drops" not in caplog.text
 
 
 def test_shared_tokens_that_are_read_again_are_said(model, tmp_path, caplog):
@@ -445,8 +564,6 @@ def test_a_session_that_is_opened_and_not_resumed_starts_again(model, folder):
 @pytest.mark.parametrize("n_before", [0, 3, 40])
 @pytest.mark.parametrize("temp", [0.0, 0.9])
 def test_an_interrupted_text_goes_on_with_the_tokens_it_would_have_had(model, tmp_path, monkeypatch, n_before, temp):
-    from pyggml_repkv.engine.generate import GenerationConfig
-    from pyggml_repkv.engine.sampling import SamplingConfig
     from pyggml_repkv.engine.session import Session
 
     config = GenerationConfig(n_predict=60, ignore_eos=True, sampling=SamplingConfig(temp=temp, seed=3))

@@ -13,7 +13,8 @@ from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.handles import tensor_array
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.config import MAX_CONTEXT, MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.limits import MAX_CONTEXT
 from tests.oracle import rms_norm, rotate
 from tests.tiny_models import TinySpec, write_tiny_model
 from tests.unit.native.op_bench import tensor_bytes

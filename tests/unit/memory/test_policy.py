@@ -6,10 +6,11 @@ import pytest
 
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.config import MAX_CONTEXT, MemoryConfig, context_length
+from pyggml_repkv.memory.config import MemoryConfig, context_length
 from pyggml_repkv.memory.full.memory import FullMemory
 from pyggml_repkv.memory.policy import even_split
 from pyggml_repkv.memory.registry import POLICIES
+from pyggml_repkv.model.limits import MAX_CONTEXT
 from tests.subprocesses import printed
 
 
@@ -57,7 +58,8 @@ def test_the_longest_context_works_or_says_what_it_lacks(tiny_model, tmp_path, f
 import sys
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError
-from pyggml_repkv.memory.config import MAX_CONTEXT, MemoryConfig
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.model.limits import MAX_CONTEXT
 fields = {name: sys.argv[2] if value == "DIR" else value for name, value in eval(sys.argv[3]).items()}
 try:
     session = Model.load(sys.argv[1], threads=1).session(MemoryConfig(n_ctx=MAX_CONTEXT, **fields))

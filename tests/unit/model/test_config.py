@@ -258,13 +258,23 @@ def test_architecture_is_required(tmp_path: Path) -> None:
         ModelConfig.from_gguf(GGUFFile.open(path))
 
 
+def test_a_scale_that_another_key_replaces_is_named(
+    config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    scales = {"qwen2.rope.scale_linear": (8.0, F32)}
+    assert config_of(None, scales).rope_scaling.factor == 8
+    assert not caplog.records
+    assert config_of(None, scales | {"qwen2.rope.scaling.factor": (4.0, F32)}).rope_scaling.factor == 4
+    assert caplog.messages[0].endswith("keys that are not used here: qwen2.rope.scale_linear")
+
+
 def test_unread_keys_are_named_in_one_warning(
     config_of: Callable[..., ModelConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     names = ("attention.scale", "logit_scale", "sliding", "a\n", "vocab_size", "rope.unknown")
     config_of(None, {f"qwen2.{name}": (4, U32) for name in names} | {"llama.scale": (1.0, F32), "general.x": (1, U32)})
     (record,) = caplog.records
-    end = "keys that are not used here: qwen2.attention.scale, qwen2.logit_scale, qwen2.sliding and 1 more"
+    end = "keys that are not used here: qwen2.attention.scale, qwen2.logit_scale, qwen2.sliding and 2 more"
     assert record.levelname == "WARNING"
     assert record.message.endswith(end)
 

@@ -269,6 +269,19 @@ def test_removing(tmp_path: Path, index: Index) -> None:
     assert not fetch.remove(index.model)
 
 
+def test_what_cannot_be_removed_is_one_line(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    index.says(2, "ERROR")
+    with pytest.raises(RepkvError):
+        fetch.fetch(index.model)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(RepkvError, match=r"tiny-model\.fetching: Permission denied"):
+        fetch.remove(index.model)
+
+
 def test_a_llama_model_is_converted(tmp_path: Path, index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     source, converted = tmp_path / "llama.gguf", tmp_path / "converted.gguf"
     write_tiny_model(source, TinySpec(arch="llama", optional=()))
@@ -306,6 +319,7 @@ class TestNames:
             ("Qwen2.5-Coder-1.5B", r"did you mean qwen2\.5-coder-1\.5b\?"),
             ("llama", "the names are demo, qwen2"),
             ("", "the names are demo"),
+            ("a" * 300, "the names are demo"),
             ("a\0b\n", r"'a\\x00b\\n'; the names are"),
         ],
     )

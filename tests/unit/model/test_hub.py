@@ -110,6 +110,7 @@ class TestWhichFile:
             ("a/\x1b[2J", None, r"'a/\\x1b\[2J' is no repository"),
             (f"{REPO}:Q5_K_M", None, f"^{REPO} has no Q5_K_M; it has BF16, F16, Q4_K_M, Q8_0$"),
             (f"{REPO}:4_K_M", None, "has no 4_K_M"),
+            (f"{REPO}:F16", "tiny-F16.gguf", "both name a model: leave one out"),
             (REPO, "nope.gguf", r"has no file 'nope\.gguf'; it has tiny-BF16\.gguf, tiny-F16"),
             (
                 "user/none",
@@ -206,6 +207,7 @@ class TestRefusals:
                 r"refuses access to user/tiny-GGUF \(401\): check the token", 1,
             ),
             ("/api", 500, {}, "the hub answers 500; try again later", 1),
+            ("/api", 404, {}, "the hub has no repository user/tiny-GGUF: check the name", 2),
             ("/api", 429, {}, "the hub answers 429; try again later", 1),
             ("/user", 418, {}, "the hub answers 418", 1),
             ("/api", 200, {}, r"cannot be downloaded from http.* \('?id'?\)", 1),
@@ -247,6 +249,10 @@ class TestRefusals:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         n_asked = len(hub.asked)
         assert fetch_from_hub(f"{REPO}:Q8_0") == path
+        assert caplog.messages == []
+        assert fetch_from_hub(REPO) == path
+        assert caplog.messages[0].endswith("of user/tiny-GGUF the cache has tiny-q8_0-00001-of-00002.gguf")
+        caplog.clear()
         with pytest.raises(RepkvError, match="HF_HUB_OFFLINE is set, and the cache has no such model of user/"):
             fetch_from_hub(f"{REPO}:F16")
         path.with_name("tiny-q8_0-00002-of-00002.gguf").unlink()

@@ -105,7 +105,11 @@ def test_impossible_values_are_refused(values, message):
         ("yarn", RopeOptions("none", 4), "--rope-scale 4 has nothing to scale: leave it out"),
         ("plain", RopeOptions("linear", 4, orig_ctx=32), "--yarn-orig-ctx is for --rope-scaling yarn"),
         ("plain", RopeOptions(orig_ctx=32), "--yarn-orig-ctx is for --rope-scaling yarn"),
-        ("plain", RopeOptions("yarn", 0.5), "yarn scaling needs at least 1: give --rope-scale"),
+        (
+            "plain",
+            RopeOptions("yarn", 0.5),
+            "yarn scaling needs a factor of at least 1, not 0.5",
+        ),
         ("plain", RopeOptions("yarn", 1e6, orig_ctx=4096), "would be more than 134217728 tokens"),
     ],
 )

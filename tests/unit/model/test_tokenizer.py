@@ -455,3 +455,33 @@ def test_text_without_a_place_to_cut_stays_whole() -> None:
 def test_a_run_of_ten_million_blanks_does_not_exhaust_the_regex() -> None:
     (pattern,) = PATTERNS["qwen2"]
     assert len(Split(Regex(pattern), "isolated").pre_tokenize_str(" " * 10_000_001)) == 1
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (5, "ids must be token ids, got 5"),
+        (None, "ids must be token ids, got None"),
+        ("x", "token must be an integer, got 'x'"),
+        ([1.0], "token must be an integer, got 1.0"),
+        ([True], "token must be an integer, got True"),
+        ([[1]], r"token must be an integer, got \[1\]"),
+    ],
+)
+def test_what_is_no_token_is_named(ids: Any, message: str) -> None:
+    tokenizer = Tokenizer.from_metadata(vocabulary())
+    with pytest.raises(InputError, match=f"^{message}$"):
+        tokenizer.decode(ids)
+    if isinstance(ids, list):
+        with pytest.raises(InputError, match=f"^{message}$"):
+            tokenizer.token_bytes(ids[0])
+        with pytest.raises(InputError, match=f"^{message}$"):
+            tokenizer.stream().push(ids[0])
+    assert tokenizer.decode(np.array([0, 1])) == tokenizer.decode(iter([0, 1]))
+
+
+def test_ends_that_a_file_wants_added_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {key: value for key, (value, _) in tiny_tokenizer(300).items()} | {"tokenizer.ggml.add_eos_token": True}
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert tokenizer.eos_id not in tokenizer.encode("a")
+    assert caplog.messages == ["tokenizer.ggml.add_eos_token is not honoured: a prompt is to be continued"]
