@@ -62,11 +62,11 @@ def test_one_of_several_policies_is_enough(capsys):
         (["--cache-type-evicted", "q8_0", "--prefetch", "on"], "--cache-type-evicted, --prefetch are"),
     ],
 )
-def test_flags_of_a_disk_need_one(run, model, capsys, flags, named):
+def test_flags_of_a_disk_need_one(run, model, capsys, tmp_path, flags, named):
     flags = ["--kv", "repkv", *flags]
     wanted = f"error: {named} for blocks on disk: give --kv-ram or --kv-dir"
     assert run(*flags).error_line == f"{wanted} or --session, too"
-    for place in (["--kv-ram", "1G"], ["--kv-dir", "/tmp"], ["--session", "/tmp/there-is-none"]):
+    for place in (["--kv-ram", "1G"], ["--kv-dir", str(tmp_path)], ["--session", str(tmp_path / "new")]):
         assert run(*flags, *place).code == 0
     for command in (["bench"], ["eval", "passkey"], ["graph", "verify"], ["model", "info"]):
         assert main([*command, "-m", "there-is-none", *flags]) == 2
