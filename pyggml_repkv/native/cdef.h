@@ -34,7 +34,8 @@ struct repkv_op_params {
     int32_t n_repr;
     int32_t n_top;
     int32_t relevance;
-    int32_t per_head;
+    int32_t n_rows, n_lines, n_padded, by_size;
+    int32_t bits, group, stride;
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
@@ -80,11 +81,16 @@ void repkv_traced_op(struct ggml_tensor *dst, int ith, int nth, void *userdata);
 size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int head_dim);
 int repkv_has_fast_prefill(void);
 void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t end, int n_head_kv, int n_repr);
+size_t repkv_code_row_bytes(int n_head_kv, int head_dim, int bits);
+size_t code_bytes(int head_dim, int bits);
+void repkv_encode_keys(char *codes, const float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits,
+                       const float *centre, const float *turn, float *scratch);
+void repkv_decode_codes(const char *codes, float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits);
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,
                        int rope_dim, float *scratch);
 
 struct repkv_regions {
-    int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, n_select, store_base, kept;
+    int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, budget, store_base, kept;
 };
 
 int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);
@@ -198,6 +204,9 @@ void *repkv_eval_hook_address(void);
 void *repkv_node_trace_hook_address(void);
 #define PANEL ...
 #define LANES ...
+#define SCAN_ROWS ...
+#define CODE_LANES ...
+#define MAX_CODE_DIM ...
 #define REPKV_PEAK_FLOPS ...
 #define REPKV_ALIGN ...
 #define REPKV_PIECE_GAP ...

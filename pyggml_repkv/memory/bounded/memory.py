@@ -59,14 +59,14 @@ class BoundedMemory(ABC):
 
     @abstractmethod
     def evict(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
-        """What lies before `start` has left the window -> (end of what is in blocks, n_blocks)."""
+        """What lies before `start` has left the window -> (end of what is in blocks, units in them)."""
 
     @abstractmethod
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
         """What of that a layer's queries attend."""
 
-    def n_select(self, n_past: int, n_tokens: int) -> int:
-        """How many blocks a step attends, if there are as many."""
+    def budget(self, n_past: int, n_tokens: int) -> int:
+        """How many tokens of blocks a step attends, if there are as many."""
         return 0
 
     @property
@@ -101,13 +101,13 @@ class BoundedMemory(ABC):
         if self.rotation.outgrown(n_past + n_tokens):
             self._go_far(n_past)
         start = self.local.start(n_past)
-        remainder, n_blocks = self.evict(tokens, n_past, start)
+        remainder, n_units = self.evict(tokens, n_past, start)
         self.store.make_room(n_past, n_tokens)
         self.local.make_room(n_past, n_tokens)
         self.regions = Regions(
             first=n_past, n_tokens=n_tokens, sink_end=min(self.memory.n_sink, start), remainder=min(remainder, start),
-            local=start, local_base=self.local.base, n_blocks=n_blocks, far=self.rotation.far,
-            n_select=self.n_select(n_past, n_tokens), store_base=self.store.base,
+            local=start, local_base=self.local.base, n_blocks=n_units, far=self.rotation.far,
+            budget=self.budget(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
 
     def _go_far(self, n_past: int) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.index.base import IndexParts, Queries, Selection
 from pyggml_repkv.memory.store.arenas import Rows, as_array
 from pyggml_repkv.ops.kernels import LANES
@@ -25,23 +26,31 @@ class Representatives:
 
     writes: ClassVar[frozenset[str]] = frozenset(("score_l",))
 
+    @staticmethod
+    def unit_of(memory: MemoryConfig) -> None:
+        return None
+
+    @staticmethod
+    def selects_per_head(memory: MemoryConfig) -> bool:
+        return memory.per_head
+
     def __init__(self, parts: IndexParts) -> None:
         self.config, self.memory, self._parts = parts.config, parts.memory, parts
         self.keys = parts.keys
         config, memory = parts.config, parts.memory
-        self.n_entries = memory.n_repr
-        self._shape = config.n_head_kv, memory.n_repr, config.head_dim
+        self.n_entries = memory.index_kind[1]
+        self._shape = config.n_head_kv, self.n_entries, config.head_dim
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
         type_, dtype = (g.GGML_TYPE_F32, np.float32) if memory.type_k == "f32" else (g.GGML_TYPE_F16, np.float16)
         self.block_bytes = config.n_layer * int(np.prod(self._shape)) * np.dtype(dtype).itemsize
-        self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * memory.n_repr
-        n_groups, layers = parts.max_blocks // LANES, range(config.n_layer)
+        self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * self.n_entries
+        n_groups, layers = parts.max_units // LANES, range(config.n_layer)
 
         def groups(n_past: int) -> Rows:
-            return Rows(parts.n_blocks() // LANES, -(-parts.n_blocks() // LANES))
+            return Rows(parts.blocks.n_blocks // LANES, -(-parts.blocks.n_blocks // LANES))
 
         def scored(n_past: int) -> Rows:
-            return Rows(min(parts.sealed_end(), n_past), n_past)
+            return Rows(min(parts.blocks.sealed_end, n_past), n_past)
 
         shape = n_groups, int(np.prod(self._shape)) * LANES
         self._index = [parts.arenas.new(type_, shape, f"index-{i}", rows=groups) for i in layers]
@@ -60,13 +69,17 @@ class Representatives:
         marker = self._score(ops, q, regions, layer)
         set_name(marker, "score_acc", layer)
         if q.rope is None:
-            relevance = ops.relevance(q.far, index, regions, marker, n_repr=m.n_repr, kind=m.relevance)
+            relevance = ops.relevance(q.far, index, regions, marker, n_repr=self.n_entries, kind=m.relevance)
         else:
-            relevance = ops.relevance_one(q.far, index, q.rope, regions, marker, n_repr=m.n_repr, kind=m.relevance)
+            relevance = ops.relevance_one(
+                q.far, index, q.rope, regions, marker, n_repr=self.n_entries, kind=m.relevance
+            )  # fmt: skip
             kept = self._parts.kept.tensors[layer] if m.keeps else None
         set_name(relevance, "block_relevance", layer)
+        n_rows = self.config.n_head_kv if m.per_head else 1
         blocks = ops.block_topk(
-            relevance, regions, self._parts.n_top, kind=m.relevance, per_head=m.per_head, sticky=m.sticky, kept=kept,
+            relevance, self._parts.units, regions, n_top=self._parts.n_top, kind=m.relevance, n_rows=n_rows,
+            n_lines=self.config.n_head // n_rows, n_padded=self._parts.max_units, sticky=m.sticky, kept=kept,
             late=m.late and kept is not None,
         )  # fmt: skip
         set_name(blocks, "block_topk", layer)
@@ -115,12 +128,12 @@ class Representatives:
             room = np.empty((max(64, block), *self.chosen.shape[1:]), np.int32)
             self.chosen = np.concatenate((self.chosen, room))
 
-    def pack(self, block: int) -> bytes:
+    def pack(self, block: int, begin: int, end: int) -> bytes:
         """Representatives, then their keys, layer by layer."""
         keys = [index[block // LANES, ..., block % LANES].tobytes() for index in self._arrays]
         return self.chosen[block].tobytes() + b"".join(keys)
 
-    def unpack(self, block: int, data: bytes) -> None:
+    def unpack(self, block: int, begin: int, end: int, data: bytes) -> None:
         if len(data) != self.n_packed:
             raise StoreError(f"block {block} carries an index of another shape")
         self._make_room_for(block)
@@ -148,12 +161,14 @@ class Representatives:
         if self.memory.n_sink <= position < self._forgotten:
             raise InputError(f"position {position} lies in a block on disk, whose scores are not kept")
 
-    def take_scores(self, first: int, end: int) -> NDArray[np.float32]:
-        """Of the tokens [first, end): float32 [n_layer, n, K]."""
+    def take_state(self, first: int, end: int) -> NDArray[np.float32]:
+        """Scores of the tokens [first, end): float32 [n_layer, n, K]."""
         return np.stack([scores[first:end] for scores in self.scores])
 
-    def put_scores(self, first: int, values: NDArray[np.float32]) -> None:
-        """The reverse; values may be of any shape of as many numbers."""
+    def put_state(self, first: int, end: int, values: NDArray[np.float32]) -> None:
+        # Sinks have none, also where some are still to come.
+        if values.size != self.config.n_layer * self.config.n_head_kv * max(0, end - first):
+            raise StoreError("the scores are damaged")
         for scores, layer in zip(self.scores, values.reshape(self.config.n_layer, -1), strict=True):
             rows = layer.reshape(-1, self.config.n_head_kv)
             scores[first : first + len(rows)] = rows

@@ -13,7 +13,7 @@ from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.checkpoints import BlockRow, State
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
+from pyggml_repkv.memory.cut.blocks import Blocks, Scheme
 from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.index.base import Index
 from pyggml_repkv.memory.index.kept import Kept
@@ -37,6 +37,7 @@ class Parts(Protocol):
     local: LocalWindow
     store: RamStore | DiskStore
     blocks: Blocks
+    scheme: Scheme
     index: Index
     kept: Kept
 
@@ -80,7 +81,7 @@ class RepKVCheckpoints:
     def n_ring(self, n_step: int) -> int:
         # What the newest save needs must outlast what the next one writes, and what older ones need N_BACK more.
         m = self._memory.memory
-        return m.n_local + parse_block(m.block).max_size + LOOKAHEAD + 3 * n_step + N_BACK
+        return m.n_local + self._memory.scheme.largest_block + LOOKAHEAD + 3 * n_step + N_BACK
 
     def check(self) -> None:
         if self._memory.torn:
@@ -101,7 +102,7 @@ class RepKVCheckpoints:
     def take(self, n_past: int) -> State:
         m = self._memory
         end = m.blocks.sealed_end
-        scores = m.index.take_scores(end, max(n_past, end))
+        scores = m.index.take_state(end, max(n_past, end))
         disk = m.disk
         slots = [disk.io.resident(i) if disk else np.empty(0, np.int32) for i in range(self.n_layer)]
         return State(n_past, end, self.n_blocks, self.far_at, scores, _filled(slots), m.kept.selection)
@@ -156,7 +157,7 @@ class RepKVCheckpoints:
     def copy_blocks(self, file: BlockFile) -> list[BlockRow]:
         memory, config, m = self._memory, self._memory.config, self._memory.memory
         bounds, types = memory.blocks.bounds, (m.type_k, m.type_v)
-        layout = RecordLayout(config, parse_block(m.block).max_size, types, types, memory.index.n_packed)
+        layout = RecordLayout(config, memory.scheme.largest_block, types, types, memory.index.n_packed)
         # It only writes: the one slot of each layer, and where blocks would lie, are never looked at.
         places = np.zeros((config.n_layer, max(1, self.n_blocks), 3), np.int32)
         nowhere = [0] * config.n_layer
@@ -171,7 +172,7 @@ class RepKVCheckpoints:
                 k_rows, v_rows = ([r[i].ctypes.data for r in rows] for i in (0, 1))
                 writer.put(
                     begin, end - begin, rotated=not memory.rotation.far, k_rows=k_rows, v_rows=v_rows,
-                    extra=memory.index.pack(block),
+                    extra=memory.index.pack(block, begin, end),
                 )  # fmt: skip
             writer.flush()
             return [(b, bounds[b], bounds[b + 1] - bounds[b], offset) for b, offset in enumerate(writer.offsets)]

@@ -21,7 +21,7 @@ from pyggml_repkv.memory.bounded.local import N_SINGLE
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
+from pyggml_repkv.memory.cut.blocks import Blocks, parse_scheme
 from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.hook import StepHook
 from pyggml_repkv.memory.policy import DiskNeed
@@ -61,7 +61,7 @@ class DiskStore:
         self.file, self._kept = file, kept
         types = memory.type_k, memory.type_v
         evicted = (memory.type_evicted, memory.type_evicted) if memory.type_evicted else types
-        max_block = parse_block(memory.block).max_size
+        max_block = parse_scheme(memory.block, None).largest_block
         self.layout = RecordLayout(config, max_block, types, evicted, n_extra)
         self.n_slots = self._count_slots(n_selected, max_blocks)
         self.reads_ahead = memory.late and memory.prefetch == "on"
@@ -115,7 +115,9 @@ class DiskStore:
     def new_hook(self, backend: Backend) -> StepHook:
         return StepHook(self.io, self._kept, backend, reads_ahead=self.reads_ahead)
 
-    def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
+    def seal(
+        self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes
+    ) -> None:
         """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
         n_bytes = self.file.n_bytes + self.layout.block_bytes(end - begin)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
