@@ -16,7 +16,7 @@ static const float REACHES[3][N_REACHES] = {{1.0f}, {0.85f, 0.7f, 0.55f, 0.45f},
 static inline f32x16 level16(f32x16 x, float scale, float middle) {
     const f32x16 magic = splat16(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
     const f32x16 code = ((x * scale + middle) + magic) - magic;
-    return -max16(-max16(code, splat16(0.0f)), splat16(-2.0f * middle)) - middle;
+    return min16(max16(code, splat16(0.0f)), splat16(2.0f * middle)) - middle;
 }
 
 /* Sets code [dim] of x [dim] -> its step: of the reaches that which leaves the least error. The step makes products with the

@@ -8,11 +8,9 @@
 #include "regions.h"
 #include "select_ops.h"
 
-/* Tokens whose scores are made before their units are weighed: of STRIP / CODE_LANES tiles, and at least one unit. */
-enum { STRIP = 256 };
 _Static_assert(STRIP >= MAX_UNIT + CODE_LANES, "a unit may begin in the middle of a tile");
 
-/* By how many powers of two a score may be above the reference. What is 2^-126 below it has no weight. */
+/* By how many powers of two a score may be above the reference. What is more than 126 below it has no weight. */
 static const float RISE = 40.0f;
 
 static int code_rows(int n_head, int n_head_kv) {
@@ -55,9 +53,10 @@ static struct scan scan_begin(const struct repkv_op_params *p, int ith, const st
 static void clear_rows(const struct scan *scan, struct rows *r) {
     r->n = 0;
     memset(r->q, 0, SCAN_ROWS * (size_t)scan->dim);
+    memset(r->sum, 0, sizeof r->sum);
     for (int row = 0; row < SCAN_ROWS; row++) {
-        r->reference[row] = LOWEST;
-        r->scale[row] = r->middle[row] = r->sum[row] = 0.0f;
+        r->reference[row] = r->limit[row] = LOWEST;
+        r->scale[row] = r->middle[row] = 0.0f;
     }
 }
 
@@ -89,9 +88,9 @@ static void add_row(const struct scan *scan, struct rows *r) {
     r->middle[row] = 0.5f * (float)((1 << scan->p->bits) - 1) * sum16(sum);
 }
 
-/* 2^x to 3e-6 for x from -200 to 100; 0 below, and for NaN. */
+/* 2^x to 3e-6; 0 far below zero and for NaN. x is at most RISE, but for rounding of huge scores. */
 static inline f32x16 power16(f32x16 x) {
-    x = max16(x, splat16(-200.0f));
+    x = min16(max16(x, splat16(-200.0f)), splat16(RISE + 1.0f));
 #if defined(__AVX512DQ__)
     const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
     f32x16 p = splat16(0.0135341678f);
@@ -130,17 +129,16 @@ static struct strip strip_at(const int32_t *bounds, int32_t unit, int32_t last) 
     return s;
 }
 
-/* Sets mass[u] of the units of a strip to the sum of 2^(score - reference) over their tokens. scores [STRIP] are lost. */
-static inline void weigh(float *mass, float *scores, float reference, const struct strip *s, const int32_t *bounds) {
+/* Sets mass[u] of the units of a strip to the sum of 2^(scale * (score - reference)) over their tokens. scores [STRIP] are lost. */
+static inline void weigh(float *mass, float *scores, float scale, float reference, const struct strip *s, const int32_t *bounds) {
     const f32x16 from = splat16(reference);
     if (s->whole) {
         f32x16 tiles[STRIP / CODE_LANES];
-        float sums[STRIP / CODE_LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < STRIP / CODE_LANES; i++) tiles[i] = power16(load16(scores + i * CODE_LANES) - from);
-        sums16(sums, tiles);
-        if (s->end - s->unit == s->n_tiles) {
-            memcpy(mass + s->unit, sums, (size_t)s->n_tiles * sizeof(float));
+        for (int i = 0; i < STRIP / CODE_LANES; i++) tiles[i] = power16((load16(scores + i * CODE_LANES) - from) * scale);
+        const f32x16 sums = sums16(tiles);
+        if (s->end - s->unit == STRIP / CODE_LANES) {
+            store16(mass + s->unit, sums);
             return;
         }
         for (int32_t u = s->unit, i = 0; u < s->end; u++) {
@@ -152,7 +150,7 @@ static inline void weigh(float *mass, float *scores, float reference, const stru
         }
         return;
     }
-    for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) store16(scores + i, power16(load16(scores + i) - from));
+    for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) store16(scores + i, power16((load16(scores + i) - from) * scale));
     scores -= bounds[0] + s->tile * CODE_LANES;
     for (int32_t u = s->unit; u < s->end; u++) {
         float sum = 0.0f;
@@ -161,39 +159,50 @@ static inline void weigh(float *mass, float *scores, float reference, const stru
     }
 }
 
+static inline f32x16 log_mass16(f32x16 mass, float reference) {
+    return select16(above16(mass, splat16(FLT_MIN)), reference * 0.69314718f + log16(mass), splat16(LOWEST));
+}
+
 /* Adds the units of a strip, of which x[row * stride + u] gets the mass, or the logarithm of the mass. If the reference of a row
  * rises, its masses from unit 0 on shrink; logarithms need not. */
 static void scan_strip(const struct scan *scan, struct rows *r, float *x, size_t stride, const struct coded *c,
                        const struct strip *s, const bool logs) {
     const int32_t *bounds = c->bounds, first = bounds[0] + s->tile * CODE_LANES;
     const int begin = bounds[s->unit] - first, end = bounds[s->end] - first;
-    score_tiles(scan->p->bits, r, scan->scores, STRIP, c->codes + (size_t)s->tile * c->tile_bytes, c->tile_bytes, s->n_tiles, scan->dim);
+    score_tiles(scan->p->bits, r, scan->scores, c->codes + (size_t)s->tile * c->tile_bytes, c->tile_bytes, s->n_tiles, scan->dim);
     for (int row = 0; row < r->n; row++) {
         float *scores = scan->scores + row * STRIP, *to = x + (size_t)row * stride;
         /* What is no token of the units has no weight. */
         for (int i = 0; i < begin; i++) scores[i] = -INFINITY;
         for (int i = end; i < STRIP; i++) scores[i] = -INFINITY;
-        f32x16 largest = splat16(LOWEST);
+        f32x16 largest = splat16(LOWEST), sum = load16(r->sum[row]);
+#pragma GCC unroll 16
         for (int i = 0; i < STRIP; i += 16) largest = max16(load16(scores + i), largest);
-        const float most = largest16(largest);
-        if (most > r->reference[row] + RISE) {
-            const float shrink = exp2f(r->reference[row] - most);
-            r->sum[row] *= shrink;
+        if (any_above16(largest, splat16(r->limit[row]))) {
+            const float most = largest16(largest), shrink = exp2f((r->reference[row] - most) * r->scale[row]);
+            sum *= shrink;
             if (!logs) scale_f32(to, shrink, s->unit);
             r->reference[row] = most;
+            r->limit[row] = most + RISE / r->scale[row];
         }
-        weigh(to, scores, r->reference[row], s, bounds);
-        float sum = 0.0f;
-        for (int32_t u = s->unit; u < s->end; u++) sum += to[u];
-        r->sum[row] += sum;
-        for (int32_t u = s->unit; logs && u < s->end; u += 16) {
-            const size_t n = (size_t)(s->end - u < 16 ? s->end - u : 16) * sizeof(float);
-            float logarithms[16] = {0};
-            memcpy(logarithms, to + u, n);
-            const f32x16 v = load16(logarithms), found = r->reference[row] * 0.69314718f + log16(v);
-            store16(logarithms, select16(above16(v, splat16(FLT_MIN)), found, splat16(LOWEST)));
-            memcpy(to + u, logarithms, n);
+        weigh(to, scores, r->scale[row], r->reference[row], s, bounds);
+        const float reference = r->reference[row] * r->scale[row];
+        int32_t u = s->unit;
+        for (; u + 16 <= s->end; u += 16) {
+            const f32x16 v = load16(to + u);
+            sum += v;
+            if (logs) store16(to + u, log_mass16(v, reference));
         }
+        if (u < s->end) {
+            float few[16] = {0};
+            const size_t n = (size_t)(s->end - u) * sizeof(float);
+            memcpy(few, to + u, n);
+            const f32x16 v = load16(few);
+            sum += v;
+            if (logs) store16(few, log_mass16(v, reference));
+            memcpy(to + u, few, n);
+        }
+        store16(r->sum[row], sum);
     }
 }
 
@@ -226,8 +235,8 @@ void repkv_scan_tokens_one(struct ggml_tensor *dst, int ith, int nth, void *user
     }
     for (int i = 0; i < n_rows; i++) {
         for (int row = 0; row < scan.rows[i].n; row++, seen += 2) {
-            seen[0] = scan.rows[i].sum[row] > 0.0f ? scan.rows[i].reference[row] * 0.69314718f : LOWEST;
-            seen[1] = scan.rows[i].sum[row];
+            seen[1] = sum16(load16(scan.rows[i].sum[row]));
+            seen[0] = seen[1] > 0.0f ? scan.rows[i].reference[row] * scan.rows[i].scale[row] * 0.69314718f : LOWEST;
         }
     }
 }
@@ -285,7 +294,8 @@ void repkv_scan_tokens(struct ggml_tensor *dst, int ith, int nth, void *userdata
                 unit = strip.end;
             }
             for (int i = 0; i < rows->n; i++) {
-                if (rows->sum[i] > 0.0f) axpy_f32(line, mass + (int64_t)i * n_padded, 1.0f / rows->sum[i], n_units);
+                const float sum = sum16(load16(rows->sum[i]));
+                if (sum > 0.0f) axpy_f32(line, mass + (int64_t)i * n_padded, 1.0f / sum, n_units);
             }
         }
     }

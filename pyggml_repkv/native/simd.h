@@ -109,11 +109,12 @@ static inline __attribute__((always_inline)) __m256 sums_across(const __m256 v[8
 }
 #endif
 
-/* Sets sums [16] to the sum of the lanes of each of 16 vectors. */
-static inline __attribute__((always_inline)) void sums16(float *sums, const f32x16 v[16]) {
+/* Returns the sums of the lanes of 16 vectors. */
+static inline __attribute__((always_inline)) f32x16 sums16(const f32x16 v[16]) {
 #if defined(__AVX512F__)
-    _mm512_storeu_ps(sums, sums_across((const __m512 *)v));
+    return (f32x16)sums_across((const __m512 *)v);
 #elif defined(REPKV_HALVES)
+    union halves sums;
     for (int first = 0; first < 16; first += 8) {
         __m256 both[8];
 #pragma GCC unroll 8
@@ -121,10 +122,13 @@ static inline __attribute__((always_inline)) void sums16(float *sums, const f32x
             const union halves u = {.whole = v[first + c]};
             both[c] = _mm256_add_ps(u.half[0], u.half[1]);
         }
-        _mm256_storeu_ps(sums + first, sums_across(both));
+        sums.half[first / 8] = sums_across(both);
     }
+    return sums.whole;
 #else
+    float sums[16];
     for (int c = 0; c < 16; c++) sums[c] = sum16(v[c]);
+    return load16(sums);
 #endif
 }
 
@@ -245,6 +249,18 @@ static inline i32x16 above16(f32x16 a, f32x16 b) {
 #endif
 }
 
+static inline int any_above16(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    const i32x16 mask = above16(a, b);
+    int32_t any = 0;
+    for (int i = 0; i < 16; i++) any |= mask[i];
+    return any != 0;
+#endif
+}
+
+/* The larger lanes; those of b where either is NaN. */
 static inline f32x16 max16(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
@@ -255,6 +271,19 @@ static inline f32x16 max16(f32x16 a, f32x16 b) {
     return x.whole;
 #else
     return select16(a > b, a, b);
+#endif
+}
+
+static inline f32x16 min16(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(REPKV_HALVES)
+    union halves x = {.whole = a};
+    const union halves y = {.whole = b};
+    for (int i = 0; i < 2; i++) x.half[i] = _mm256_min_ps(x.half[i], y.half[i]);
+    return x.whole;
+#else
+    return select16(a < b, a, b);
 #endif
 }
 
