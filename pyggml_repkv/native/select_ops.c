@@ -292,16 +292,20 @@ static void select_units(const struct repkv_op_params *p, const struct row_of_un
     struct heap heap = {best, r->selected + 1, 0};
     int at_kept = 1;
     for (int first = 0; first < r->n_units; first += LANES) {
-        f32x16 weight = weights_of(p, r, first);
+        float weight[LANES], size[LANES];
+        store16(weight, weights_of(p, r, first));
         const int n_lanes = r->n_units - first < LANES ? r->n_units - first : LANES;
         for (; r->kept != NULL && at_kept <= r->kept[0] && r->kept[at_kept] < first + n_lanes; at_kept++) {
             const int u = r->kept[at_kept] - first;
             weight[u] = weight[u] * factor + bonus;
         }
-        for (int u = 0; u < n_lanes; u++) {
-            const float size = p->by_size ? (float)(r->bounds[first + u + 1] - r->bounds[first + u]) : 1.0f;
-            offer(&heap, r->n_top, weight[u] / size, first + u);
-        }
+        store16(size, splat16(1.0f));
+        for (int u = 0; p->by_size && u < n_lanes; u++) size[u] = (float)(r->bounds[first + u + 1] - r->bounds[first + u]);
+        const f32x16 worth = load16(weight) / load16(size);
+        /* Most units are worth less than the worst one so far. */
+        if (heap.n == r->n_top && !any_above16(worth, splat16(best[0]))) continue;
+        store16(weight, worth);
+        for (int u = 0; u < n_lanes; u++) offer(&heap, r->n_top, weight[u], first + u);
     }
     for (int n = heap.n - 1; n > 0; n--) {
         swap(&heap, 0, n);
