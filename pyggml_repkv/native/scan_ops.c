@@ -32,7 +32,7 @@ struct scan {
     const struct repkv_op_params *p;
     const float *turn;
     float *q, *turned, *scores; /* q: a query [head_dim]; turned: with zeros after it; scores [SCAN_ROWS][STRIP] */
-    struct rows *rows;          /* of each key head, if it has so many queries more than one */
+    struct rows *rows;          /* one for each key head, or more for one with over SCAN_ROWS queries */
     int dim;
 };
 
@@ -60,7 +60,7 @@ static void clear_rows(const struct scan *scan, struct rows *r) {
     }
 }
 
-/* Adds the scaled query scan->q, times `turn` and in 8 bits. One with a NaN or an infinity asks for nothing. */
+/* Adds the scaled query scan->q, times `turn` and in 8 bits. One with a NaN or an infinity finds all keys alike. */
 static void add_row(const struct scan *scan, struct rows *r) {
     typedef int8_t i8x16 __attribute__((vector_size(16)));
     const int d = scan->p->head_dim, row = r->n++;
@@ -72,7 +72,7 @@ static void add_row(const struct scan *scan, struct rows *r) {
         largest = max16(v, max16(-v, largest));
     }
     const float most = largest16(largest);
-    if (!(most > 0.0f && most < INFINITY)) return;
+    if (!(most > 1e-30f && most < INFINITY)) return;
     const f32x16 magic = splat16(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
     for (int i = 0; i < d; i += 16) {
         const f32x16 v = max16(load16(scan->turned + i), splat16(-most)) * (127.0f / most); /* without NaN */
@@ -111,8 +111,10 @@ struct coded {
     const int32_t *bounds; /* of units */
 };
 
-static struct coded coded_of(const struct repkv_op_params *p, const struct ggml_tensor *codes, const struct ggml_tensor *units, int kv) {
-    return (struct coded){(const char *)codes->data + (size_t)kv * code_head_bytes(p->head_dim, p->bits), codes->nb[1], units->data};
+static struct coded coded_of(const struct repkv_op_params *p, const struct ggml_tensor *codes, const struct ggml_tensor *units,
+                             int kv) {
+    const char *of_head = (const char *)codes->data + (size_t)kv * code_head_bytes(p->head_dim, p->bits);
+    return (struct coded){of_head, codes->nb[1], units->data};
 }
 
 /* Units [unit, end) whose tokens lie in STRIP / CODE_LANES tiles, from `tile` on; `whole`: they begin and end with tiles. */
@@ -124,12 +126,15 @@ struct strip {
 static struct strip strip_at(const int32_t *bounds, int32_t unit, int32_t last) {
     const int32_t tile = (bounds[unit] - bounds[0]) / CODE_LANES, first = bounds[0] + tile * CODE_LANES;
     struct strip s = {unit, unit, tile, 0, bounds[unit] == first};
-    for (; s.end < last && bounds[s.end + 1] - first <= STRIP; s.end++) s.whole &= (bounds[s.end + 1] - first) % CODE_LANES == 0;
+    for (; s.end < last && bounds[s.end + 1] - first <= STRIP; s.end++) {
+        s.whole &= (bounds[s.end + 1] - first) % CODE_LANES == 0;
+    }
     s.n_tiles = (bounds[s.end] - first + CODE_LANES - 1) / CODE_LANES;
     return s;
 }
 
-/* Sets mass[u] of the units of a strip to the sum of 2^(scale * (score - reference)) over their tokens. scores [STRIP] are lost. */
+/* Sets mass[u] of the units of a strip to the sum of 2^(scale * (score - reference)) over their tokens. scores [STRIP] are
+ * lost. */
 static inline void weigh(float *mass, float *scores, float scale, float reference, const struct strip *s, const int32_t *bounds) {
     const f32x16 from = splat16(reference);
     if (s->whole) {
@@ -150,7 +155,9 @@ static inline void weigh(float *mass, float *scores, float scale, float referenc
         }
         return;
     }
-    for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) store16(scores + i, power16((load16(scores + i) - from) * scale));
+    for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) {
+        store16(scores + i, power16((load16(scores + i) - from) * scale));
+    }
     scores -= bounds[0] + s->tile * CODE_LANES;
     for (int32_t u = s->unit; u < s->end; u++) {
         float sum = 0.0f;
@@ -169,7 +176,8 @@ static void scan_strip(const struct scan *scan, struct rows *r, float *x, size_t
                        const struct strip *s, const bool logs) {
     const int32_t *bounds = c->bounds, first = bounds[0] + s->tile * CODE_LANES;
     const int begin = bounds[s->unit] - first, end = bounds[s->end] - first;
-    score_tiles(scan->p->bits, r, scan->scores, c->codes + (size_t)s->tile * c->tile_bytes, c->tile_bytes, s->n_tiles, scan->dim);
+    const char *tiles = c->codes + (size_t)s->tile * c->tile_bytes;
+    score_tiles(scan->p->bits, r, scan->scores, tiles, c->tile_bytes, s->n_tiles, scan->dim);
     for (int row = 0; row < r->n; row++) {
         float *scores = scan->scores + row * STRIP, *to = x + (size_t)row * stride;
         /* What is no token of the units has no weight. */
@@ -209,7 +217,8 @@ static void scan_strip(const struct scan *scan, struct rows *r, float *x, size_t
 void repkv_scan_tokens_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_scan_tokens_one_sources *src = SOURCES(dst, scan_tokens_one);
-    const int d = p->head_dim, group = p->n_head / p->n_head_kv, half = p->rope_dim / 2, n_rows = code_rows(p->n_head, p->n_head_kv);
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv, half = p->rope_dim / 2;
+    const int n_rows = code_rows(p->n_head, p->n_head_kv);
     const float *qkv = src->qkv->data, *far = (const float *)src->rope->data + p->rope_dim;
     float *x = dst->data, *seen = x + (int64_t)p->n_head * p->n_padded + (int64_t)ith * p->n_head * 2;
     const struct scan scan = scan_begin(p, ith, src->turn);
@@ -264,7 +273,9 @@ void repkv_scan_tokens(struct ggml_tensor *dst, int ith, int nth, void *userdata
     struct rows *rows = scan.rows;
     int64_t n_asked = 0;
     for (int r = 0; r < p->n_rows; r++) {
-        for (int t = ith; t < p->n_threads; t += nth) memset(lines + ((int64_t)r * p->n_threads + t) * n_padded, 0, (size_t)n_units * sizeof(float));
+        for (int t = ith; t < p->n_threads; t += nth) {
+            memset(lines + ((int64_t)r * p->n_threads + t) * n_padded, 0, (size_t)n_units * sizeof(float));
+        }
         n_asked += asked_of(p, r / p->n_head_kv, n_tokens).n * group;
     }
     if (n_asked == 0 || n_units == 0) return;

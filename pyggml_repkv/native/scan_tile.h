@@ -118,7 +118,9 @@ static inline __attribute__((always_inline)) void score_half(const int bits, con
             }
         }
 #pragma GCC unroll 4
-        for (int row = 0; row < 4; row++) sum[row] = _mm256_add_epi32(sum[row], _mm256_madd_epi16(pairs[row], _mm256_set1_epi16(1)));
+        for (int row = 0; row < 4; row++) {
+            sum[row] = _mm256_add_epi32(sum[row], _mm256_madd_epi16(pairs[row], _mm256_set1_epi16(1)));
+        }
     }
 #pragma GCC unroll 4
     for (int row = 0; row < 4; row++) _mm256_storeu_si256((__m256i *)(sums + row * CODE_LANES), sum[row]);
