@@ -46,9 +46,9 @@ def memories(draw):
         n_score=20,
         n_dense=draw(st.sampled_from([0, 100])),
         block=draw(st.sampled_from(["fixed:16", "fixed:24", "semantic:16-32"])),
-        top_blocks=draw(st.integers(0, 4)),
-        chunk_blocks=draw(st.integers(0, 4)),
-        n_repr=draw(st.integers(1, 4)),
+        budget=draw(st.integers(0, 4)) * 16,
+        chunk_budget=draw(st.integers(0, 4)) * 16,
+        index=f"representatives:{draw(st.integers(1, 4))}",
         positions=positions,
         per_head=draw(st.booleans()),
         sticky=draw(st.sampled_from([0.0, 1.0])),
@@ -115,8 +115,8 @@ def test_late_blocks_are_there_when_asked_for(model, per_head, prefetch):
 
 
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, sticky=0.5, kv_debug=True,
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48, sticky=0.5, kv_debug=True,
 )  # fmt: skip
 SMALL = slot_bytes(MEMORY) * 4
 

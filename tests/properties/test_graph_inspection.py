@@ -37,8 +37,8 @@ def graphs(draw) -> Wanted:
         memory |= {
             "n_dense": draw(st.sampled_from([0, 256])),
             "block": draw(st.sampled_from(["fixed:16", "semantic:16-24"])),
-            "top_blocks": draw(st.integers(1, 5)),
-            "n_repr": draw(st.integers(1, 4)),
+            "budget": 16 * draw(st.integers(1, 5)),
+            "index": f"representatives:{draw(st.integers(1, 4))}",
             "score": draw(st.sampled_from(["dot", "attention"])),
             "relevance": draw(st.sampled_from(["lse", "mean", "max"])),
             "per_head": draw(st.booleans()),

@@ -45,8 +45,8 @@ class SessionMachine(RuleBasedStateMachine):
     def start(self, block, positions, n_dense, n_slots, prefetch, type_k, sticky, late):
         self.memory = MemoryConfig(
             kv="repkv", n_ctx=0 if positions == "auto" else 1024, n_batch=40, n_sink=5, n_local=48, n_score=20,
-            block=block, top_blocks=2, chunk_blocks=2, n_repr=3, positions=positions, n_dense=n_dense, type_k=type_k,
-            sticky=sticky, late=late,
+            block=block, budget=32, chunk_budget=32, index="representatives:3", positions=positions, n_dense=n_dense,
+            type_k=type_k, sticky=sticky, late=late,
         )  # fmt: skip
         ram = N_LAYER * 32 * (128 + 128) * n_slots
         self.kept = replace(self.memory, kv_ram=ram, prefetch=prefetch, kv_debug=True)

@@ -85,8 +85,9 @@ class RepKVMemory(BoundedMemory):
             file = BlockFile(block_folder(memory), None)
         try:
             return DiskStore(
-                arenas, config, memory, file, self.blocks, max_blocks=max_units, n_selected=self.n_rows * self.n_top_max,
-                n_extra=self.index.n_packed if inputs.kept else 0, kept=self.kept.tensors,
+                arenas, config, memory, file, self.blocks, max_blocks=max_units,
+                n_selected=self.n_rows * self.n_top_max, n_extra=self.index.n_packed if inputs.kept else 0,
+                kept=self.kept.tensors,
             )  # fmt: skip
         except BaseException:
             file.close()

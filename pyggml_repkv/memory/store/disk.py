@@ -115,9 +115,7 @@ class DiskStore:
     def new_hook(self, backend: Backend) -> StepHook:
         return StepHook(self.io, self._kept, backend, reads_ahead=self.reads_ahead)
 
-    def seal(
-        self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes
-    ) -> None:
+    def seal(self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes) -> None:
         """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
         n_bytes = self.file.n_bytes + self.layout.block_bytes(end - begin)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:

@@ -47,9 +47,7 @@ class RamStore:
     def places(self, layer: int) -> Tensor:
         return self._places_tensor
 
-    def seal(
-        self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes
-    ) -> None:
+    def seal(self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes) -> None:
         """Makes a block of the tokens [begin, end): where its units lie."""
         for unit_end in unit_ends:
             self._places[self._n_units] = begin, unit_end - begin, begin

@@ -16,8 +16,8 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 700).tolist()
 REPKV = MemoryConfig(
-    kv="repkv", n_ctx=640, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, kv_debug=True,
+    kv="repkv", n_ctx=640, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48, kv_debug=True,
 )  # fmt: skip
 EXAMPLE = str(Path(__file__).parents[3] / "docs" / "examples" / "mean_key_blocks.py")
 MEMORIES = {

@@ -12,8 +12,8 @@ from pyggml_repkv.memory.store.block_store import BlockStore
 
 TOKENS = np.random.default_rng(8).integers(0, 280, 500).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3,
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48,
 )  # fmt: skip
 
 

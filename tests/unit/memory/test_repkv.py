@@ -12,7 +12,16 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3
+    kv="repkv",
+    n_ctx=512,
+    n_batch=48,
+    n_sink=4,
+    n_local=64,
+    n_score=32,
+    n_dense=0,
+    block="fixed:16",
+    index="representatives:4",
+    budget=48,
 )
 
 
@@ -124,7 +133,16 @@ def test_what_it_cannot_run_on_is_an_error(tiny_model, monkeypatch, options, mes
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("n_sink", -1), ("n_local", 16), ("top_blocks", 5000), ("n_repr", 0), ("n_score", 65)]
+    ("field", "value"),
+    [
+        ("n_sink", -1),
+        ("n_local", 16),
+        ("budget", -1),
+        ("index", "representatives:0"),
+        ("unit", "0"),
+        ("group", 16),
+        ("n_score", 65),
+    ],
 )
 def test_a_count_out_of_range_is_an_error(field, value):
     flag = f"--{field.replace('_', '-')}"
@@ -187,7 +205,7 @@ def test_it_is_far_from_the_start_where_the_length_says_so(tiny_model, caplog):
     ):
         session.read(TOKENS[:100])
         assert session.policy.rotation.far
-        assert session.policy.regions.n_select == MEMORY.chunk_blocks
+        assert session.policy.regions.budget == MEMORY.chunk_budget
 
 
 def test_a_closed_session_reads_no_freed_memory(model):

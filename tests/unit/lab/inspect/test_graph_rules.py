@@ -75,7 +75,9 @@ def test_every_family_is_proved(tiny_model, family, kv, exact, phase):
         assert unfilled_inputs(graph) == []
 
 
-LATE = MemoryConfig(kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", late=True, kv_ram=2**26)
+LATE = MemoryConfig(
+    kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", index="representatives:4", late=True, kv_ram=2**26
+)
 
 
 @pytest.mark.parametrize(("n_past", "n_points"), [(100, 4), (4000, 2)])
