@@ -24,8 +24,8 @@ PREFETCH = ("on", "off")
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
     "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "score",
-    "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted",
-    "prefetch",
+    "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max",
+    "type_evicted", "prefetch",
 )  # fmt: skip
 
 # Those that say where evicted blocks go, and how they get back.
