@@ -84,7 +84,7 @@ void repkv_repr_topk(int32_t *out, const float *score, int64_t begin, int64_t en
 size_t repkv_code_row_bytes(int n_head_kv, int head_dim, int bits);
 size_t code_bytes(int head_dim, int bits);
 void repkv_encode_keys(char *codes, const float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits,
-                       const float *centre, const float *turn, float *scratch);
+                       const float *centre, const float *turn);
 void repkv_decode_codes(const char *codes, float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits);
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,
                        int rope_dim, float *scratch);

@@ -11,7 +11,10 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { CODE_LANES = 16 };
+enum {
+    CODE_LANES = 16,
+    MAX_CODE_DIM = 512, /* values of a coded key; Python checks it */
+};
 
 static inline int code_dim(int head_dim, int bits) {
     const int per_word = 32 / bits;
@@ -31,9 +34,9 @@ static inline size_t code_head_bytes(int head_dim, int bits) {
 size_t repkv_code_row_bytes(int n_head_kv, int head_dim, int bits);
 
 /* Encodes keys [n, n_head_kv, head_dim] of tokens [first, first + n), counted from the first one that has codes, less
- * `centre` [n_head_kv, head_dim] and multiplied by `turn` [head_dim, head_dim] (rows are inputs). scratch: 2 * head_dim. */
+ * `centre` [n_head_kv, head_dim] and multiplied by `turn` [head_dim, head_dim] (rows are inputs). */
 void repkv_encode_keys(char *codes, const float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits,
-                       const float *centre, const float *turn, float *scratch);
+                       const float *centre, const float *turn);
 
 /* The reverse: keys [n, n_head_kv, head_dim] of tokens from `first` on, still multiplied by `turn`, without the centre. */
 void repkv_decode_codes(const char *codes, float *keys, int64_t first, int64_t n, int n_head_kv, int head_dim, int bits);

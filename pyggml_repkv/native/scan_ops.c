@@ -1,191 +1,291 @@
-#include "scan_ops.h"
+#include "scan_tile.h"
 
-#include "codes.h"
+#include <float.h>
+
 #include "compute.h"
 #include "one_token.h"
 #include "packed.h"
 #include "regions.h"
 #include "select_ops.h"
 
-enum {
-    STRIP = 2 * MAX_UNIT,                            /* tokens whose scores are made before their units are weighed */
-    STRIP_ROOM = STRIP + MAX_UNIT + 2 * CODE_LANES, /* with what tiles have beside them */
+/* Tokens whose scores are made before their units are weighed: of STRIP / CODE_LANES tiles, and at least one unit. */
+enum { STRIP = 256 };
+_Static_assert(STRIP >= MAX_UNIT + CODE_LANES, "a unit may begin in the middle of a tile");
+
+/* By how many powers of two a score may be above the reference. What is 2^-126 below it has no weight. */
+static const float RISE = 40.0f;
+
+static int code_rows(int n_head, int n_head_kv) {
+    return n_head_kv * ((n_head / n_head_kv + SCAN_ROWS - 1) / SCAN_ROWS);
+}
+
+static size_t numbers_of_rows(int n) {
+    return ((size_t)n * sizeof(struct rows) + sizeof(float) - 1) / sizeof(float);
+}
+
+size_t repkv_scan_scratch(int n_head, int n_head_kv, int head_dim) {
+    const int n = code_rows(n_head, n_head_kv), d = (head_dim + CODE_LANES - 1) / CODE_LANES * CODE_LANES;
+    return repkv_piece((size_t)head_dim) + repkv_piece((size_t)d) + repkv_piece(numbers_of_rows(n)) +
+           repkv_piece((size_t)n * SCAN_ROWS * (size_t)code_dim(head_dim, 1) / sizeof(float)) + repkv_piece(SCAN_ROWS * STRIP);
+}
+
+/* What a thread works with. */
+struct scan {
+    const struct repkv_op_params *p;
+    const float *turn;
+    float *q, *turned, *scores; /* q: a query [head_dim]; turned: with zeros after it; scores [SCAN_ROWS][STRIP] */
+    struct rows *rows;          /* of each key head, if it has so many queries more than one */
+    int dim;
 };
 
-/* Query rows of one key head: [n][dim] in 8 bits, what turns sums of products into scores, and that sum for the middle level. */
-struct rows {
-    int n;
-    int8_t *q;
-    float scale[SCAN_ROWS], middle[SCAN_ROWS];
-};
+static struct scan scan_begin(const struct repkv_op_params *p, int ith, const struct ggml_tensor *turn) {
+    const int n = code_rows(p->n_head, p->n_head_kv), d = (p->head_dim + CODE_LANES - 1) / CODE_LANES * CODE_LANES;
+    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_scan_scratch(p->n_head, p->n_head_kv, p->head_dim));
+    struct scan scan = {.p = p, .turn = turn->data, .dim = code_dim(p->head_dim, p->bits)};
+    scan.q = repkv_take(&s, (size_t)p->head_dim);
+    scan.turned = repkv_take(&s, (size_t)d);
+    scan.rows = (struct rows *)repkv_take(&s, numbers_of_rows(n));
+    int8_t *q = (int8_t *)repkv_take(&s, (size_t)n * SCAN_ROWS * (size_t)code_dim(p->head_dim, 1) / sizeof(float));
+    for (int i = 0; i < n; i++) scan.rows[i].q = q + i * SCAN_ROWS * scan.dim;
+    scan.scores = repkv_take(&s, SCAN_ROWS * STRIP);
+    memset(scan.turned, 0, (size_t)d * sizeof(float));
+    return scan;
+}
+
+static void clear_rows(const struct scan *scan, struct rows *r) {
+    r->n = 0;
+    memset(r->q, 0, SCAN_ROWS * (size_t)scan->dim);
+    for (int row = 0; row < SCAN_ROWS; row++) {
+        r->reference[row] = LOWEST;
+        r->scale[row] = r->middle[row] = r->sum[row] = 0.0f;
+    }
+}
+
+/* Adds the scaled query scan->q, times `turn` and in 8 bits. One with a NaN or an infinity asks for nothing. */
+static void add_row(const struct scan *scan, struct rows *r) {
+    typedef int8_t i8x16 __attribute__((vector_size(16)));
+    const int d = scan->p->head_dim, row = r->n++;
+    memset(scan->turned, 0, (size_t)d * sizeof(float));
+    weighted_rows_f32(scan->turned, scan->q, scan->turn, d, (size_t)d, d);
+    f32x16 largest = splat16(0.0f), sum = splat16(0.0f);
+    for (int i = 0; i < d; i += 16) {
+        const f32x16 v = load16(scan->turned + i);
+        largest = max16(v, max16(-v, largest));
+    }
+    const float most = largest16(largest);
+    if (!(most > 0.0f && most < INFINITY)) return;
+    const f32x16 magic = splat16(12582912.0f); /* 1.5 * 2^23: adding it rounds to the nearest integer */
+    for (int i = 0; i < d; i += 16) {
+        const f32x16 v = max16(load16(scan->turned + i), splat16(-most)) * (127.0f / most); /* without NaN */
+        const f32x16 whole = (v + magic) - magic;
+        const i8x16 bytes = __builtin_convertvector(__builtin_convertvector(whole, i32x16), i8x16);
+        for (int four = i; four < i + 16 && four < scan->dim; four += 4) {
+            memcpy(r->q + four * SCAN_ROWS + 4 * row, (const char *)&bytes + four - i, 4);
+        }
+        sum += whole;
+    }
+    /* So that every score is finite. */
+    r->scale[row] = (most < 1e27f ? most : 1e27f) * (1.44269504f / 127.0f);
+    r->middle[row] = 0.5f * (float)((1 << scan->p->bits) - 1) * sum16(sum);
+}
+
+/* 2^x to 3e-6 for x from -200 to 100; 0 below, and for NaN. */
+static inline f32x16 power16(f32x16 x) {
+    x = max16(x, splat16(-200.0f));
+#if defined(__AVX512DQ__)
+    const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
+    f32x16 p = splat16(0.0135341678f);
+    p = p * f + 0.0520114601f;
+    p = p * f + 0.241442755f;
+    p = p * f + 0.693003833f;
+    p = p * f + 1.00000262f;
+    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    return exp16(x * 0.69314718f);
+#endif
+}
 
 /* Where the codes of one key head lie, and how. */
 struct coded {
     const char *codes; /* of the key head in the first tile */
-    size_t row_bytes;
-    int dim, bits;
+    size_t tile_bytes;
+    const int32_t *bounds; /* of units */
 };
 
-static size_t rows_scratch(int head_dim) {
-    return repkv_piece((size_t)head_dim) + repkv_piece(SCAN_ROWS * MAX_CODE_DIM / sizeof(float));
+static struct coded coded_of(const struct repkv_op_params *p, const struct ggml_tensor *codes, const struct ggml_tensor *units, int kv) {
+    return (struct coded){(const char *)codes->data + (size_t)kv * code_head_bytes(p->head_dim, p->bits), codes->nb[1], units->data};
 }
 
-size_t repkv_scan_scratch(int group, int head_dim) {
-    (void)group;
-    return repkv_piece((size_t)head_dim) + rows_scratch(head_dim) + repkv_piece(SCAN_ROWS * STRIP_ROOM);
+/* Units [unit, end) whose tokens lie in STRIP / CODE_LANES tiles, from `tile` on; `whole`: they begin and end with tiles. */
+struct strip {
+    int32_t unit, end, tile, n_tiles;
+    bool whole;
+};
+
+static struct strip strip_at(const int32_t *bounds, int32_t unit, int32_t last) {
+    const int32_t tile = (bounds[unit] - bounds[0]) / CODE_LANES, first = bounds[0] + tile * CODE_LANES;
+    struct strip s = {unit, unit, tile, 0, bounds[unit] == first};
+    for (; s.end < last && bounds[s.end + 1] - first <= STRIP; s.end++) s.whole &= (bounds[s.end + 1] - first) % CODE_LANES == 0;
+    s.n_tiles = (bounds[s.end] - first + CODE_LANES - 1) / CODE_LANES;
+    return s;
 }
 
-/* Adds a scaled query [head_dim], strided, to the rows: multiplied by `turn` and in 8 bits. */
-static void add_row(struct rows *r, const float *q, int stride, float scale, const float *turn, float *buffer, int head_dim,
-                    int dim, int bits) {
-    memset(buffer, 0, (size_t)head_dim * sizeof(float));
-    for (int i = 0; i < head_dim; i++) axpy_f32(buffer, turn + (size_t)i * (size_t)head_dim, q[i * stride] * scale, head_dim);
-    float most = 0.0f;
-    for (int i = 0; i < head_dim; i++) most = fabsf(buffer[i]) > most ? fabsf(buffer[i]) : most;
-    int8_t *to = r->q + r->n * dim;
-    int sum = 0;
-    memset(to, 0, (size_t)dim);
-    if (most > 0.0f && most < INFINITY) {
-        for (int i = 0; i < head_dim; i++) {
-            to[i] = (int8_t)lrintf(buffer[i] * (127.0f / most));
-            sum += to[i];
+/* Sets mass[u] of the units of a strip to the sum of 2^(score - reference) over their tokens. scores [STRIP] are lost. */
+static inline void weigh(float *mass, float *scores, float reference, const struct strip *s, const int32_t *bounds) {
+    const f32x16 from = splat16(reference);
+    if (s->whole) {
+        f32x16 tiles[STRIP / CODE_LANES];
+        float sums[STRIP / CODE_LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < STRIP / CODE_LANES; i++) tiles[i] = power16(load16(scores + i * CODE_LANES) - from);
+        sums16(sums, tiles);
+        if (s->end - s->unit == s->n_tiles) {
+            memcpy(mass + s->unit, sums, (size_t)s->n_tiles * sizeof(float));
+            return;
         }
-    } else {
-        most = 0.0f;
+        for (int32_t u = s->unit, i = 0; u < s->end; u++) {
+            const int32_t n = (bounds[u + 1] - bounds[u]) / CODE_LANES;
+            float sum = 0.0f;
+            for (int32_t j = 0; j < n; j++) sum += sums[i + j];
+            mass[u] = sum;
+            i += n;
+        }
+        return;
     }
-    r->scale[r->n] = most / 127.0f;
-    r->middle[r->n] = 0.5f * (float)((1 << bits) - 1) * (float)sum;
-    r->n++;
+    for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) store16(scores + i, power16(load16(scores + i) - from));
+    scores -= bounds[0] + s->tile * CODE_LANES;
+    for (int32_t u = s->unit; u < s->end; u++) {
+        float sum = 0.0f;
+        for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += scores[t];
+        mass[u] = sum;
+    }
 }
 
-/* scores[r * stride + lane] of a tile for all rows. */
-static void score_tile(const struct rows *r, float *scores, size_t stride, const char *tile, int dim, int bits) {
-    const int mask = (1 << bits) - 1, per_word = 32 / bits;
-    float step[CODE_LANES];
-    to_f32(GGML_TYPE_F16, tile + (size_t)dim * (size_t)bits / 8 * CODE_LANES, step, CODE_LANES);
+/* Adds the units of a strip, of which x[row * stride + u] gets the mass, or the logarithm of the mass. If the reference of a row
+ * rises, its masses from unit 0 on shrink; logarithms need not. */
+static void scan_strip(const struct scan *scan, struct rows *r, float *x, size_t stride, const struct coded *c,
+                       const struct strip *s, const bool logs) {
+    const int32_t *bounds = c->bounds, first = bounds[0] + s->tile * CODE_LANES;
+    const int begin = bounds[s->unit] - first, end = bounds[s->end] - first;
+    score_tiles(scan->p->bits, r, scan->scores, STRIP, c->codes + (size_t)s->tile * c->tile_bytes, c->tile_bytes, s->n_tiles, scan->dim);
     for (int row = 0; row < r->n; row++) {
-        int32_t sums[CODE_LANES] = {0};
-        const int8_t *q = r->q + row * dim;
-        for (int i = 0; i < dim; i++) {
-            const int in_word = i % per_word, shift = in_word / 4 * bits;
-            const unsigned char *byte = (const unsigned char *)tile + (size_t)(i / per_word) * CODE_LANES * 4 + in_word % 4;
-            for (int lane = 0; lane < CODE_LANES; lane++) sums[lane] += q[i] * (byte[4 * lane] >> shift & mask);
+        float *scores = scan->scores + row * STRIP, *to = x + (size_t)row * stride;
+        /* What is no token of the units has no weight. */
+        for (int i = 0; i < begin; i++) scores[i] = -INFINITY;
+        for (int i = end; i < STRIP; i++) scores[i] = -INFINITY;
+        f32x16 largest = splat16(LOWEST);
+        for (int i = 0; i < STRIP; i += 16) largest = max16(load16(scores + i), largest);
+        const float most = largest16(largest);
+        if (most > r->reference[row] + RISE) {
+            const float shrink = exp2f(r->reference[row] - most);
+            r->sum[row] *= shrink;
+            if (!logs) scale_f32(to, shrink, s->unit);
+            r->reference[row] = most;
         }
-        for (int lane = 0; lane < CODE_LANES; lane++) {
-            const float s = step[lane] * r->scale[row] * ((float)sums[lane] - r->middle[row]);
-            scores[(size_t)row * stride + (size_t)lane] = s > LOWEST ? (s < -LOWEST ? s : -LOWEST) : LOWEST;
-        }
-    }
-}
-
-/* Sets x[row * x_stride + u] to the logarithm of the sum of exp(score) over the tokens of units [begin, end); bounds: of
- * positions, from `first` on. buffer [SCAN_ROWS][STRIP_ROOM]. */
-static void weigh_units(const struct rows *r, float *x, size_t x_stride, const struct coded *c, const int32_t *bounds,
-                        int32_t begin, int32_t end, float *buffer) {
-    const int32_t first = bounds[0];
-    for (int32_t u0 = begin, u1; u0 < end; u0 = u1) {
-        for (u1 = u0 + 1; u1 < end && bounds[u1 + 1] - bounds[u0] <= STRIP;) u1++;
-        const int32_t tile0 = (bounds[u0] - first) / CODE_LANES, tile1 = (bounds[u1] - first + CODE_LANES - 1) / CODE_LANES;
-        for (int32_t tile = tile0; tile < tile1; tile++) {
-            score_tile(r, buffer + (tile - tile0) * CODE_LANES, STRIP_ROOM, c->codes + (size_t)tile * c->row_bytes, c->dim, c->bits);
-        }
-        for (int row = 0; row < r->n; row++) {
-            const float *scores = buffer + (size_t)row * STRIP_ROOM - (first + tile0 * CODE_LANES);
-            for (int32_t u = u0; u < u1; u++) {
-                float most = LOWEST, sum = 0.0f;
-                for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) most = scores[t] > most ? scores[t] : most;
-                for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += expf(scores[t] - most);
-                x[(size_t)row * x_stride + (size_t)u] = most > LOWEST ? most + logf(sum) : LOWEST;
-            }
+        weigh(to, scores, r->reference[row], s, bounds);
+        float sum = 0.0f;
+        for (int32_t u = s->unit; u < s->end; u++) sum += to[u];
+        r->sum[row] += sum;
+        for (int32_t u = s->unit; logs && u < s->end; u += 16) {
+            const size_t n = (size_t)(s->end - u < 16 ? s->end - u : 16) * sizeof(float);
+            float logarithms[16] = {0};
+            memcpy(logarithms, to + u, n);
+            const f32x16 v = load16(logarithms), found = r->reference[row] * 0.69314718f + log16(v);
+            store16(logarithms, select16(above16(v, splat16(FLT_MIN)), found, splat16(LOWEST)));
+            memcpy(to + u, logarithms, n);
         }
     }
-}
-
-static struct coded codes_of(const struct repkv_op_params *p, const struct ggml_tensor *codes, int kv) {
-    return (struct coded){(const char *)codes->data + (size_t)kv * code_head_bytes(p->head_dim, p->bits), codes->nb[1],
-                          code_dim(p->head_dim, p->bits), p->bits};
-}
-
-/* Sets max and sum to the largest of x [n] and the sum of exp(x - max), without those that are LOWEST. */
-static void total(const float *x, int32_t begin, int32_t end, float *max, float *sum) {
-    *max = LOWEST;
-    *sum = 0.0f;
-    for (int32_t u = begin; u < end; u++) *max = x[u] > *max ? x[u] : *max;
-    for (int32_t u = begin; u < end; u++) *sum += x[u] > LOWEST ? expf(x[u] - *max) : 0.0f;
 }
 
 void repkv_scan_tokens_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_scan_tokens_one_sources *src = SOURCES(dst, scan_tokens_one);
-    const int d = p->head_dim, dim = code_dim(d, p->bits), group = p->n_head / p->n_head_kv, half = p->rope_dim / 2;
-    const float *qkv = src->qkv->data, *far = (const float *)src->rope->data + p->rope_dim, *turn = src->turn->data;
-    const int32_t *bounds = src->units->data, n_units = regions_of(src->regions)->n_blocks;
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv, half = p->rope_dim / 2, n_rows = code_rows(p->n_head, p->n_head_kv);
+    const float *qkv = src->qkv->data, *far = (const float *)src->rope->data + p->rope_dim;
     float *x = dst->data, *seen = x + (int64_t)p->n_head * p->n_padded + (int64_t)ith * p->n_head * 2;
-    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_scan_scratch(group, d));
-    float *q = repkv_take(&s, (size_t)d), *buffer = repkv_take(&s, (size_t)d);
-    struct rows rows = {.q = (int8_t *)repkv_take(&s, SCAN_ROWS * MAX_CODE_DIM / sizeof(float))};
-    float *scores = repkv_take(&s, SCAN_ROWS * STRIP_ROOM);
-    int64_t begin, end;
-    share(n_units, ith, nth, &begin, &end);
-    for (int head = 0; head < p->n_head; head += rows.n) {
-        const int kv = head / group, left = (kv + 1) * group - head;
-        for (rows.n = 0; rows.n < SCAN_ROWS && rows.n < left;) {
-            rope(q, qkv + (head + rows.n) * d, far, far + half, p->rope_dim, d);
-            add_row(&rows, q, 1, p->scale, turn, buffer, d, dim, p->bits);
-        }
-        const struct coded coded = codes_of(p, src->codes, kv);
-        float *to = x + (int64_t)head * p->n_padded;
-        weigh_units(&rows, to, (size_t)p->n_padded, &coded, bounds, (int32_t)begin, (int32_t)end, scores);
-        for (int r = 0; r < rows.n; r++) {
-            total(to + (int64_t)r * p->n_padded, (int32_t)begin, (int32_t)end, seen + 2 * (head + r), seen + 2 * (head + r) + 1);
+    const struct scan scan = scan_begin(p, ith, src->turn);
+    for (int i = 0, head = 0; i < n_rows; i++) {
+        const int last = (head / group + 1) * group;
+        clear_rows(&scan, scan.rows + i);
+        for (; head < last && scan.rows[i].n < SCAN_ROWS; head++) {
+            rope(scan.q, qkv + head * d, far, far + half, p->rope_dim, d);
+            scale_f32(scan.q, p->scale, d);
+            add_row(&scan, scan.rows + i);
         }
     }
+    int64_t begin, end;
+    share(regions_of(src->regions)->n_blocks, ith, nth, &begin, &end);
+    /* All key heads of a strip, because memory is read in order. */
+    for (int32_t unit = (int32_t)begin; unit < end;) {
+        const struct strip strip = strip_at(src->units->data, unit, (int32_t)end);
+        for (int i = 0, head = 0; i < n_rows; head += scan.rows[i++].n) {
+            const struct coded coded = coded_of(p, src->codes, src->units, head / group);
+            scan_strip(&scan, scan.rows + i, x + (int64_t)head * p->n_padded, (size_t)p->n_padded, &coded, &strip, true);
+        }
+        unit = strip.end;
+    }
+    for (int i = 0; i < n_rows; i++) {
+        for (int row = 0; row < scan.rows[i].n; row++, seen += 2) {
+            seen[0] = scan.rows[i].sum[row] > 0.0f ? scan.rows[i].reference[row] * 0.69314718f : LOWEST;
+            seen[1] = scan.rows[i].sum[row];
+        }
+    }
+}
+
+/* The queries of a chunk that are asked for one row of a selection: every p->stride-th up to the last one of a group. */
+struct asked {
+    int last, n;
+};
+
+static struct asked asked_of(const struct repkv_op_params *p, int g, int n_tokens) {
+    const int n_queries = p->group ? p->group : n_tokens, first = g * n_queries;
+    const int last = first + n_queries < n_tokens ? first + n_queries : n_tokens;
+    return (struct asked){last - 1, last > first ? (last - first + p->stride - 1) / p->stride : 0};
 }
 
 void repkv_scan_tokens(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_scan_tokens_sources *src = SOURCES(dst, scan_tokens);
     const struct repkv_regions *regions = regions_of(src->regions);
-    const int d = p->head_dim, dim = code_dim(d, p->bits), group = p->n_head / p->n_head_kv;
-    const int32_t *bounds = src->units->data, n_units = regions->n_blocks, n_tokens = regions->n_tokens;
-    const int n_groups = p->n_rows / p->n_head_kv, n_queries = p->group ? p->group : n_tokens;
+    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
+    const int32_t n_units = regions->n_blocks, n_tokens = regions->n_tokens;
     const int64_t n_padded = p->n_padded;
-    float *lines = dst->data, *x = lines + ((int64_t)p->n_rows * p->n_threads + (int64_t)ith * SCAN_ROWS) * n_padded;
-    struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_scan_scratch(group, d));
-    repkv_take(&s, (size_t)d);
-    float *buffer = repkv_take(&s, (size_t)d);
-    struct rows rows = {.q = (int8_t *)repkv_take(&s, SCAN_ROWS * MAX_CODE_DIM / sizeof(float))};
-    float *scores = repkv_take(&s, SCAN_ROWS * STRIP_ROOM);
-    /* Rows of one key head and group are heads of its queries, one query after another; every nth SCAN_ROWS of them are a
-     * thread's, and go to its line of the group's row. */
+    float *lines = dst->data, *mass = lines + ((int64_t)p->n_rows * p->n_threads + (int64_t)ith * SCAN_ROWS) * n_padded;
+    const struct scan scan = scan_begin(p, ith, src->turn);
+    struct rows *rows = scan.rows;
+    int64_t n_asked = 0;
+    for (int r = 0; r < p->n_rows; r++) {
+        for (int t = ith; t < p->n_threads; t += nth) memset(lines + ((int64_t)r * p->n_threads + t) * n_padded, 0, (size_t)n_units * sizeof(float));
+        n_asked += asked_of(p, r / p->n_head_kv, n_tokens).n * group;
+    }
+    if (n_asked == 0 || n_units == 0) return;
+    /* Items of as many queries as there may be, if all threads get equally many of them; every nth is a thread's, and goes to
+     * its line of the item's row. */
+    const int64_t n_rounds = (n_asked + SCAN_ROWS * nth - 1) / (SCAN_ROWS * nth);
+    const int n_at_once = (int)((n_asked + n_rounds * nth - 1) / (n_rounds * nth));
     int item = 0;
     for (int r = 0; r < p->n_rows; r++) {
-        const int g = r / p->n_head_kv, kv = r % p->n_head_kv;
+        const int kv = r % p->n_head_kv;
+        const struct asked asked = asked_of(p, r / p->n_head_kv, n_tokens);
+        const struct coded coded = coded_of(p, src->codes, src->units, kv);
         float *line = lines + ((int64_t)r * p->n_threads + ith) * n_padded;
-        memset(line, 0, (size_t)n_units * sizeof(float));
-        if (n_groups == 0 || n_units == 0) continue;
-        const int first = g * n_queries, last = first + n_queries < n_tokens ? first + n_queries : n_tokens;
-        const int n_asked = (last - first + p->stride - 1) / p->stride, n_heads = n_asked * group;
-        const struct coded coded = codes_of(p, src->codes, kv);
-        for (int at = 0; at < n_heads; at += SCAN_ROWS, item++) {
+        for (int at = 0; at < asked.n * group; at += n_at_once, item++) {
             if (item % nth != ith) continue;
             if (repkv_abort_requested(p->compute)) return;
-            rows.n = 0;
-            for (int i = at; i < n_heads && i < at + SCAN_ROWS; i++) {
-                /* The last query is always asked. */
-                const int t = last - 1 - i / group * p->stride, h = kv * group + i % group;
+            clear_rows(&scan, rows);
+            for (int i = at; i < asked.n * group && i < at + n_at_once; i++) {
+                const int t = asked.last - i / group * p->stride, h = kv * group + i % group;
                 const float *q = (const float *)src->q->data + ((int64_t)(t / PANEL) * p->n_head + h) * d * PANEL + t % PANEL;
-                add_row(&rows, q, PANEL, 1.0f, src->turn->data, buffer, d, dim, p->bits);
+                for (int j = 0; j < d; j++) scan.q[j] = q[j * PANEL];
+                add_row(&scan, rows);
             }
-            weigh_units(&rows, x, (size_t)n_padded, &coded, bounds, 0, n_units, scores);
-            for (int i = 0; i < rows.n; i++) {
-                const float *from = x + (int64_t)i * n_padded;
-                float max, sum;
-                total(from, 0, n_units, &max, &sum);
-                if (!(sum > 0.0f)) continue;
-                for (int32_t u = 0; u < n_units; u++) {
-                    if (from[u] > LOWEST) line[u] += expf(from[u] - max) / sum;
-                }
+            for (int32_t unit = 0; unit < n_units;) {
+                const struct strip strip = strip_at(coded.bounds, unit, n_units);
+                scan_strip(&scan, rows, mass, (size_t)n_padded, &coded, &strip, false);
+                unit = strip.end;
+            }
+            for (int i = 0; i < rows->n; i++) {
+                if (rows->sum[i] > 0.0f) axpy_f32(line, mass + (int64_t)i * n_padded, 1.0f / rows->sum[i], n_units);
             }
         }
     }

@@ -5,12 +5,11 @@
 #include "ops.h"
 
 enum {
-    SCAN_ROWS = 8,       /* query rows of one key head that share each load of codes */
-    MAX_UNIT = 128,      /* tokens of a unit, if keys have codes */
-    MAX_CODE_DIM = 512,  /* values of a coded key; Python checks it, and MAX_UNIT */
+    SCAN_ROWS = 16, /* most query rows of one key head that share each load of codes */
+    MAX_UNIT = 128, /* tokens of a unit, if keys have codes; Python checks it */
 };
 
 /* Bytes of scratch per thread. */
-size_t repkv_scan_scratch(int group, int head_dim);
+size_t repkv_scan_scratch(int n_head, int n_head_kv, int head_dim);
 
 #endif

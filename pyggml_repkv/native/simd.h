@@ -83,6 +83,51 @@ static inline float dot_f32(const float *a, const float *b, int n) {
 #endif
 }
 
+#if defined(__AVX512F__)
+static inline __attribute__((always_inline)) __m512 sums_across(const __m512 v[16]) {
+    __m512 four[4]; /* each 128-bit lane: sums over that lane's positions for four vectors */
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * k], v[4 * k + 1]), _mm512_unpackhi_ps(v[4 * k], v[4 * k + 1]));
+        const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * k + 2], v[4 * k + 3]), _mm512_unpackhi_ps(v[4 * k + 2], v[4 * k + 3]));
+        four[k] = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+    }
+    const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+#elif defined(REPKV_HALVES)
+static inline __attribute__((always_inline)) __m256 sums_across(const __m256 v[8]) {
+    __m256 two[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps(v[2 * k], v[2 * k + 1]);
+    /* each 128-bit lane: sums over that half's positions for four vectors */
+    const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+#endif
+
+/* Sets sums [16] to the sum of the lanes of each of 16 vectors. */
+static inline __attribute__((always_inline)) void sums16(float *sums, const f32x16 v[16]) {
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(sums, sums_across((const __m512 *)v));
+#elif defined(REPKV_HALVES)
+    for (int first = 0; first < 16; first += 8) {
+        __m256 both[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            const union halves u = {.whole = v[first + c]};
+            both[c] = _mm256_add_ps(u.half[0], u.half[1]);
+        }
+        _mm256_storeu_ps(sums + first, sums_across(both));
+    }
+#else
+    for (int c = 0; c < 16; c++) sums[c] = sum16(v[c]);
+#endif
+}
+
 /* out[c] = a . b[c * stride ...] for 16 rows: the partial sums are added across lanes for all rows together. */
 static inline void dots16_f32(float *out, const float *a, const float *b, size_t stride, int n) {
 #if defined(__AVX512F__)
@@ -95,24 +140,13 @@ static inline void dots16_f32(float *out, const float *a, const float *b, size_t
 #pragma GCC unroll 16
             for (int c = 0; c < 16; c++) acc[c] = _mm512_fmadd_ps(v, _mm512_loadu_ps(b + (size_t)c * stride + i), acc[c]);
         }
-        __m512 four[4]; /* each 128-bit lane: sums over that lane's positions for four rows */
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k], acc[4 * k + 1]), _mm512_unpackhi_ps(acc[4 * k], acc[4 * k + 1]));
-            const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k + 2], acc[4 * k + 3]), _mm512_unpackhi_ps(acc[4 * k + 2], acc[4 * k + 3]));
-            four[k] = _mm512_add_ps(
-                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
-                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
-        }
-        const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-        const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+        _mm512_storeu_ps(out, sums_across(acc));
         return;
     }
 #elif defined(REPKV_HALVES)
     if (n % 8 == 0) {
         for (int first = 0; first < 16; first += 8, b += 8 * stride) {
-            __m256 acc[8], two[4];
+            __m256 acc[8];
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) acc[c] = _mm256_setzero_ps();
             for (int i = 0; i < n; i += 8) {
@@ -120,11 +154,7 @@ static inline void dots16_f32(float *out, const float *a, const float *b, size_t
 #pragma GCC unroll 8
                 for (int c = 0; c < 8; c++) acc[c] = _mm256_fmadd_ps(v, _mm256_loadu_ps(b + (size_t)c * stride + i), acc[c]);
             }
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps(acc[2 * k], acc[2 * k + 1]);
-            /* each 128-bit lane: sums over that half's positions for four rows */
-            const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
-            _mm256_storeu_ps(out + first, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+            _mm256_storeu_ps(out + first, sums_across(acc));
         }
         return;
     }
@@ -225,6 +255,17 @@ static inline f32x16 max16(f32x16 a, f32x16 b) {
     return x.whole;
 #else
     return select16(a > b, a, b);
+#endif
+}
+
+/* Returns the largest lane; no lane is NaN. */
+static inline float largest16(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float most = v[0];
+    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
+    return most;
 #endif
 }
 

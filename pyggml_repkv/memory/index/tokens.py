@@ -66,7 +66,6 @@ class TokenCodes:
         self.turn = as_array(self._turn_tensor, np.float32).reshape(turn.shape)
         self.turn[...] = turn
         self.centres = np.zeros((config.n_layer, config.n_head_kv, config.head_dim), np.float32)
-        self._scratch = np.empty(2 * config.head_dim, np.float32)
         # Of a token, as pack has it: codes and step of each key head.
         self._code_bytes = int(native.code_bytes(config.head_dim, self.bits)) // CODE_LANES
         self.n_packed = config.n_layer * parts.scheme.largest_block * config.n_head_kv * (self._code_bytes + 2)
@@ -116,7 +115,7 @@ class TokenCodes:
                 self.centres[layer] = np.add.accumulate(keys, axis=0)[-1] / len(keys)
             native.repkv_encode_keys(
                 native_ffi.cast("char *", codes.ctypes.data), _floats(keys), begin - self._memory.n_sink, len(keys),
-                *keys.shape[1:], self.bits, _floats(self.centres[layer]), _floats(self.turn), _floats(self._scratch),
+                *keys.shape[1:], self.bits, _floats(self.centres[layer]), _floats(self.turn),
             )  # fmt: skip
 
     def decoded(self, layer: int, begin: int, end: int) -> NDArray[np.float32]:
