@@ -83,36 +83,34 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
     }
 }
 
-/* Attends the part of a run of rows [begin, end) that is in the thread's share [mine_begin, mine_end) of all rows, for one key
- * head or (kv < 0) for all; moves `offset` past the run. */
-static void attend_part(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                        const struct ggml_tensor *v_arena, int64_t shift, int64_t begin, int64_t end, int kv, int64_t *offset,
-                        int64_t mine_begin, int64_t mine_end) {
-    const int64_t start = *offset;
-    *offset += end - begin;
-    const int64_t low = mine_begin > start ? mine_begin - start : 0;
-    const int64_t high = mine_end - start < end - begin ? mine_end - start : end - begin;
-    if (low >= high) return;
-    if (kv < 0) {
-        attend_range(a, q, k_arena, v_arena, shift, begin + low, begin + high);
-    } else {
-        attend_range_of_head(a, q, k_arena, v_arena, shift, begin + low, begin + high, kv);
-    }
-}
-
 static int64_t rows_of(const int32_t *runs) {
     int64_t n = 0;
     for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
     return n;
 }
 
-static void attend_runs(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
-                        const struct repkv_regions *regions, const int32_t *runs, int kv, int64_t *offset, int64_t mine_begin,
-                        int64_t mine_end) {
+static void attend_runs(struct attention *a, const struct repkv_regions *regions, const int32_t *runs) {
     for (int i = 0; i < runs[0]; i++) {
         const struct place at = places_of(runs)[i];
-        attend_part(a, a->q, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens, kv,
-                    offset, mine_begin, mine_end);
+        attend_rows(a, at.row, at.row + at.n_tokens, store_shift(regions, at.position - at.row));
+    }
+}
+
+/* Writes the new token to its row of the store: the same key as in `local`, or with far positions the key before RoPE. */
+static void store_evictable(const struct attention *a, const struct repkv_attend_memory_one_sources *src, int64_t local_row,
+                            int64_t store_row, int far) {
+    const struct repkv_op_params *p = a->p;
+    const struct ggml_tensor *k_local = src->k_local, *k_store = src->k_store, *v_store = src->v_store;
+    const int d = p->head_dim, n_kv = p->n_head_kv;
+    for (int kv = 0; kv < n_kv; kv++) {
+        const float *key = a->rows, *x = (const float *)src->qkv->data + (p->n_head + kv) * d;
+        if (far) {
+            key = stored_key(p, a->rows, x, kv);
+        } else {
+            to_f32(k_local->type, row(k_local, local_row) + k_local->nb[1] / (size_t)n_kv * (size_t)kv, a->rows, d);
+        }
+        from_f32(k_store->type, key, row(k_store, store_row) + k_store->nb[1] / (size_t)n_kv * (size_t)kv, d);
+        from_f32(v_store->type, x + n_kv * d, row(v_store, store_row) + v_store->nb[1] / (size_t)n_kv * (size_t)kv, d);
     }
 }
 
@@ -120,47 +118,42 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     const struct repkv_op_params *p = userdata;
     const struct repkv_attend_memory_one_sources *src = SOURCES(dst, attend_memory_one);
     const float *qkv = src->qkv->data, *near = src->rope->data, *far = near + p->rope_dim;
-    const struct ggml_tensor *k_local = src->k_local, *v_local = src->v_local, *k_store = src->k_store, *v_store = src->v_store;
     const struct repkv_regions *regions = regions_of(src->regions);
-    const int d = p->head_dim, half = p->rope_dim / 2;
     const int64_t base = regions->local_base, store_base = regions->store_base;
-    int64_t begin, end, offset = 0;
+    const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first + 1 - regions->local;
+    const int32_t none = 0, *shared = &none;
 
-    struct attention a = attention_begin(p, dst, ith);
-    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, far, far + half, p->rope_dim, d);
-    const bool per_head = src->runs->ne[1] > 1;
-    if (per_head) {
+    struct attention a;
+    attention_begin(&a, p, dst, ith);
+    if (ith == nth - 1) {
+        const int64_t new_row = regions->first - base, store_row = regions->first - store_base;
+        store_new(&a, src->k_local, src->v_local, new_row, qkv, near);
+        if (store_row < src->k_store->ne[1]) store_evictable(&a, src, new_row, store_row, regions->far);
+    }
+    attention_queries(&a, qkv, far);
+    if (src->runs->ne[1] > 1) {
         int64_t n_rows = 0;
         for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, kv));
-        share(n_rows, ith, nth, &begin, &end);
+        attention_share(&a, n_rows, ith, nth);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_runs(&a, k_store, v_store, regions, runs_of(src->runs, kv), kv, &offset, begin, end);
+            attend_in(&a, src->k_store, src->v_store, kv, kv + 1);
+            attend_runs(&a, regions, runs_of(src->runs, kv));
+            attend_rest(&a);
         }
-        offset = 0;
-    }
-    const int32_t none = 0, *runs = per_head ? &none : runs_of(src->runs, 0);
-    const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first - regions->local;
-    share(n_others + rows_of(runs), ith, nth, &begin, &end);
-    attend_part(&a, a.q, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end, -1, &offset, begin, end);
-    attend_runs(&a, k_store, v_store, regions, runs, -1, &offset, begin, end);
-    attend_part(&a, a.q, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
-                regions->local - store_base, -1, &offset, begin, end);
-    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
-    attend_part(&a, a.q, k_local, v_local, base, regions->local - base, regions->first - base, -1, &offset, begin, end);
-    if (ith != nth - 1) return;
-
-    attend_new(&a, a.q, k_local, v_local, base, regions->first - base, qkv, near, near + half);
-    const int64_t store_row = regions->first - store_base;
-    if (store_row >= k_store->ne[1]) return;
-    /* The store gets the same key as `local`, or with far positions the key before RoPE. */
-    if (regions->far) {
-        memcpy(a.keys, qkv + p->n_head * d, (size_t)(p->n_head_kv * d) * sizeof(float));
-        add_centre(p, a.keys, 1, 0, UNROTATED, 0, p->n_head_kv, -1.0f);
     } else {
-        to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
+        shared = runs_of(src->runs, 0);
     }
-    from_f32(k_store->type, a.keys, row(k_store, store_row), p->n_head_kv * d);
-    from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, store_row), p->n_head_kv * d);
+    attention_share(&a, n_others + rows_of(shared), ith, nth);
+    attend_in(&a, src->k_store, src->v_store, 0, p->n_head_kv);
+    attend_rows(&a, 0, regions->sink_end, store_shift(regions, 0));
+    attend_runs(&a, regions, shared);
+    attend_rows(&a, regions->remainder - store_base, regions->local - store_base, store_shift(regions, store_base));
+    attend_rest(&a);
+    attention_queries(&a, qkv, near);
+    attend_in(&a, src->k_local, src->v_local, 0, p->n_head_kv);
+    attend_rows(&a, regions->local - base, regions->first + 1 - base, base);
+    attend_rest(&a);
+    attention_end(&a);
 }
 
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,
