@@ -111,9 +111,11 @@ static inline void soften(struct attention *a, float *scores, int n, int h) {
     store16(a->sum + h * 16, load16(a->sum + h * 16) + u + v);
 }
 
-static inline void attend_tile_of_head(struct attention *a, const struct cells *tile, const struct cells *next, int kv) {
+/* d: the head size, a constant where it is a common one. next: is read to the caches meanwhile. */
+static inline __attribute__((always_inline)) void attend_tile_of_head(struct attention *a, const struct cells *tile,
+                                                                      const struct cells *next, int kv, const int d) {
     const struct repkv_op_params *p = a->p;
-    const int d = p->head_dim, group = p->n_head / p->n_head_kv;
+    const int group = p->n_head / p->n_head_kv;
     const size_t width = padded(d), k_bytes = a->k_arena->nb[1] / (size_t)p->n_head_kv;
     const size_t v_bytes = a->v_arena->nb[1] / (size_t)p->n_head_kv, v_offset = v_bytes * (size_t)kv;
     int n = 0;
@@ -135,7 +137,14 @@ static inline void attend_tile_of_head(struct attention *a, const struct cells *
 static inline void attend_waiting(struct attention *a) {
     a->filling ^= 1;
     struct cells *tile = a->tiles + a->filling;
-    for (int kv = a->kv; kv < a->kv_end && tile->n > 0; kv++) attend_tile_of_head(a, tile, a->tiles + !a->filling, kv);
+    const struct cells *next = a->tiles + !a->filling;
+    for (int kv = a->kv; kv < a->kv_end && tile->n > 0; kv++) {
+        switch (a->p->head_dim) {
+            case 64: attend_tile_of_head(a, tile, next, kv, 64); break;
+            case 128: attend_tile_of_head(a, tile, next, kv, 128); break;
+            default: attend_tile_of_head(a, tile, next, kv, a->p->head_dim);
+        }
+    }
     tile->n = tile->n_pieces = 0;
 }
 

@@ -202,9 +202,17 @@ static inline void scale_f32(float *y, float s, int n) {
 #if defined(__F16C__)
 /* Converts n half-precision values to F32; n is a multiple of 8. */
 static inline void f16_to_f32(const void *x, float *y, int n) {
-    for (int i = 0; i < n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+    const uint16_t *from = x;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 64; j += 16) {
+            _mm512_storeu_ps(y + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + j))));
+        }
     }
+#endif
+    for (; i < n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
 }
 #endif
 
