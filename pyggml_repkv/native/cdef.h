@@ -35,6 +35,7 @@ struct repkv_op_params {
     int32_t n_top;
     int32_t relevance;
     int32_t per_head;
+    int32_t group;
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;

@@ -41,9 +41,9 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     }
 }
 
-/* Returns the runs of rows that a key head attends: [0] how many, then the place of each. */
-static const int32_t *runs_of(const struct ggml_tensor *runs, int kv) {
-    return (const int32_t *)runs->data + (runs->ne[1] > 1 ? kv * runs->ne[0] : 0);
+/* Returns the runs of rows that a key head attends, of a group of queries: [0] how many, then the place of each. */
+static const int32_t *runs_of(const struct ggml_tensor *runs, int64_t group, int n_head_kv, int kv) {
+    return (const int32_t *)runs->data + (runs->ne[1] > 1 ? (group * n_head_kv + kv) * runs->ne[0] : 0);
 }
 
 static const struct place *places_of(const int32_t *runs) {
@@ -66,7 +66,7 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
-        const int32_t *runs = runs_of(src->runs, kv);
+        const int32_t *runs = runs_of(src->runs, p->group > 0 ? panel * PANEL / p->group : 0, p->n_head_kv, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
         gather_cells(&a, q_far, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
         for (int i = 0; i < runs[0]; i++) {
@@ -133,15 +133,15 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     attention_queries(&a, qkv, far);
     if (src->runs->ne[1] > 1) {
         int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, kv));
+        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, 0, p->n_head_kv, kv));
         attention_share(&a, n_rows, ith, nth);
         for (int kv = 0; kv < p->n_head_kv; kv++) {
             attend_in(&a, src->k_store, src->v_store, kv, kv + 1);
-            attend_runs(&a, regions, runs_of(src->runs, kv));
+            attend_runs(&a, regions, runs_of(src->runs, 0, p->n_head_kv, kv));
             attend_rest(&a);
         }
     } else {
-        shared = runs_of(src->runs, 0);
+        shared = src->runs->data;
     }
     attention_share(&a, n_others + rows_of(shared), ith, nth);
     attend_in(&a, src->k_store, src->v_store, 0, p->n_head_kv);

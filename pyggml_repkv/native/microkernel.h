@@ -6,15 +6,23 @@
 
 #include "simd.h"
 
-#if defined(__AVX512F__) || !defined(__AVX2__)
-enum { ROWS = 12 /* 24 accumulators, 2 operands and a broadcast fill the 32 vector registers of AVX-512 */ };
+/* 2 * ROWS accumulators, 2 operands and a broadcast fill the vector registers: 32 of AVX-512 and NEON, 16 of others. A vector
+ * wider than the CPU's would lie in memory. */
+#if defined(__AVX512F__)
+enum { ROWS = 12 };
 typedef f32x16 tile;
-typedef f32x16 stored_tile __attribute__((may_alias));
-#else
-enum { ROWS = 6 /* 12 accumulators, 2 operands and a broadcast fill the 16 vector registers of AVX2 */ };
+#elif defined(__AVX2__)
+enum { ROWS = 6 };
 typedef f32x8 tile;
-typedef f32x8 stored_tile __attribute__((may_alias));
+#else
+#if defined(__aarch64__)
+enum { ROWS = 12 };
+#else
+enum { ROWS = 6 };
 #endif
+typedef float tile __attribute__((vector_size(16), aligned(4)));
+#endif
+typedef tile stored_tile __attribute__((may_alias));
 enum { TILE_LANES = (int)(sizeof(tile) / sizeof(float)) };
 
 /* What is read next from 32 rows of an arena: step k of a product asks for the line at rows[k % 32] + offset + k / 32 * step.
@@ -32,7 +40,7 @@ static inline __attribute__((always_inline)) void product_rows(const int n_rows,
                                                                const struct ahead *ahead) {
     for (int lane = 0; lane < 32; lane += 2 * TILE_LANES) {
         const float *x = a, *y = b + lane;
-        tile acc[ROWS][2];
+        tile acc[ROWS > 8 ? ROWS : 8][2];
 #pragma GCC unroll 12
         for (int r = 0; r < n_rows; r++) {
             const stored_tile *from = (const stored_tile *)(c + (size_t)r * c_stride + lane);
@@ -92,10 +100,7 @@ static inline void product_few(int n_rows, float *c, size_t c_stride, const floa
     for (int passes = (n_rows + MOST - 1) / MOST, n; passes > 0; passes--, n_rows -= n) {
         n = n_rows / passes; /* passes of about the same height: they take the time of the multiply-adds alone */
         switch (n) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#if defined(__AVX512F__) || !defined(__AVX2__)
-            CASE(7) CASE(8)
-#endif
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
         }
         c += (size_t)n * c_stride;
         a += (size_t)n * row_stride;

@@ -30,6 +30,7 @@ struct repkv_op_params {
     int32_t n_top;   /* block_topk: most blocks that it can select */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
     int32_t per_head;  /* block_topk: whether every key head selects its own blocks */
+    int32_t group;     /* attend_memory: queries of a chunk that share a selection, a multiple of PANEL; 0: all */
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;

@@ -220,13 +220,18 @@ class Ops:
 
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,
-        runs: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor, *, group: int = 0,
     ) -> Tensor:  # fmt: skip
-        """Packed queries and what `locate` found -> heads, packed."""
+        """Packed queries and what `locate` found -> heads, packed. group: so many consecutive queries, a multiple of
+        PANEL, share a row of the runs for each key head; 0: the whole chunk does.
+        """
         shape = packed_like(q_local, self.config.n_embd_q)
+        n_groups = -(-shape[0] * PANEL // group) if group else 1
+        assert group % PANEL == 0
+        assert runs.contents.ne[1] in (1, n_groups * self.config.n_head_kv)
         return self.node(
-            "attend_memory", shape, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far, k_store=k_store,
-            v_store=v_store, runs=runs, regions=regions,
+            "attend_memory", shape, {"group": group}, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far,
+            k_store=k_store, v_store=v_store, runs=runs, regions=regions,
         )  # fmt: skip
 
     def attend_memory_one(
