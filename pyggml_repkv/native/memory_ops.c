@@ -11,7 +11,7 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct ggml_tensor *qkv = src->qkv, *k_store = src->k_store, *v_store = src->v_store;
     const float *table = src->rope->data;
     const struct repkv_regions *regions = regions_of(src->regions);
-    const int d = p->head_dim, half = p->rope_dim / 2;
+    const int d = p->head_dim;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d) + repkv_piece((size_t)d * PANEL));
     float *buffer = repkv_take(&s, (size_t)d), *keys = repkv_take(&s, (size_t)d * PANEL);
@@ -28,15 +28,7 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
             scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, first_row, n_tokens, h, v_head_bytes, d, buffer);
         }
         for (int h = 0; h < p->n_head; h++, x += d * PANEL, y += d * PANEL) {
-            for (int i = 0; i < half; i++) {
-                const float c = table[i] * p->scale, s = table[i + half] * p->scale;
-                for (int t = 0; t < PANEL; t += 16) {
-                    const f32x16 a = load16(x + i * PANEL + t), b = load16(x + (i + half) * PANEL + t);
-                    store16(y + i * PANEL + t, a * c - b * s);
-                    store16(y + (i + half) * PANEL + t, a * s + b * c);
-                }
-            }
-            for (int i = p->rope_dim * PANEL; i < d * PANEL; i += 16) store16(y + i, load16(x + i) * p->scale);
+            turn_panel(y, x, table, p->scale, p->rope_dim, d);
         }
     }
 }
@@ -55,6 +47,13 @@ static int64_t store_shift(const struct repkv_regions *regions, int64_t position
     return regions->far ? UNROTATED : position_less_row;
 }
 
+/* Returns how many rows of the store a key head attends with these runs. */
+static int64_t rows_of(const struct repkv_regions *regions, const int32_t *runs) {
+    int64_t n = regions->sink_end + regions->local - regions->remainder;
+    for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
+    return n;
+}
+
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_attend_memory_sources *src = SOURCES(dst, attend_memory);
@@ -68,25 +67,29 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         const int kv = (int)(unit % p->n_head_kv);
         const int32_t *runs = runs_of(src->runs, p->group > 0 ? panel * PANEL / p->group : 0, p->n_head_kv, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
-        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
+        const float *q = panel_queries(&a, q_far);
+        if (p->order) {
+            for (int g = 0; g < p->n_head / p->n_head_kv; g++) {
+                const int head = g * p->head_dim * PANEL;
+                turn_panel(a.turned + head, panel_queries(&a, q_local) + head, p->order->query, 1.0f, p->rope_dim, p->head_dim);
+            }
+            q = a.turned;
+            a.turn = p->order->keys + rows_of(regions, runs) * p->rope_dim;
+        }
+        gather_cells(&a, q, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
         for (int i = 0; i < runs[0]; i++) {
             const struct place at = places_of(runs)[i];
-            gather_cells(&a, q_far, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens);
+            gather_cells(&a, q, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens);
         }
-        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
+        gather_cells(&a, q, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
                      regions->local - store_base);
-        attend_gathered(&a, q_far, 0, INT32_MAX);
+        attend_gathered(&a, q, 0, INT32_MAX);
+        a.turn = NULL;
         const int64_t done = (panel + 1) * PANEL < regions->n_tokens ? (panel + 1) * PANEL : regions->n_tokens;
         const int64_t first = regions->first - base;
-        attend_cells(&a, q_local, k_local, v_local, base, regions->local - base, first + done, first + panel * PANEL);
+        attend_cells(&a, panel_queries(&a, q_local), k_local, v_local, base, regions->local - base, first + done, first + panel * PANEL);
         panel_attention_end(&a);
     }
-}
-
-static int64_t rows_of(const int32_t *runs) {
-    int64_t n = 0;
-    for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
-    return n;
 }
 
 static void attend_runs(struct attention *a, const struct repkv_regions *regions, const int32_t *runs) {
@@ -120,8 +123,9 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     const float *qkv = src->qkv->data, *near = src->rope->data, *far = near + p->rope_dim;
     const struct repkv_regions *regions = regions_of(src->regions);
     const int64_t base = regions->local_base, store_base = regions->store_base;
-    const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first + 1 - regions->local;
-    const int32_t none = 0, *shared = &none;
+    const struct ggml_tensor *runs = src->runs;
+    const int n_together = runs->ne[1] > 1 ? 1 : p->n_head_kv; /* key heads that attend the same rows */
+    int64_t n_far = 0;
 
     struct attention a;
     attention_begin(&a, p, dst, ith);
@@ -130,26 +134,22 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
         store_new(&a, src->k_local, src->v_local, new_row, qkv, near);
         if (store_row < src->k_store->ne[1]) store_evictable(&a, src, new_row, store_row, regions->far);
     }
-    attention_queries(&a, qkv, far);
-    if (src->runs->ne[1] > 1) {
-        int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, 0, p->n_head_kv, kv));
-        attention_share(&a, n_rows, ith, nth);
-        for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_in(&a, src->k_store, src->v_store, kv, kv + 1);
-            attend_runs(&a, regions, runs_of(src->runs, 0, p->n_head_kv, kv));
-            attend_rest(&a);
-        }
-    } else {
-        shared = src->runs->data;
+    attention_queries(&a, qkv, p->order ? near : far);
+    for (int h = 0; h < p->n_head && p->order; h++) turn_f32(a.q + h * p->head_dim, p->order->query, p->rope_dim);
+    for (int kv = 0; kv < p->n_head_kv; kv += n_together) n_far += rows_of(regions, runs_of(runs, 0, p->n_head_kv, kv));
+    attention_share(&a, n_far, ith, nth);
+    for (int kv = 0; kv < p->n_head_kv; kv += n_together) {
+        const int32_t *attended = runs_of(runs, 0, p->n_head_kv, kv);
+        attend_in(&a, src->k_store, src->v_store, kv, kv + n_together);
+        if (p->order) a.turn = p->order->keys + rows_of(regions, attended) * p->rope_dim;
+        attend_rows(&a, 0, regions->sink_end, store_shift(regions, 0));
+        attend_runs(&a, regions, attended);
+        attend_rows(&a, regions->remainder - store_base, regions->local - store_base, store_shift(regions, store_base));
+        attend_rest(&a);
     }
-    attention_share(&a, n_others + rows_of(shared), ith, nth);
-    attend_in(&a, src->k_store, src->v_store, 0, p->n_head_kv);
-    attend_rows(&a, 0, regions->sink_end, store_shift(regions, 0));
-    attend_runs(&a, regions, shared);
-    attend_rows(&a, regions->remainder - store_base, regions->local - store_base, store_shift(regions, store_base));
-    attend_rest(&a);
+    a.turn = NULL;
     attention_queries(&a, qkv, near);
+    attention_share(&a, regions->first + 1 - regions->local, ith, nth);
     attend_in(&a, src->k_local, src->v_local, 0, p->n_head_kv);
     attend_rows(&a, regions->local - base, regions->first + 1 - base, base);
     attend_rest(&a);

@@ -18,9 +18,10 @@ static inline void rope(float *y, const float *x, const float *cosine, const flo
     for (int i = rope_dim; i < head_dim; i++) y[i] = x[i];
 }
 
-/* Consecutive rows of the arenas. shift: as keys_f32. */
+/* Consecutive rows of the arenas. shift: as keys_f32; turn: after the table of its first key in struct repkv_order, or NULL. */
 struct piece {
     int64_t first, shift;
+    const float *turn;
     int n;
 };
 
@@ -43,6 +44,7 @@ struct attention {
     float *max, *sum;     /* [n_head], [n_head][16] */
     const struct ggml_tensor *k_arena, *v_arena;
     int kv, kv_end;             /* key heads that attend the next rows */
+    const float *turn;          /* after the table of the next row's key; NULL: none is turned */
     int64_t begin, end, offset; /* the thread's share of all rows, and how many rows came so far */
     struct cells tiles[2];      /* one that rows are added to; the other is read to the caches meanwhile */
     int filling;
@@ -72,6 +74,7 @@ static inline void attention_begin(struct attention *a, const struct repkv_op_pa
     a->out = repkv_take(&s, heads * width);
     a->max = repkv_take(&s, heads);
     a->sum = repkv_take(&s, heads * 16);
+    a->turn = NULL;
     a->tiles[0].n = a->tiles[0].n_pieces = a->tiles[1].n = a->tiles[1].n_pieces = a->filling = 0;
     for (size_t h = 0; h < heads; h++) a->max[h] = -INFINITY;
     memset(a->out, 0, heads * width * sizeof(float));
@@ -121,6 +124,7 @@ static inline __attribute__((always_inline)) void attend_tile_of_head(struct att
     int n = 0;
     for (const struct piece *at = tile->pieces; at < tile->pieces + tile->n_pieces; n += at++->n) {
         keys_f32(p, a->rows + n * d, (size_t)d, a->k_arena, at->first, at->n, kv, 1, at->shift);
+        for (int r = 0; r < at->n && at->turn; r++) turn_f32(a->rows + (n + r) * d, at->turn - (r + 1) * p->rope_dim, p->rope_dim);
     }
     for (int c = 0; c < n; c++) to_f32(a->v_arena->type, tile->v_rows[c] + v_offset, a->values + (size_t)c * width, d);
     transpose32_f32(a->keys, a->rows, d);
@@ -163,19 +167,21 @@ static inline void attend_in(struct attention *a, const struct ggml_tensor *k_ar
 
 /* Attends what of rows [begin, end) is in the thread's share, after the last such call attend_rest. shift: as keys_f32. */
 static inline void attend_rows(struct attention *a, int64_t begin, int64_t end, int64_t shift) {
-    const int64_t start = a->offset;
+    const int64_t start = a->offset, width = a->p->rope_dim;
     a->offset += end - begin;
     const int64_t last = a->end - start < end - begin ? begin + a->end - start : end;
     for (int64_t first = a->begin > start ? begin + a->begin - start : begin; first < last;) {
         struct cells *tile = a->tiles + a->filling;
         const int n = last - first < TILE - tile->n ? (int)(last - first) : TILE - tile->n;
-        tile->pieces[tile->n_pieces++] = (struct piece){first, shift, n};
+        const float *turn = a->turn ? a->turn - (first - begin) * width : NULL;
+        tile->pieces[tile->n_pieces++] = (struct piece){first, shift, turn, n};
         for (int r = 0; r < n; r++, first++, tile->n++) {
             tile->k_rows[tile->n] = row(a->k_arena, first);
             tile->v_rows[tile->n] = row(a->v_arena, first);
         }
         if (tile->n == TILE) attend_waiting(a);
     }
+    if (a->turn) a->turn -= (end - begin) * width;
 }
 
 static inline void attend_rest(struct attention *a) {

@@ -42,6 +42,8 @@ class BoundedMemory(ABC):
     evicts: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset()
     precise_rope: ClassVar[bool] = True
+    # The most tokens of what is selected, each.
+    max_unit = 0
 
     def __init__(
         self, inputs: PolicyInputs, arenas: Arenas, rotation: Rotation, local: LocalWindow, store: Store
@@ -109,6 +111,9 @@ class BoundedMemory(ABC):
             local=start, local_base=self.local.base, n_blocks=n_blocks, far=self.rotation.far,
             n_select=self.n_select(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
+        r = self.regions
+        n_selected = min(r.n_select * self.max_unit, max(r.remainder - r.sink_end, 0))
+        self.rotation.order_from(r.local, r.sink_end + n_selected + r.local - r.remainder)
 
     def _go_far(self, n_past: int) -> None:
         """Takes the rotation out of what is stored."""

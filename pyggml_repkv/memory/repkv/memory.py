@@ -51,6 +51,7 @@ class RepKVMemory(BoundedMemory):
         rotation = Rotation(config, memory, inputs.rope, inputs.long)
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
         self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, self.n_dense // scheme.min_size)
+        self.max_unit = scheme.max_size
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
         self.kept = Kept(arenas, config, memory, self.n_top_max)
         local = LocalWindow(arenas, config, memory)
