@@ -18,7 +18,8 @@ from tests.tiny_models import TinySpec
 
 @dataclass
 class Layer:
-    keys: list[Array] = field(default_factory=list)  # before RoPE, [K, d] per token
+    raw: list[Array] = field(default_factory=list)  # before RoPE, [K, d] per token
+    keys: list[Array] = field(default_factory=list)  # the same with YaRN's factor
     rotated: list[Array] = field(default_factory=list)
     values: list[Array] = field(default_factory=list)
     scores: list[Array] = field(default_factory=list)  # [K] per token
@@ -45,7 +46,7 @@ class RepKVOracle:
         unit_bounds: list[int] | None = None, engine: Engine | None = None,
     ) -> None:  # fmt: skip
         self.window = memory.kv == "window"
-        self.spec, self.memory, self.far = spec, memory, memory.positions == "far"
+        self.spec, self.memory, self.far = spec, memory, memory.positions in ("far", "ordered")
         if self.window:
             self.far = memory.positions != "exact"
         self.n_dense = min(memory.n_dense, spec.n_ctx_train)
@@ -113,6 +114,7 @@ class RepKVOracle:
         q_far = turned(q, np.full(n, m.n_local)) if self.far else q_near
         for t in range(n):
             # A key at position 0 is not the key itself with YaRN, which puts a factor on both sides of a product.
+            layer.raw.append(k[:, t])
             layer.keys.append(turned(k[:, t : t + 1], np.zeros(1, int))[:, 0])
             layer.rotated.append(k_near[:, t])
             layer.values.append(v[:, t])
@@ -146,8 +148,13 @@ class RepKVOracle:
                 row = j // n_group * spec.n_head_kv + kv if self.per_head else 0
                 far = [t for u in chosen[row] for t in units[u]]
                 far = [*range(min(m.n_sink, start)), *far, *range(sealed_end, start)]
+                older = [far_keys[t][kv] for t in far]
+                if m.positions == "ordered" and far:
+                    compact = np.arange(start - len(far), start)
+                    older = turned(np.array([layer.raw[t][kv] for t in far])[None], compact)[0]
                 local = range(start, first + j + 1)
-                s = [q_far[h, j] @ far_keys[t][kv] for t in far] + [q_near[h, j] @ layer.rotated[t][kv] for t in local]
+                q = (q_near if m.positions == "ordered" else q_far)[h, j]
+                s = [q @ key for key in older] + [q_near[h, j] @ layer.rotated[t][kv] for t in local]
                 p = np.exp(np.array(s) / np.sqrt(spec.head_dim) - max(s) / np.sqrt(spec.head_dim))
                 out[j, h] = p / p.sum() @ np.array([layer.values[t][kv] for t in [*far, *local]])
         return out.reshape(n, -1)

@@ -13,7 +13,7 @@ from pyggml_repkv.model.limits import MAX_CONTEXT
 # Tokens a bounded memory may hold where nobody says how many.
 UNBOUNDED_CONTEXT = 2**20
 
-POSITIONS = ("auto", "exact", "far")
+POSITIONS = ("auto", "exact", "far", "ordered")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
@@ -86,8 +86,8 @@ class MemoryConfig:
     n_score queries after it (0: 256, or n_local if that is less) or the attention it gets from them; relevance: how
     blocks are compared; per_head: every key head selects its own blocks; sticky: by how many nats what the last token
     selected ranks higher for the next one; late: a token attends what the one before it selected; positions: exact,
-    far, or auto (exact until the sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx
-    says that it will).
+    far, ordered, or auto (exact until the sequence outgrows the trained context; far from the start, and nothing dense,
+    if n_ctx says that it will).
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no

@@ -12,6 +12,9 @@ struct repkv_ggml_api {
 struct repkv_compute {
     ...;
 };
+struct repkv_order {
+    const float *keys, *query;
+};
 struct repkv_key_centre {
     const float *bias, *tables;
 };
@@ -41,6 +44,7 @@ struct repkv_op_params {
     size_t scratch_stride;
     const struct repkv_compute *compute;
     const struct repkv_key_centre *centre;
+    const struct repkv_order *order;
     float sign;
     ggml_custom_op_t traced;
     int64_t begin_ns, end_ns;

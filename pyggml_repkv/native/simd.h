@@ -170,40 +170,58 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
     for (; i < n; i++) y[i] += s * x[i];
 }
 
-/* y [n] += sum over rows of weights[row] * x[row * stride ...] */
-static inline void weighted_rows_f32(float *y, const float *weights, const float *x, int n_rows, size_t stride, int n) {
+/* y[i][0..31] = x[0..31][i]: 32 rows of n values, one after another, with lanes for rows. */
+static inline void transpose32_f32(float *y, const float *x, int n) {
     int i = 0;
-#if defined(REPKV_HALVES)
-    for (; i + 64 <= n; i += 64) {
-        __m256 acc[8];
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) acc[j] = _mm256_loadu_ps(y + i + 8 * j);
-        for (int r = 0; r < n_rows; r++) {
-            const __m256 w = _mm256_set1_ps(weights[r]);
-            const float *row = x + (size_t)r * stride + i;
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 8 * j), acc[j]);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) _mm256_storeu_ps(y + i + 8 * j, acc[j]);
-    }
+#if defined(__AVX512F__) || defined(REPKV_HALVES)
+    /* Rows that lie in one 128-bit lane each are read to their lanes, so that only four values stay to be exchanged. */
+#if defined(__AVX512F__)
+    enum { LANES_OF_ROWS = 16 };
+    typedef __m512 rows;
+#define ROWS_OF_4(r)                                                                                                 \
+    _mm512_mask_broadcast_f32x4(                                                                                     \
+        _mm512_mask_broadcast_f32x4(                                                                                 \
+            _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(_mm_loadu_ps(from + (size_t)(r) * (size_t)n)), 0x00f0, \
+                                        _mm_loadu_ps(from + (size_t)((r) + 4) * (size_t)n)),                         \
+            0x0f00, _mm_loadu_ps(from + (size_t)((r) + 8) * (size_t)n)),                                             \
+        0xf000, _mm_loadu_ps(from + (size_t)((r) + 12) * (size_t)n))
+#define LOW(a, b) _mm512_unpacklo_ps(a, b)
+#define HIGH(a, b) _mm512_unpackhi_ps(a, b)
+#define LOW_PAIRS(a, b) _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)))
+#define HIGH_PAIRS(a, b) _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)))
+#define STORE(to, v) _mm512_storeu_ps(to, v)
+#else
+    enum { LANES_OF_ROWS = 8 };
+    typedef __m256 rows;
+#define ROWS_OF_4(r)                                                                                 \
+    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + (size_t)(r) * (size_t)n)),       \
+                         _mm_loadu_ps(from + (size_t)((r) + 4) * (size_t)n), 1)
+#define LOW(a, b) _mm256_unpacklo_ps(a, b)
+#define HIGH(a, b) _mm256_unpackhi_ps(a, b)
+#define LOW_PAIRS(a, b) _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)))
+#define HIGH_PAIRS(a, b) _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)))
+#define STORE(to, v) _mm256_storeu_ps(to, v)
 #endif
-    for (; i + 64 <= n; i += 64) {
-        f32x16 acc[4];
-        for (int j = 0; j < 4; j++) acc[j] = load16(y + i + 16 * j);
-        for (int r = 0; r < n_rows; r++) {
-            const f32x16 w = splat16(weights[r]);
-            for (int j = 0; j < 4; j++) acc[j] += w * load16(x + (size_t)r * stride + i + 16 * j);
+    for (; i + 4 <= n; i += 4) {
+        for (int r = 0; r < 32; r += LANES_OF_ROWS) {
+            const float *from = x + (size_t)r * (size_t)n + i;
+            const rows r0 = ROWS_OF_4(0), r1 = ROWS_OF_4(1), r2 = ROWS_OF_4(2), r3 = ROWS_OF_4(3);
+            const rows a = LOW(r0, r1), b = HIGH(r0, r1), c = LOW(r2, r3), d = HIGH(r2, r3);
+            STORE(y + i * 32 + r, LOW_PAIRS(a, c));
+            STORE(y + (i + 1) * 32 + r, HIGH_PAIRS(a, c));
+            STORE(y + (i + 2) * 32 + r, LOW_PAIRS(b, d));
+            STORE(y + (i + 3) * 32 + r, HIGH_PAIRS(b, d));
         }
-        for (int j = 0; j < 4; j++) store16(y + i + 16 * j, acc[j]);
     }
-    for (; i + 16 <= n; i += 16) {
-        f32x16 acc = load16(y + i);
-        for (int r = 0; r < n_rows; r++) acc += splat16(weights[r]) * load16(x + (size_t)r * stride + i);
-        store16(y + i, acc);
-    }
+#undef ROWS_OF_4
+#undef LOW
+#undef HIGH
+#undef LOW_PAIRS
+#undef HIGH_PAIRS
+#undef STORE
+#endif
     for (; i < n; i++) {
-        for (int r = 0; r < n_rows; r++) y[i] += weights[r] * x[(size_t)r * stride + i];
+        for (int r = 0; r < 32; r++) y[i * 32 + r] = x[(size_t)r * (size_t)n + (size_t)i];
     }
 }
 
@@ -214,9 +232,17 @@ static inline void scale_f32(float *y, float s, int n) {
 #if defined(__F16C__)
 /* Converts n half-precision values to F32; n is a multiple of 8. */
 static inline void f16_to_f32(const void *x, float *y, int n) {
-    for (int i = 0; i < n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+    const uint16_t *from = x;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 64; j += 16) {
+            _mm512_storeu_ps(y + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + j))));
+        }
     }
+#endif
+    for (; i < n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
 }
 #endif
 
@@ -263,9 +289,12 @@ static inline float largest16(f32x16 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
 #else
-    float most = v[0];
-    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float x[16];
+    store16(x, v);
+    for (int n = 8; n > 0; n /= 2) {
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    }
+    return x[0];
 #endif
 }
 

@@ -31,7 +31,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 @st.composite
 def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
     n_local = draw(st.sampled_from([32, 40, 64]))
-    positions = draw(st.sampled_from(["exact", "far", "auto"]))
+    positions = draw(st.sampled_from(["exact", "far", "ordered", "auto"]))
     values = {
         "kv": "repkv",
         # A larger n_ctx would make `auto` far from the start.
@@ -181,8 +181,14 @@ def test_a_window_equals_the_oracle(
     assert relative_error(np.array(got), np.array(want[len(sizes) - 1 :])) < 1e-4
 
 
-@given(memory=memories(budget=1024, chunk_budget=1024, positions="exact"), n_prompt=st.integers(40, 200), **models)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    memory=st.sampled_from(["exact", "ordered"]).flatmap(
+        lambda positions: memories(budget=1024, chunk_budget=1024, positions=positions)
+    ),
+    n_prompt=st.integers(40, 200),
+    **models,
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_room_for_every_block_is_full_attention(
     memory, n_prompt, centred, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
 ):
