@@ -225,6 +225,43 @@ static inline void transpose32_f32(float *y, const float *x, int n) {
     }
 }
 
+/* y [n] += sum over rows of weights[row] * x[row * stride ...] */
+static inline void weighted_rows_f32(float *y, const float *weights, const float *x, int n_rows, size_t stride, int n) {
+    int i = 0;
+#if defined(REPKV_HALVES)
+    for (; i + 64 <= n; i += 64) {
+        __m256 acc[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) acc[j] = _mm256_loadu_ps(y + i + 8 * j);
+        for (int r = 0; r < n_rows; r++) {
+            const __m256 w = _mm256_set1_ps(weights[r]);
+            const float *row = x + (size_t)r * stride + i;
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) acc[j] = _mm256_fmadd_ps(w, _mm256_loadu_ps(row + 8 * j), acc[j]);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++) _mm256_storeu_ps(y + i + 8 * j, acc[j]);
+    }
+#endif
+    for (; i + 64 <= n; i += 64) {
+        f32x16 acc[4];
+        for (int j = 0; j < 4; j++) acc[j] = load16(y + i + 16 * j);
+        for (int r = 0; r < n_rows; r++) {
+            const f32x16 w = splat16(weights[r]);
+            for (int j = 0; j < 4; j++) acc[j] += w * load16(x + (size_t)r * stride + i + 16 * j);
+        }
+        for (int j = 0; j < 4; j++) store16(y + i + 16 * j, acc[j]);
+    }
+    for (; i + 16 <= n; i += 16) {
+        f32x16 acc = load16(y + i);
+        for (int r = 0; r < n_rows; r++) acc += splat16(weights[r]) * load16(x + (size_t)r * stride + i);
+        store16(y + i, acc);
+    }
+    for (; i < n; i++) {
+        for (int r = 0; r < n_rows; r++) y[i] += weights[r] * x[(size_t)r * stride + i];
+    }
+}
+
 static inline void scale_f32(float *y, float s, int n) {
     for (int i = 0; i < n; i++) y[i] *= s;
 }

@@ -171,7 +171,7 @@ class BoundedOne(BoundedStep):
             self._hook_at(self.hook, selection.blocks, layer)
         return self._of(layer).attend_memory_one(
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
-            self._regions, group=selection.group, order=self._parts.rotation.order,
+            self._regions, order=self._parts.rotation.order,
         )  # fmt: skip
 
     def store(self, qkv: Tensor, layer: int) -> None:
