@@ -90,7 +90,7 @@ def needles(
         f"{what}.\n{context}\n",
         tuple(
             Question(
-                f"Give every hidden {values} of {_listed(names)} that the text above has.",
+                f"What {are} the hidden {what} of {_listed(names)} in the text above?",
                 f"By the text above, the hidden {what} of {_listed(names)} {are}",
                 tuple(value for name in names for value in owned[name]),
             )
@@ -159,7 +159,7 @@ def _chain(rng: Rng, n_lines: int, n_letters: int) -> Document:
         tuple(names),
     )
     text = " ".join(lines).replace("\n ", "\n")
-    return Document(f"Follow the chain of assignments to variables in the text below.\n\n{text}\n", (question,))
+    return Document(f"Follow the chain of assignments to variables in the text below.\n\n{text}", (question,))
 
 
 N_COMMON = 10
