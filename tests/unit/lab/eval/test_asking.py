@@ -67,7 +67,9 @@ class FakeSession:
 class FakeModel:
     def __init__(self, **options):
         self.log, self.options = [], options
-        self.tokenizer = type("Tokenizer", (), {"eog_ids": frozenset({6}), "decode": staticmethod(lambda ids: str(ids))})
+        self.tokenizer = type(
+            "Tokenizer", (), {"eog_ids": frozenset({6}), "decode": staticmethod(lambda ids: str(ids))}
+        )
 
     def session(self, _):
         self.log.append("open")
@@ -98,9 +100,8 @@ def test_a_memory_that_cannot_be_forked_reads_for_each_question(caplog):
     model = FakeModel(forks=False)
     with caplog.at_level(logging.WARNING):
         got = list(answers(model, MemoryConfig(), range(4), [([1], 1), ([2], 1)]))
-    assert model.log == ["open", "close"] + ["open", ("read", 4), ("ask", (1,)), "close"] + [
-        "open", ("read", 4), ("ask", (2,)), "close",
-    ]  # fmt: skip
+    each = [["open", ("read", 4), ("ask", (i,)), "close"] for i in (1, 2)]
+    assert model.log == ["open", "close", *each[0], *each[1]]
     assert [answer.n_shared for answer in got] == [1, 1]
     assert [record.message for record in caplog.records] == [
         "the haystack is read for each question: it cannot be forked"

@@ -124,7 +124,7 @@ def test_the_first_of_two_comes_first_in_the_text_and_anywhere_in_the_question(m
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_prompt_without_room_is_an_error(model, task):
-    with pytest.raises(InputError, match="--lengths is too short: what is hidden has [0-9]+ tokens, and [0-9]+ are left"):
+    with pytest.raises(InputError, match=r"--lengths is too short: what is hidden has \d+ tokens, and \d+ are left"):
         reading_of(model, task, 20, 1, 1, PROSE)
 
 
@@ -181,7 +181,12 @@ def test_depths_are_evenly_spaced():
 
 def test_words_differ_and_are_as_many_as_asked_for():
     rng = np.random.default_rng(1)
-    for drawn in (words.names(rng, 5000), words.numbers(rng, 500), words.uuids(rng, 50), words.letters(rng, 20, 3, "ab8")):
+    for drawn in (
+        words.names(rng, 5000),
+        words.numbers(rng, 500),
+        words.uuids(rng, 50),
+        words.letters(rng, 20, 3, "ab8"),
+    ):
         assert len(set(drawn)) == len(drawn)
     assert {len(n) for n in words.numbers(rng, 500)} == {5}
     groups = words.groups_of_names(rng, 200, 3)
