@@ -94,8 +94,10 @@ def fitted(model: Model, task: RulerTask, source: Source, seed: Sequence[int]) -
 
     def n_tokens(n: int) -> int:
         document = made(n)
-        asked = document.questions[: task.n_shared]
-        return max(len(prompt_tokens(model, document.text, each)) for each in asked) + task.n_answer
+        longest = max(
+            document.questions[: task.n_shared], key=lambda each: len(model.tokenizer.encode(each.text + each.prefix))
+        )
+        return len(prompt_tokens(model, document.text, longest)) + task.n_answer
 
     # The least document that has a question for each sample.
     n_least = task.n_shared if task.n_shared > len(made(0).questions) else 0

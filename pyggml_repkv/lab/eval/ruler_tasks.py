@@ -82,7 +82,8 @@ def needles(
     else:
         noise = [FILLER.strip()] * (n + len(said))
         context = "\n".join(_scattered(rng, noise, said) if haystack == "noise" else said)
-    what, are, some = (values, "is", "A") if n_asked * n_values == 1 else (f"{values}s", "are", "Some")
+    one = n_asked * n_values == 1
+    what, are, some, the = (values, "is", "A", "the") if one else (f"{values}s", "are", "Some", "all the")
     order = [owners[i] for i in rng.permutation(n_owners)]
     asked = [order[i : i + n_asked] for i in range(0, n_owners - n_asked + 1, n_asked)]
     return Document(
@@ -90,7 +91,7 @@ def needles(
         f"{what}.\n{context}\n",
         tuple(
             Question(
-                f"What {are} the hidden {what} of {_listed(names)} in the text above?",
+                f"What {are} {the} hidden {what} of {_listed(names)} in the text above?",
                 f"By the text above, the hidden {what} of {_listed(names)} {are}",
                 tuple(value for name in names for value in owned[name]),
             )

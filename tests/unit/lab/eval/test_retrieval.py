@@ -11,8 +11,18 @@ from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.lab.eval import heat_map
+from tests.tiny_models import TinySpec, write_tiny_model
 
+LENGTH = "800"
 PROSE = " ".join(f"On day {i} the ship went on, and nobody saw land." for i in range(40))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The path of a model that says anything, but at once."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny_model(path, TinySpec(n_layer=1, n_ctx=1024, head_dim=32))
+    return path
 
 
 @pytest.mark.parametrize("kv", ["full", "repkv"])
@@ -31,9 +41,9 @@ def test_the_demo_model_finds_the_key(demo_model, capsys, kv):
     assert {(r["n_shared"], r["n_tokens"] <= 1500) for r in result["results"]} == {(2, True)}
 
 
-def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypatch):
+def test_what_is_known_is_not_asked_again(tiny, tmp_path, capsys, monkeypatch):
     out, png = tmp_path / "results.jsonl", tmp_path / "map.png"
-    argv = ["eval", "number", "-m", str(demo_model), "--lengths", "400,500", "--depths", "2", "--kv", "full,window"]
+    argv = ["eval", "number", "-m", str(tiny), "--lengths", "800,900", "--depths", "2", "--kv", "full,window"]
     argv += ["--out", str(out), "--json"]
     assert main([*argv, "--png", str(png)]) == 0
     first = json.loads(capsys.readouterr().out)
@@ -65,7 +75,7 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
         ["--kv", "window", "--n-local", "200"],
         ["-b", "64"],
         ["-ctk", "q8_0"],
-        ["-c", "500"],
+        ["-c", "1000"],
         ["--rope-freq-base", "200000"],
         ["--text", "{text}"],
         ["--depths", "3"],
@@ -74,12 +84,12 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
     ],
     ids=lambda change: " ".join(change[:2]),
 )
-def test_other_settings_are_asked_again(demo_model, tiny_model, tmp_path, capsys, change):
-    files = {"text": tmp_path / "text", "policy": tmp_path / "mine.py", "other": tiny_model(n_layer=2, n_ctx=512)}
+def test_other_settings_are_asked_again(tiny, tiny_model, tmp_path, capsys, change):
+    files = {"text": tmp_path / "text", "policy": tmp_path / "mine.py", "other": tiny_model(n_layer=2, n_ctx=1024)}
     files["text"].write_text(PROSE)
     files["policy"].write_text("from pyggml_repkv.memory.full.memory import FullMemory as make_policy")
     out = tmp_path / "results.jsonl"
-    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out), "--json"]
+    argv = ["eval", "passkey", "-m", str(tiny), "--lengths", LENGTH, "--depths", "1", "--out", str(out), "--json"]
     changed = [*argv, *(part.format(**files) for part in change)]
     for arguments, n_lines in ((argv, 1), (argv, 1), (changed, 1 + (3 if "3" in change else 1)), (argv, None)):
         assert main(arguments) == 0
@@ -94,19 +104,19 @@ def test_other_settings_are_asked_again(demo_model, tiny_model, tmp_path, capsys
 
 @pytest.mark.parametrize(
     ("change", "n_lines"),
-    [(["--kv", "full,window", "--n-local", "512"], 2), (["--no-repack"], 1), (["--lengths", "300,300"], 1)],
+    [(["--kv", "full,window", "--n-local", "512"], 2), (["--no-repack"], 1), (["--lengths", "800,800"], 1)],
 )
-def test_what_changes_no_answer_is_not_asked_again(demo_model, tmp_path, capsys, change, n_lines):
+def test_what_changes_no_answer_is_not_asked_again(tiny, tmp_path, capsys, change, n_lines):
     out = tmp_path / "results.jsonl"
-    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out), "--json"]
+    argv = ["eval", "passkey", "-m", str(tiny), "--lengths", LENGTH, "--depths", "1", "--out", str(out), "--json"]
     assert main(argv) == main([*argv, *change]) == 0
     assert len(out.read_text().splitlines()) == n_lines
 
 
 @pytest.mark.parametrize("field", [{"n_tokens": "a"}, {"found": "x"}, {"more": 1}, {"prompt_ms": None}])
-def test_a_damaged_answer_is_one_line(demo_model, tmp_path, capsys, field):
+def test_a_damaged_answer_is_one_line(tiny, tmp_path, capsys, field):
     out = tmp_path / "results.jsonl"
-    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--out", str(out)]
+    argv = ["eval", "passkey", "-m", str(tiny), "--lengths", LENGTH, "--depths", "1", "--out", str(out)]
     assert main(argv) == 0
     entry = json.loads(out.read_text())
     out.write_text(json.dumps({**entry, "result": entry["result"] | field}) + "\n")
@@ -127,22 +137,22 @@ def test_where_no_picture_can_be_is_known_before(tmp_path):
     heat_map.check_can_draw(str(tmp_path / "y.svg"))
 
 
-def test_a_picture_that_fails_leaves_the_answers(demo_model, tmp_path, capsys, monkeypatch):
+def test_a_picture_that_fails_leaves_the_answers(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(heat_map, "check_can_draw", lambda _: None)
     (tmp_path / "x.png").mkdir()
-    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "--json"]
+    argv = ["eval", "passkey", "-m", str(tiny), "--lengths", LENGTH, "--depths", "1", "--json"]
     assert main([*argv, "--png", str(tmp_path / "x.png")]) == 1
     out, err = capsys.readouterr()
     assert len(json.loads(out)["results"]) == 1
     assert "x.png: Is a directory" in err
 
 
-def test_how_much_of_a_prompt_is_read_is_told(demo_model, capsys, monkeypatch):
+def test_how_much_of_a_prompt_is_read_is_told(tiny, capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
-    argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "300", "--depths", "1", "-b", "100"]
+    argv = ["eval", "passkey", "-m", str(tiny), "--lengths", LENGTH, "--depths", "1", "-b", "100"]
     assert main(argv) == 0
     out, err = capsys.readouterr()
-    assert re.search(r"read 100 of 2\d\d tokens", err)
+    assert re.search(r"read 100 of 7\d\d tokens", err)
     assert ", read once for 1 " in out
     assert main([*argv, "--json"]) == 0
     assert capsys.readouterr().err == ""
@@ -179,13 +189,13 @@ def test_how_much_of_a_prompt_is_read_is_told(demo_model, capsys, monkeypatch):
         (["passkey", "-c", "300", "--lengths", "400"], "do not fit: 0 of 300 are used"),
     ],
 )
-def test_wrong_flags_get_one_line(demo_model, tmp_path, capsys, argv, message):
+def test_wrong_flags_get_one_line(tiny, tmp_path, capsys, argv, message):
     (tmp_path / "text").write_text(PROSE)
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "x.png").mkdir()
     argv = [a.format(text=tmp_path / "text", folder=tmp_path) for a in argv]
     few = ["--depths", "1"] if argv[0] in ("passkey", "niah") else []
-    assert main(["eval", argv[0], *few, *argv[1:], "-m", str(demo_model)]) in (1, 2)
+    assert main(["eval", argv[0], *few, *argv[1:], "-m", str(tiny)]) in (1, 2)
     err = capsys.readouterr().err
     assert message in err
     assert "internal error" not in err

@@ -215,10 +215,11 @@ def test_documents_are_shared_as_the_task_says(tiny_model):
             assert last.answer == found[-1].answer
 
 
-def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypatch):
+def test_what_is_known_is_not_asked_again(tiny_model, tmp_path, capsys, monkeypatch):
     out, text = tmp_path / "out.jsonl", tmp_path / "text"
     text.write_text(TEXT)
-    argv = ["eval", "ruler", "-m", str(demo_model), "--tasks", "niah_single_1,fwe", "--lengths", "700"]
+    model = tiny_model(n_layer=1, n_ctx=4096)
+    argv = ["eval", "ruler", "-m", str(model), "--tasks", "niah_single_1,fwe", "--lengths", "1500"]
     argv += ["--samples", "2", "--kv", "full,window", "--out", str(out)]
     assert main([*argv, "--json"]) == 0
     first = json.loads(capsys.readouterr().out)
@@ -232,7 +233,7 @@ def test_what_is_known_is_not_asked_again(demo_model, tmp_path, capsys, monkeypa
     assert main([*argv, "--text", str(text)]) == 0
     printed = capsys.readouterr().out
     assert printed.count(f"  (from {out})\n") == 8
-    assert re.search(r"^ +full 700  window 700\nniah_single_1 +\d", printed, re.M)
+    assert re.search(r"^ +full 1500  window 1500\nniah_single_1 +\d", printed, re.M)
 
 
 @pytest.mark.parametrize(
