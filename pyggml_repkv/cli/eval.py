@@ -36,11 +36,14 @@ TASKS = {
     "fidelity": "how far the next-token distribution is from that of --kv full, by position, on your text",
 }
 
+# Tasks that ask questions.
+ASKING = (*RETRIEVAL, "ruler")
+
 # Flags that some tasks have: their values if they are not given, and the tasks.
 _TASK_FLAGS: dict[str, tuple[Any, Collection[str]]] = {
     "depths": (5, RETRIEVAL),
-    "seed": (1, (*RETRIEVAL, "ruler")),
-    "out": (None, (*RETRIEVAL, "ruler")),
+    "seed": (1, ASKING),
+    "out": (None, ASKING),
     "png": (None, RETRIEVAL),
     "tasks": ([*RULER], ("ruler",)),
     "samples": (10, ("ruler",)),
@@ -135,12 +138,8 @@ def main(args: argparse.Namespace) -> int:
     if text is not None and not text.strip():
         raise InputError(f"--text {args.text} is empty")
     _set_task_flags(args)
-    without = [task for task in args.tasks if not RULER[task].needs_text]
-    if args.task == "ruler" and text is None and without != args.tasks:
-        needing = ", ".join(task for task in args.tasks if task not in without)
-        raise InputError(
-            f"{needing} of ruler need a text: --text FILE, or leave them out: --tasks {','.join(without) or 'vt'}"
-        )
+    if args.task == "ruler" and text is None:
+        _check_needs_no_text(args.tasks)
     policies: list[str] = args.kv
     if args.task == "recall" and len(policies) != 1:
         raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
@@ -154,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         check_can_draw(args.png)
     # Weights stay as in the file if a policy needs them so. Questions always have them so: the answers of `full` must
     # not depend on the other policies of --kv.
-    args.no_repack = args.no_repack or args.task in (*RETRIEVAL, "ruler")
+    args.no_repack = args.no_repack or args.task in ASKING
     args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
     tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity, "ruler": ruler}
     with load_model(args) as model:
@@ -167,6 +166,13 @@ def main(args: argparse.Namespace) -> int:
 
         draw_heat_map(args.png, [RetrievalResult(**result) for result in done["results"]])
     return 0
+
+
+def _check_needs_no_text(tasks: list[str]) -> None:
+    needing = [task for task in tasks if RULER[task].needs_text]
+    if needing:
+        rest = ",".join(task for task in tasks if task not in needing) or "vt"
+        raise InputError(f"{', '.join(needing)} of ruler need a text: --text FILE, or leave them out: --tasks {rest}")
 
 
 def _set_task_flags(args: argparse.Namespace) -> None:
