@@ -78,8 +78,8 @@ class MemoryConfig:
     of a block and key head; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
     or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
     key head selects its own blocks; sticky: by how many nats a block that the last token selected ranks higher for the
-    next one; late: a token attends what the one before it selected; positions: exact, far, ordered, or auto (exact until
-    the sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
+    next one; late: a token attends what the one before it selected; positions: exact, far, ordered, or auto (exact
+    until the sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
