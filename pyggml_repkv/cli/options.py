@@ -158,8 +158,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         (
             "--positions",
             POSITIONS,
-            "where the model sees older tokens: at their true positions, all from one distance, or in order just before "
-            "the window; auto: exact within the trained context, then far (window: far)",
+            (
+                "where the model sees older tokens: at their true positions, all from one distance, or in order just "
+                "before the window; auto: exact within the trained context, then far (window: far)"
+            ),
         ),
     )
     for flag, choices, what in choices_of:
