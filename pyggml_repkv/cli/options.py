@@ -171,14 +171,17 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         help="what is selected of a block, with codes: N tokens, or semantic:N-M, which ends where the text ends "
         f"something (default: {defaults.unit})",
     )
-    positions = (
-        "where the model sees older tokens; ordered: side by side before the window; far: all from one distance; "
-        "auto: exact within the trained context, then far (window: far)"
-    )
     choices_of = (
         ("--score", SCORES, "what makes a token representative: dot products with later queries, or attention"),
         ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
-        ("--positions", POSITIONS, positions),
+        (
+            "--positions",
+            POSITIONS,
+            (
+                "where the model sees older tokens: at their true positions, all from one distance, or in order just "
+                "before the window; auto: exact within the trained context, then far (window: far)"
+            ),
+        ),
     )
     for flag, choices, what in choices_of:
         default = getattr(defaults, flag[2:])

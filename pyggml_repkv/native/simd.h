@@ -170,56 +170,60 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
     for (; i < n; i++) y[i] += s * x[i];
 }
 
-/* y[i][0..31] = x[0..31][i]: 32 rows of n values, one after another, with lanes for rows. */
+/* Transposes four values of each row [stride] to y[4][32]. Rows four apart are read into a vector's 128-bit lanes, which leaves
+ * exchanges within lanes. */
+#if defined(__AVX512F__)
+enum { ROWS_AT_ONCE = 16 };
+
+static inline __m512 rows4_f32(const float *x, size_t stride) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(x + 4 * stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(x + 8 * stride));
+    return _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(x + 12 * stride));
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m512 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m512 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    _mm512_storeu_ps(y, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+    _mm512_storeu_ps(y + 32, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+    _mm512_storeu_ps(y + 64, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+    _mm512_storeu_ps(y + 96, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+}
+#elif defined(REPKV_HALVES)
+enum { ROWS_AT_ONCE = 8 };
+
+static inline __m256 rows4_f32(const float *x, size_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * stride), 1);
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m256 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m256 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
+    _mm256_storeu_ps(y + 32, _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
+    _mm256_storeu_ps(y + 64, _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
+    _mm256_storeu_ps(y + 96, _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
+}
+#else
+enum { ROWS_AT_ONCE = 1 };
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    (void)stride;
+    for (int i = 0; i < 4; i++) y[32 * i] = x[i];
+}
+#endif
+
+/* y[i][0..31] = x[0..31][i], of 32 rows of n values. */
 static inline void transpose32_f32(float *y, const float *x, int n) {
     int i = 0;
-#if defined(__AVX512F__) || defined(REPKV_HALVES)
-    /* Rows that lie in one 128-bit lane each are read to their lanes, so that only four values stay to be exchanged. */
-#if defined(__AVX512F__)
-    enum { LANES_OF_ROWS = 16 };
-    typedef __m512 rows;
-#define ROWS_OF_4(r)                                                                                                 \
-    _mm512_mask_broadcast_f32x4(                                                                                     \
-        _mm512_mask_broadcast_f32x4(                                                                                 \
-            _mm512_mask_broadcast_f32x4(_mm512_castps128_ps512(_mm_loadu_ps(from + (size_t)(r) * (size_t)n)), 0x00f0, \
-                                        _mm_loadu_ps(from + (size_t)((r) + 4) * (size_t)n)),                         \
-            0x0f00, _mm_loadu_ps(from + (size_t)((r) + 8) * (size_t)n)),                                             \
-        0xf000, _mm_loadu_ps(from + (size_t)((r) + 12) * (size_t)n))
-#define LOW(a, b) _mm512_unpacklo_ps(a, b)
-#define HIGH(a, b) _mm512_unpackhi_ps(a, b)
-#define LOW_PAIRS(a, b) _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)))
-#define HIGH_PAIRS(a, b) _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)))
-#define STORE(to, v) _mm512_storeu_ps(to, v)
-#else
-    enum { LANES_OF_ROWS = 8 };
-    typedef __m256 rows;
-#define ROWS_OF_4(r)                                                                                 \
-    _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + (size_t)(r) * (size_t)n)),       \
-                         _mm_loadu_ps(from + (size_t)((r) + 4) * (size_t)n), 1)
-#define LOW(a, b) _mm256_unpacklo_ps(a, b)
-#define HIGH(a, b) _mm256_unpackhi_ps(a, b)
-#define LOW_PAIRS(a, b) _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)))
-#define HIGH_PAIRS(a, b) _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b)))
-#define STORE(to, v) _mm256_storeu_ps(to, v)
-#endif
     for (; i + 4 <= n; i += 4) {
-        for (int r = 0; r < 32; r += LANES_OF_ROWS) {
-            const float *from = x + (size_t)r * (size_t)n + i;
-            const rows r0 = ROWS_OF_4(0), r1 = ROWS_OF_4(1), r2 = ROWS_OF_4(2), r3 = ROWS_OF_4(3);
-            const rows a = LOW(r0, r1), b = HIGH(r0, r1), c = LOW(r2, r3), d = HIGH(r2, r3);
-            STORE(y + i * 32 + r, LOW_PAIRS(a, c));
-            STORE(y + (i + 1) * 32 + r, HIGH_PAIRS(a, c));
-            STORE(y + (i + 2) * 32 + r, LOW_PAIRS(b, d));
-            STORE(y + (i + 3) * 32 + r, HIGH_PAIRS(b, d));
-        }
+        for (int r = 0; r < 32; r += ROWS_AT_ONCE) transpose4_f32(y + i * 32 + r, x + (size_t)r * (size_t)n + i, (size_t)n);
     }
-#undef ROWS_OF_4
-#undef LOW
-#undef HIGH
-#undef LOW_PAIRS
-#undef HIGH_PAIRS
-#undef STORE
-#endif
     for (; i < n; i++) {
         for (int r = 0; r < 32; r++) y[i * 32 + r] = x[(size_t)r * (size_t)n + (size_t)i];
     }

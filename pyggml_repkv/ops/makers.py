@@ -264,9 +264,10 @@ class Ops:
         n_groups = -(-shape[0] * PANEL // group) if group else 1
         assert group % PANEL == 0
         assert runs.contents.ne[1] in (1, n_groups * self.config.n_head_kv)
+        values = {"group": group, **_order(order)}
         return self.node(
-            "attend_memory", shape, {"group": group, **_order(order)}, q_local=q_local, k_local=k_local,
-            v_local=v_local, q_far=q_far, k_store=k_store, v_store=v_store, runs=runs, regions=regions,
+            "attend_memory", shape, values, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far,
+            k_store=k_store, v_store=v_store, runs=runs, regions=regions,
         )  # fmt: skip
 
     def attend_memory_one(

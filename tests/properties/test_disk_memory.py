@@ -36,7 +36,7 @@ def slot_bytes(memory):
 
 @st.composite
 def memories(draw):
-    positions = draw(st.sampled_from(["exact", "far", "auto", "auto"]))
+    positions = draw(st.sampled_from(["exact", "far", "ordered", "auto", "auto"]))
     return MemoryConfig(
         kv="repkv",
         n_ctx=0 if positions == "auto" else 1024,

@@ -42,7 +42,7 @@ def graphs(draw) -> Wanted:
             "score": draw(st.sampled_from(["dot", "attention"])),
             "relevance": draw(st.sampled_from(["lse", "mean", "max"])),
             "per_head": draw(st.booleans()),
-            "positions": draw(st.sampled_from(["auto", "far", "exact"])),
+            "positions": draw(st.sampled_from(["auto", "far", "exact", "ordered"])),
             "sticky": draw(st.sampled_from([0.0, 1.4])),
             "late": draw(st.booleans()),
             "kv_ram": draw(st.sampled_from([0, 2**26])),

@@ -32,7 +32,7 @@ class RepKVMachine(RuleBasedStateMachine):
     @initialize(
         block=st.sampled_from(["fixed:16", "fixed:24", "semantic:16-32"]),
         score=st.sampled_from(["dot", "attention"]),
-        positions=st.sampled_from(["auto", "far", "exact"]),
+        positions=st.sampled_from(["auto", "far", "exact", "ordered"]),
         type_k=st.sampled_from(["f16", "q8_0"]),
         n_dense=st.sampled_from([0, 100]),
     )

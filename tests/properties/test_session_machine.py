@@ -34,7 +34,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @initialize(
         block=st.sampled_from(["fixed:16", "semantic:16-32"]),
-        positions=st.sampled_from(["auto", "far", "exact"]),
+        positions=st.sampled_from(["auto", "far", "exact", "ordered"]),
         n_dense=st.sampled_from([0, 100]),
         n_slots=st.integers(8, 20),
         prefetch=st.sampled_from(["on", "off"]),

@@ -81,7 +81,7 @@ class BoundedStep(ABC):
 
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
+        """A layer's last queries, scaled, as the window and as selection meet them: [T, H, d] each."""
 
     def _of(self, layer: int) -> Ops:
         return self._ops.centred(self._parts.centres.of(layer))

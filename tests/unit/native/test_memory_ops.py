@@ -4,6 +4,7 @@ Cells that no query may attend hold NaN, and runs beyond the number of runs name
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType as QT
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.centres import KeyCentres
 from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.rope import RopeTable, rope_params
@@ -124,9 +126,11 @@ class Arenas:
     ) -> None:
         """n_own: how many tokens of the step are in the window's arenas; centred: whether keys lack a bias."""
         biases = rng.standard_normal((1, bench.config.n_embd_kv)).astype(np.float32) if centred else [None]
-        rope = RopeTable(rope_params(bench.config), np.float64)
-        memory = MemoryConfig(type_k="q8_0")
-        self.centres = KeyCentres(bench.config, memory, rope, biases, step.first + step.n_tokens)
+        self.rope = RopeTable(rope_params(bench.config), np.float64)
+        memory = MemoryConfig(type_k="q8_0", positions="ordered")
+        self.centres = KeyCentres(bench.config, memory, self.rope, biases, step.first + step.n_tokens)
+        self.rotation = Rotation(bench.config, memory, self.rope, None)
+        self.rotation.order_from(step.local, max(len(step.attended(row)) for row in range(len(step.runs))))
         names = [fitting_cache(name, bench.config.head_dim) for name in caches]
         window = slice(step.local - step.local_base, step.first + n_own - step.local_base)
         n_local = step.first + step.n_tokens - step.local_base + 2
@@ -135,23 +139,36 @@ class Arenas:
         self.k_store, self.v_store = (Arena(bench, rng, name, step.n_store, filled) for name in names)
         self.step, self.window = step, range(window.start, step.first - step.local_base)
 
+    def order(self, positions: str) -> Any:
+        return self.rotation.order if positions == "ordered" else None
+
+    def tables(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Cosines and sines, float64 [n, rope_dim / 2] each."""
+        cosine, sine = np.split(self.rope(positions).T.astype(np.float64), 2, 1)
+        return cosine, sine
+
     def keys(self, far: bool) -> tuple[np.ndarray, np.ndarray]:
         """Those of window and store that the arenas stand for; far: whether those of the store are before RoPE."""
         local, store, step = self.k_local.values(), self.k_store.values(), self.step
         local = self.centres.added(0, local, np.arange(len(local)) + step.local_base, rotated=True)
         return local, self.centres.added(0, store, step.store_positions(), rotated=not far)
 
-    def attention(self, q_near: np.ndarray, q_far: np.ndarray, far_keys: bool, share: int = 0) -> np.ndarray:
+    def attention(self, q_near: np.ndarray, q_far: np.ndarray, positions: str, share: int = 0) -> np.ndarray:
         """q [T, H, d], scaled -> heads [T, H, d]; every token sees itself, and what comes before it in the window.
         share: so many tokens share a row of the runs for each key head.
         """
-        (k_local, k_store), v_local, v_store = self.keys(far_keys), self.v_local.values(), self.v_store.values()
+        k_local, k_store = self.keys(positions != "exact")
+        v_local, v_store = self.v_local.values(), self.v_store.values()
         out, n_head_kv = np.empty_like(q_near), k_local.shape[1]
         for t, h in np.ndindex(*out.shape[:2]):
             kv = h * n_head_kv // q_near.shape[1]
             far = self.step.attended((t // share if share else 0) * n_head_kv + kv)
             near = [*self.window, *range(self.window.stop, self.window.stop + t + 1)]
-            s = np.concatenate((k_store[far, kv] @ q_far[t, h], k_local[near, kv] @ q_near[t, h]))
+            k_far, q = k_store[far, kv], q_far[t, h]
+            if positions == "ordered":
+                compact = np.arange(self.step.local - len(far), self.step.local)
+                k_far, q = rotated(k_far, *self.tables(compact)), q_near[t, h]
+            s = np.concatenate((k_far @ q, k_local[near, kv] @ q_near[t, h]))
             p = np.exp(s - s.max())
             out[t, h] = p / p.sum() @ np.concatenate((v_store[far, kv], v_local[near, kv]))
         return out
@@ -163,18 +180,19 @@ sizes = {
     "caches": st.tuples(cache_names, cache_names),
     "sharp": st.sampled_from([1.0, 8.0]),
     "centred": st.booleans(),
+    "positions": st.sampled_from(["exact", "far", "ordered"]),
     "n_threads": st.integers(1, 6),
     "seed": st.integers(0, 999),
 }
 
 
 @given(
-    data=st.data(), n_head_kv=st.integers(1, 3), share=st.sampled_from([None, 0, PANEL, 2 * PANEL]), far=st.booleans(),
+    data=st.data(), n_head_kv=st.integers(1, 3), share=st.sampled_from([None, 0, PANEL, 2 * PANEL]),
     n_tokens=st.integers(1, 110), **sizes,
 )  # fmt: skip
 @settings(max_examples=120)
 def test_a_chunk_attends_all_regions_in_one_softmax(
-    data, n_head_kv, share, far, n_tokens, group, head_dim, caches, sharp, centred, n_threads, seed
+    data, n_head_kv, share, n_tokens, positions, group, head_dim, caches, sharp, centred, n_threads, seed
 ):
     """share: tokens that share a row of the runs for each key head, 0: all; None: all key heads share one too."""
     n_groups = -(-n_tokens // share) if share else 1
@@ -186,19 +204,20 @@ def test_a_chunk_attends_all_regions_in_one_softmax(
     near, older = (bench.tensor(packed(x.reshape(step.n_tokens, -1))) for x in q)
     node = bench.ops.centred(arenas.centres.of(0)).attend_memory(
         near, arenas.k_local.tensor, arenas.v_local.tensor, older, arenas.k_store.tensor, arenas.v_store.tensor,
-        step.runs_tensor(bench), step.regions(bench, far), group=share or 0,
+        step.runs_tensor(bench), step.regions(bench, positions != "exact"), group=share or 0,
+        order=arenas.order(positions),
     )  # fmt: skip
     got = bench.compute_packed(node, step.n_tokens).reshape(q[0].shape)
-    assert_close(got, arenas.attention(*q, far, share or 0), 2e-5 * sharp)
+    assert_close(got, arenas.attention(*q, positions, share or 0), 2e-5 * sharp)
 
 
 @given(
-    data=st.data(), n_head_kv=st.integers(1, 3), per_head=st.booleans(), far=st.booleans(), partly=st.booleans(),
+    data=st.data(), n_head_kv=st.integers(1, 3), per_head=st.booleans(), partly=st.booleans(),
     **sizes | {"group": st.integers(1, 9)},
 )  # fmt: skip
 @settings(max_examples=200)
 def test_one_token_attends_all_regions_and_is_stored(
-    data, n_head_kv, per_head, far, partly, group, head_dim, caches, sharp, centred, n_threads, seed
+    data, n_head_kv, per_head, partly, positions, group, head_dim, caches, sharp, centred, n_threads, seed
 ):
     """The new token is attended as stored. partly: only half of each head is rotated."""
     step = data.draw(steps(n_head_kv if per_head else 1, 1))
@@ -208,12 +227,12 @@ def test_one_token_attends_all_regions_and_is_stored(
     arenas = Arenas(bench, step, caches, rng, 0, centred)
     qkv = rng.standard_normal((n_head + 2 * n_head_kv, head_dim)).astype(np.float32)
     qkv[:n_head] *= np.float32(sharp)
-    tables = RopeTable(rope_params(bench.config), np.float64)(np.array([step.first, 77 if far else step.first]))
-    cosine, sine = tables.T[:, : rope_dim // 2].astype(np.float64), tables.T[:, rope_dim // 2 :].astype(np.float64)
+    far = positions != "exact"
+    cosine, sine = arenas.tables(np.array([step.first, 77 if far else step.first]))
     rope = bench.tensor(np.concatenate((cosine, sine), -1).astype(np.float32))
     node = bench.ops.centred(arenas.centres.of(0)).attend_memory_one(
         bench.tensor(qkv.ravel()), arenas.k_local.tensor, arenas.v_local.tensor, arenas.k_store.tensor,
-        arenas.v_store.tensor, rope, step.runs_tensor(bench), step.regions(bench, far),
+        arenas.v_store.tensor, rope, step.runs_tensor(bench), step.regions(bench, far), order=arenas.order(positions),
     )  # fmt: skip
     partials = bench.compute(node).astype(np.float64).reshape(n_threads, n_head, 2 + head_dim)
 
@@ -230,7 +249,7 @@ def test_one_token_attends_all_regions_and_is_stored(
     near, older = (rotated(q, cosine[i], sine[i])[None] / np.sqrt(head_dim) for i in range(2))
     weights = np.exp(partials[..., 0] - partials[..., 0].max(0))
     summed = (weights[..., None] * partials[..., 1:]).sum(0)
-    assert_close(summed[:, 1:] / summed[:, :1], arenas.attention(near, older, far)[0], 2e-5 * sharp)
+    assert_close(summed[:, 1:] / summed[:, :1], arenas.attention(near, older, positions)[0], 2e-5 * sharp)
 
 
 def test_sums_do_not_depend_on_where_runs_lie():

@@ -49,6 +49,7 @@ GRAPHS = [
     ({"kv": "window", "n_batch": 48}, False),
     ({"kv": "repkv", "n_batch": 48}, False),
     ({"kv": "repkv", "n_batch": 48, "score": "dot", "per_head": True, "relevance": "max", "positions": "far"}, False),
+    ({"kv": "repkv", "n_batch": 48, "positions": "ordered"}, False),
     ({"kv": "repkv", "n_batch": 48, "sticky": 1.0, "late": True, "kv_ram": 2**26}, False),
     *(({"kv": "repkv", "n_batch": 48, "kv_ram": 2**26, "late": late}, False) for late in (False, True)),
 ]
