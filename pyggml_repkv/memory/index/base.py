@@ -76,8 +76,17 @@ class Index(Protocol):
     n_packed: int
     """Bytes that `pack` takes."""
 
+    max_unit: int
+    """Most tokens of a unit, the part of a block that is selected and attended: some of it or all."""
+
+    max_units: int
+    """Most units of a block."""
+
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         """What a layer's queries ask for. places: where its blocks lie (Store.places)."""
+
+    def unit_ends(self, begin: int, end: int) -> list[int]:
+        """Positions where the units of the new block [begin, end) end, ascending; the last is `end`. `seal` follows."""
 
     def seal(self, block: int, begin: int, end: int) -> None:
         """Makes the entries of the tokens [begin, end), which are stored and in no block yet."""

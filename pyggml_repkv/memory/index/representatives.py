@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.memory.cut.blocks import parse_block
 from pyggml_repkv.memory.index.base import IndexParts, Queries, Selection
 from pyggml_repkv.memory.store.arenas import Rows, as_array
 from pyggml_repkv.ops.kernels import LANES
@@ -34,6 +35,7 @@ class Representatives:
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
         type_, dtype = (g.GGML_TYPE_F32, np.float32) if memory.type_k == "f32" else (g.GGML_TYPE_F16, np.float16)
         self.block_bytes = config.n_layer * int(np.prod(self._shape)) * np.dtype(dtype).itemsize
+        self.max_unit, self.max_units = parse_block(memory.block).max_size, 1
         self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * memory.n_repr
         n_groups, layers = parts.max_blocks // LANES, range(config.n_layer)
 
@@ -81,6 +83,9 @@ class Representatives:
             return score(*sources, regions, n)
         score_one = ops.score_acc_one if self.memory.score == "dot" else ops.score_attention_one
         return score_one(*sources, q.rope, regions, n)
+
+    def unit_ends(self, begin: int, end: int) -> list[int]:
+        return [end]
 
     def seal(self, block: int, begin: int, end: int) -> None:
         self._make_room_for(block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -19,8 +20,9 @@ from pyggml_repkv.memory.index.base import Index
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.store.arenas import as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
-from pyggml_repkv.memory.store.block_store import BlockStore, RecordLayout
+from pyggml_repkv.memory.store.block_store import BlockStore
 from pyggml_repkv.memory.store.disk import DiskStore
+from pyggml_repkv.memory.store.layout import BlockShape, RecordLayout
 from pyggml_repkv.memory.store.ram import RamStore
 from pyggml_repkv.model.config import ModelConfig
 
@@ -37,6 +39,7 @@ class Parts(Protocol):
     local: LocalWindow
     store: RamStore | DiskStore
     blocks: Blocks
+    unit_bounds: list[int]
     index: Index
     kept: Kept
 
@@ -103,7 +106,7 @@ class RepKVCheckpoints:
         end = m.blocks.sealed_end
         scores = m.index.take_scores(end, max(n_past, end))
         disk = m.disk
-        slots = [disk.io.resident(i) if disk else np.empty(0, np.int32) for i in range(self.n_layer)]
+        slots = [disk.io.resident(i) if disk else np.empty((1, 0), np.int32) for i in range(self.n_layer)]
         return State(n_past, end, self.n_blocks, self.far_at, scores, _filled(slots), m.kept.selection)
 
     def open_positions(self, first: int, n_past: int) -> NDArray[np.int64]:
@@ -155,22 +158,22 @@ class RepKVCheckpoints:
 
     def copy_blocks(self, file: BlockFile) -> list[BlockRow]:
         memory, config, m = self._memory, self._memory.config, self._memory.memory
-        bounds, types = memory.blocks.bounds, (m.type_k, m.type_v)
-        layout = RecordLayout(config, parse_block(m.block).max_size, types, types, memory.index.n_packed)
-        # It only writes: the one slot of each layer, and where blocks would lie, are never looked at.
-        places = np.zeros((config.n_layer, max(1, self.n_blocks), 3), np.int32)
+        bounds, units, types = memory.blocks.bounds, memory.unit_bounds, (m.type_k, m.type_v)
+        layout = RecordLayout(config, block_shape(config, m, memory.index), types, types, memory.index.n_packed)
+        # It only writes: slots, and where units would lie, are never looked at.
         nowhere = [0] * config.n_layer
         writer = BlockStore(
-            file, layout, n_slots=1, max_blocks=places.shape[1], n_threads=0, first_row=0, k_rows=nowhere,
-            v_rows=nowhere, places=[p.ctypes.data for p in places], debug=False, memory=places,
+            file, layout, n_slots=1, max_blocks=max(1, self.n_blocks), max_units=len(units), n_threads=0, first_row=0,
+            k_rows=nowhere, v_rows=nowhere, places=nowhere, debug=False, memory=None,
         )  # fmt: skip
         try:
             for block in range(self.n_blocks):
                 begin, end = bounds[block : block + 2]
                 rows = [memory.store.rows(layer, block, begin, end) for layer in range(config.n_layer)]
                 k_rows, v_rows = ([r[i].ctypes.data for r in rows] for i in (0, 1))
+                ends = [end - begin for end in units[bisect_right(units, begin) : bisect_right(units, end)]]
                 writer.put(
-                    begin, end - begin, rotated=not memory.rotation.far, k_rows=k_rows, v_rows=v_rows,
+                    begin, ends, rotated=not memory.rotation.far, k_rows=k_rows, v_rows=v_rows,
                     extra=memory.index.pack(block),
                 )  # fmt: skip
             writer.flush()
@@ -179,10 +182,18 @@ class RepKVCheckpoints:
             writer.close()
 
 
+def block_shape(config: ModelConfig, memory: MemoryConfig, index: Index) -> BlockShape:
+    n_lanes = config.n_head_kv if memory.per_head else 1
+    return BlockShape(parse_block(memory.block).max_size, index.max_unit, index.max_units, n_lanes)
+
+
 def _filled(slots: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Each layer's slots -> the blocks in them, int32 [n_layer, n], with -1 after the last; most slots may be empty."""
-    blocks = [layer[layer >= 0] for layer in slots]
-    filled = np.full((len(blocks), max(map(len, blocks))), -1, np.int32)
-    for row, layer in zip(filled, blocks, strict=True):
-        row[: len(layer)] = layer
-    return filled
+    """Slots [n_lanes, n_slots] of each layer -> the units in them, int32 [n_layer, n_lanes * n], with -1 after a lane's
+    last; most slots may be empty.
+    """
+    units = [[lane[lane >= 0] for lane in layer] for layer in slots]
+    filled = np.full((len(units), len(units[0]), max(len(lane) for layer in units for lane in layer)), -1, np.int32)
+    for rows, layer in zip(filled, units, strict=True):
+        for row, lane in zip(rows, layer, strict=True):
+            row[: len(lane)] = lane
+    return filled.reshape(len(units), -1)

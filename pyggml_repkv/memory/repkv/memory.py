@@ -23,7 +23,7 @@ from pyggml_repkv.memory.index.base import Index, IndexParts, Queries, Selection
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.index.representatives import Representatives
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs, StepCost
-from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints
+from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints, block_shape
 from pyggml_repkv.memory.store.arenas import Arenas, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.store.disk import DiskStore, block_folder
@@ -52,6 +52,8 @@ class RepKVMemory(BoundedMemory):
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
         self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, self.n_dense // scheme.min_size)
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
+        # First token of each unit, and where the last one ends.
+        self.unit_bounds = [memory.n_sink]
         self.kept = Kept(arenas, config, memory, self.n_top_max)
         local = LocalWindow(arenas, config, memory)
         parts = IndexParts(
@@ -68,14 +70,15 @@ class RepKVMemory(BoundedMemory):
             if memory.kv_disk_max or memory.type_evicted:
                 raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram or --kv-dir")
             return RamStore(
-                arenas, config, memory, n_rows=n_ctx, max_blocks=max_blocks, sealed_end=lambda: self.blocks.sealed_end
+                arenas, config, memory, n_rows=n_ctx, max_units=max_blocks * self.index.max_units,
+                sealed_end=lambda: self.blocks.sealed_end,
             )  # fmt: skip
         if file is None:
             file = BlockFile(block_folder(memory), None)
-        n_rows = config.n_head_kv if memory.per_head else 1
         try:
             return DiskStore(
-                arenas, config, memory, file, self.blocks, max_blocks=max_blocks, n_selected=n_rows * self.n_top_max,
+                arenas, config, memory, file, self.blocks, shape=block_shape(config, memory, self.index),
+                max_blocks=max_blocks, n_selected=self.n_top_max,
                 n_extra=self.index.n_packed if inputs.kept else 0, kept=self.kept.tensors,
             )  # fmt: skip
         except BaseException:
@@ -86,6 +89,10 @@ class RepKVMemory(BoundedMemory):
     def disk(self) -> DiskStore | None:
         """The store, where blocks are on disk."""
         return self.store if isinstance(self.store, DiskStore) else None
+
+    @property
+    def n_units(self) -> int:
+        return len(self.unit_bounds) - 1
 
     def n_select(self, n_past: int, n_tokens: int) -> int:
         if n_past + n_tokens <= self.n_dense:
@@ -106,13 +113,15 @@ class RepKVMemory(BoundedMemory):
         self.blocks.append(tokens.tolist(), n_past)
         first_new = self.blocks.n_blocks
         for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
+            ends = self.index.unit_ends(begin, end)
             self.index.seal(block, begin, end)
             extra = self.index.pack(block) if self._inputs.kept else b""
-            self.store.seal(block, begin, end, rotated=not self.rotation.far, extra=extra)
+            self.store.seal(block, begin, end, ends, rotated=not self.rotation.far, extra=extra)
+            self.unit_bounds += ends
         if self.disk is not None:
             self.index.forget(self.blocks.sealed_end)
         self.index.remember(n_past, len(tokens))
-        return self.blocks.sealed_end, self.blocks.n_blocks
+        return self.blocks.sealed_end, self.n_units
 
     def undo_step(self, n_past: int) -> None:
         # One that was stopped before it rearranged anything has nothing to take back, least of all the step before.
@@ -146,6 +155,7 @@ class RepKVMemory(BoundedMemory):
             if (header.block, header.first_position) != (block, position):
                 raise StoreError(f"{disk.file.path}: block {block} is not where it should be")
             disk.layout.check(header)
+            self.unit_bounds += [position + end for end in header.unit_ends]
             position += header.n_tokens
             self.index.unpack(block, header.extra)
             disk.io.add(header, offset)
@@ -171,14 +181,17 @@ class RepKVMemory(BoundedMemory):
         self.index.put_scores(state.sealed_end, state.scores)
         n_select = self.n_select(state.n_past, 1)
         self.kept.restore(
-            state.kept, n_blocks=self.blocks.n_blocks, n_select=n_select, n_most=self.memory.top_blocks
+            state.kept, n_blocks=self.n_units, n_select=n_select, n_most=self.memory.top_blocks
         )  # fmt: skip
-        for layer, blocks in enumerate(state.warm):
-            disk.io.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
+        if state.warm.shape[1] % disk.layout.n_lanes:
+            raise StoreError("which blocks lay in RAM is damaged")
+        for layer, lanes in enumerate(state.warm.reshape(self.config.n_layer, disk.layout.n_lanes, -1).tolist()):
+            disk.io.prefetch(layer, *([u for u in units if 0 <= u < self.n_units] for units in lanes))
 
     def copy_from(self, other: Self) -> None:
         super().copy_from(other)
         self.blocks.copy_from(other.blocks)
+        self.unit_bounds = other.unit_bounds.copy()
         self.index.copy_from(other.index)
         self.kept.copy_from(other.kept)
 
@@ -209,7 +222,7 @@ class RepKVMemory(BoundedMemory):
         blocks: dict[str, int] = {}
         if self.disk is not None:
             n_open = min(self.memory.n_sink + self.disk.n_open, n_stored)
-            blocks = self.disk.ram_bytes_at(n_blocks)
+            blocks = self.disk.ram_bytes_at(n_blocks * self.index.max_units)
         return {
             "window": row_bytes * min(self.local.n_rows, n_stored),
             "tokens": row_bytes * n_open,
@@ -229,7 +242,7 @@ class RepKVMemory(BoundedMemory):
         return {
             "policy": self.name,
             "blocks": self.blocks.n_blocks,
-            "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
+            "selected": min(self.n_select(max(0, n_past - 1), 1), self.n_units),
             "resident_bytes": parts["window"],
             "ram_bytes": parts["tokens"] + parts.get("blocks", 0),
             "index_bytes": self.blocks.n_blocks * self.index.block_bytes,
