@@ -2,6 +2,7 @@
 
 import errno
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,9 @@ from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
+from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
+from tests.small_units import UnitRepresentatives
 from tests.tiny_models import TinySpec, write_tiny_model
 
 N_TRAINED, N_LAYER = 150, 3
@@ -28,10 +32,25 @@ def model(tmp_path_factory):
         yield loaded
 
 
+def token_bytes(memory):
+    """The bytes of a token in all layers."""
+    k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
+    return N_LAYER * (k + v)
+
+
 def slot_bytes(memory):
     """The bytes of one block in all layers."""
-    k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
-    return N_LAYER * parse_block(memory.block).max_size * (k + v)
+    return token_bytes(memory) * parse_block(memory.block).max_size
+
+
+@contextmanager
+def index_of(make_index):
+    """Memories that are made meanwhile have this index."""
+    before, RepKVMemory.make_index = RepKVMemory.make_index, make_index
+    try:
+        yield
+    finally:
+        RepKVMemory.make_index = before
 
 
 @st.composite
@@ -66,32 +85,32 @@ def read(session, n_prompt, n_decode):
     return np.array(logits + [session.decode(t).copy() for t in TOKENS[n_prompt : n_prompt + n_decode]])
 
 
-def n_slots(model, memory):
-    with model.session(memory) as session:
-        n_dense_at_once = session.policy.n_top_max
-    return max(1, n_dense_at_once * (2 if memory.per_head else 1))
-
-
 @given(
     memory=memories(),
+    make_index=st.sampled_from([Representatives, UnitRepresentatives]),
     n_prompt=st.integers(150, 500),
     n_decode=st.integers(0, 30),
     n_more=st.integers(0, 20),
     faults=st.sampled_from([{}, {}, {"delay_us": 300}, {"reorder": 1, "delay_us": 100}]),
 )
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
-def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memory, n_prompt, n_decode, n_more, faults):
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
+def test_logits_do_not_depend_on_where_blocks_are(
+    model, tmp_path_factory, memory, make_index, n_prompt, n_decode, n_more, faults
+):
     folder = str(tmp_path_factory.mktemp("kv"))
-    ram = slot_bytes(memory) * (n_slots(model, memory) + n_more)
-    with model.session(memory) as here, model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
-        there.policy.disk.io.inject(seed=n_prompt, **faults)
-        assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
-        prefetch = there.stats()["prefetch"]
-        assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
-        for layer in range(N_LAYER):
-            stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
-            assert np.array_equal(*stored)
-        assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
+    with index_of(make_index), model.session(memory) as here:
+        # The fewest slots that it can have, and some more.
+        n_slots = max(1, here.policy.n_top_max) + n_more
+        ram = token_bytes(memory) * n_slots * here.policy.index.max_unit
+        with model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
+            there.policy.disk.io.inject(seed=n_prompt, **faults)
+            assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
+            prefetch = there.stats()["prefetch"]
+            assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
+            for layer in range(N_LAYER):
+                stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
+                assert np.array_equal(*stored)
+            assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -45,7 +45,7 @@ class Selection:
 class IndexParts:
     """What an index is made from. keys(layer, positions) -> float32 [n, K, d]: stored keys, before RoPE with far
     positions, else rotated; n_top: most blocks that a step selects; n_blocks() and sealed_end(): blocks so far, and
-    where they end.
+    where they end; unit_bounds: first token of each unit so far, and where the last one ends.
     """
 
     arenas: Arenas
@@ -59,6 +59,7 @@ class IndexParts:
     n_top: int
     n_blocks: Callable[[], int]
     sealed_end: Callable[[], int]
+    unit_bounds: Sequence[int]
 
 
 class Index(Protocol):

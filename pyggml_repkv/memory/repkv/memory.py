@@ -58,7 +58,7 @@ class RepKVMemory(BoundedMemory):
         local = LocalWindow(arenas, config, memory)
         parts = IndexParts(
             arenas, config, memory, local, self.kept, lambda layer, at: self.stored_keys(layer, at), n_ctx, max_blocks,
-            self.n_top_max, lambda: self.blocks.n_blocks, lambda: self.blocks.sealed_end,
+            self.n_top_max, lambda: self.blocks.n_blocks, lambda: self.blocks.sealed_end, self.unit_bounds,
         )  # fmt: skip
         self.index = type(self).make_index(parts)
         self.writes = frozenset(("k_local", "v_local", "k_store", "v_store")) | self.index.writes
@@ -114,10 +114,10 @@ class RepKVMemory(BoundedMemory):
         first_new = self.blocks.n_blocks
         for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
             ends = self.index.unit_ends(begin, end)
+            self.unit_bounds += ends
             self.index.seal(block, begin, end)
             extra = self.index.pack(block) if self._inputs.kept else b""
             self.store.seal(block, begin, end, ends, rotated=not self.rotation.far, extra=extra)
-            self.unit_bounds += ends
         if self.disk is not None:
             self.index.forget(self.blocks.sealed_end)
         self.index.remember(n_past, len(tokens))
@@ -191,7 +191,7 @@ class RepKVMemory(BoundedMemory):
     def copy_from(self, other: Self) -> None:
         super().copy_from(other)
         self.blocks.copy_from(other.blocks)
-        self.unit_bounds = other.unit_bounds.copy()
+        self.unit_bounds[:] = other.unit_bounds
         self.index.copy_from(other.index)
         self.kept.copy_from(other.kept)
 

@@ -28,7 +28,7 @@ class Store(Protocol):
     def base(self) -> int: ...
 
     def places(self, layer: int) -> Tensor:
-        """I32 [1 or n_lanes, n_units, 3]: of each unit its first row, how many tokens it has, and the first's position."""
+        """I32 [1 or n_lanes, n_units, 3], of each unit: its first row, how many tokens it has, the first's position."""
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Called before a step, so that its tokens have rows."""
