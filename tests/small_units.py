@@ -1,10 +1,12 @@
 """An index whose units are smaller than its blocks, and of uneven sizes."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate, cycle, takewhile
 
 from pyggml_repkv.memory.cut.blocks import parse_block
 from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 SIZES = 7, 9
 
@@ -52,3 +54,13 @@ class UnitRepresentatives(Representatives):
     def copy_from(self, other):
         super().copy_from(other)
         self.blocks = other.blocks.copy()
+
+
+@contextmanager
+def index_of(make_index):
+    """Memories that are made meanwhile have this index."""
+    before, RepKVMemory.make_index = RepKVMemory.make_index, make_index
+    try:
+        yield
+    finally:
+        RepKVMemory.make_index = before

@@ -119,6 +119,7 @@ void repkv_read_records(struct repkv_file *file, struct repkv_faults faults, cha
         const size_t done = read_once(file, &faults, buffer, n_bytes, offset, records, error);
         whole = true;
         for (struct repkv_record *r = records; r < records + n_records; r++) {
+            if (r->k == NULL) continue;
             if (*error != 0) r->result = REPKV_IO_READ;
             else if (r->at + r->n_bytes > done) r->result = REPKV_IO_SHORT;
             else r->result = xxh64(buffer + r->at, r->n_bytes, 0) == r->checksum ? REPKV_IO_OK : REPKV_IO_CHECKSUM;

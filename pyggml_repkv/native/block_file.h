@@ -74,7 +74,8 @@ size_t repkv_block_bytes(const struct repkv_record_layout *layout, const int32_t
 /* Returns the most bytes that one lane of any block takes. */
 size_t repkv_most_lane_bytes(const struct repkv_record_layout *layout);
 
-/* A unit of a lane, among others in a buffer; k, v: its lane in its first row of the arenas. */
+/* A unit of a lane, among others in a buffer; k, v: its lane in its first row of the arenas, NULL where it is only read because
+ * it lies between others. */
 struct repkv_record {
     size_t at, n_bytes; /* in the buffer */
     uint64_t checksum;

@@ -6,7 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { POLL_MS = 50 };
+enum {
+    POLL_MS = 50,
+    MAX_GAP = 8192, /* bytes that are read only because they lie between wanted units: cheaper than another read */
+};
 
 void store_wait(pthread_cond_t *condition, pthread_mutex_t *lock) {
     struct timespec t;
@@ -112,7 +115,7 @@ void store_load(struct repkv_store *s, const struct worker *w, int32_t lane, int
     }
     for (int32_t i = 0; i < n_units; i++) {
         const float *from = table ? table + (block.first_position + units[i].first) * layout->rope_dim : NULL;
-        if (records[i].result == REPKV_IO_OK) repkv_decode(layout, buffer, records + i, from, w->scratch);
+        if (records[i].k && records[i].result == REPKV_IO_OK) repkv_decode(layout, buffer, records + i, from, w->scratch);
     }
     pthread_mutex_lock(&s->lock);
     s->stats.retries += n_retries;
@@ -129,6 +132,17 @@ void store_load(struct repkv_store *s, const struct worker *w, int32_t lane, int
 
 static bool is_queued(const struct slots *lane, int32_t unit) {
     return lane->slot_of[unit] >= 0 && lane->slot[lane->slot_of[unit]].state == SLOT_QUEUED;
+}
+
+/* Returns the last of the queued units that one read brings along with `unit`; `end` bounds its block, step is 1 or -1. */
+static int32_t run_end(const struct repkv_store *s, const struct slots *lane, int32_t unit, int32_t end, int32_t step) {
+    int32_t last = unit;
+    for (int32_t u = unit + step; u != end; u += step) {
+        const uint32_t gap = step > 0 ? s->units[u].at - s->units[last + 1].at : s->units[last].at - s->units[u + 1].at;
+        if (gap > MAX_GAP) break;
+        if (is_queued(lane, u)) last = u;
+    }
+    return last;
 }
 
 /* Takes note of a unit of a lane that was read into its slot, or that could not be. */
@@ -160,27 +174,32 @@ void store_serve(struct repkv_store *s, const struct worker *w, struct request r
     const struct slot *asked = lane->slot + r.slot;
     const int32_t b = s->units[asked->unit].block;
     const struct block *block = s->blocks + b;
-    int32_t first = asked->unit, end = first + 1, error = 0;
-    while (first > block->first_unit && is_queued(lane, first - 1)) first--;
-    while (end < block->first_unit + block->n_units && is_queued(lane, end)) end++;
-    const struct repkv_event event = {
+    const int32_t first = run_end(s, lane, asked->unit, block->first_unit - 1, -1);
+    const int32_t n = run_end(s, lane, asked->unit, block->first_unit + block->n_units, 1) + 1 - first;
+    struct repkv_event event = {
         .kind = block->staged >= 0 ? REPKV_EVENT_STAGED : REPKV_EVENT_READ,
         .layer = r.lane / layout->n_lanes,
         .lane = r.lane % layout->n_lanes,
         .block = b,
-        .n_units = end - first,
         .ahead = asked->last != lane->now,
         .begin_ms = now_ms(),
     };
-    for (int32_t u = first; u < end; u++) {
-        const int32_t at = lane->slot_of[u];
+    for (int32_t i = 0; i < n; i++) {
+        struct repkv_record *record = w->records + i;
+        record->k = record->v = NULL;
+        if (!is_queued(lane, first + i)) continue;
+        const int32_t at = lane->slot_of[first + i];
         slots_begin_read(lane, at);
-        w->records[u - first].k = rows_of_slot(s, s->k_rows, r.lane, at, layout->k_row_bytes);
-        w->records[u - first].v = rows_of_slot(s, s->v_rows, r.lane, at, layout->v_row_bytes);
+        record->k = rows_of_slot(s, s->k_rows, r.lane, at, layout->k_row_bytes);
+        record->v = rows_of_slot(s, s->v_rows, r.lane, at, layout->v_row_bytes);
+        event.n_units++;
     }
-    store_load(s, w, r.lane, first, end - first, &error);
+    int error = 0;
+    store_load(s, w, r.lane, first, n, &error);
     store_record(s, event);
-    for (int32_t u = first; u < end; u++) finish(s, r.lane, u, w->records[u - first].result, error);
+    for (int32_t i = 0; i < n; i++) {
+        if (w->records[i].k != NULL) finish(s, r.lane, first + i, w->records[i].result, error);
+    }
     pthread_cond_broadcast(&s->done);
 }
 

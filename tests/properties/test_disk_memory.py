@@ -2,7 +2,6 @@
 
 import errno
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
 from pyggml_repkv.memory.index.representatives import Representatives
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
-from tests.small_units import UnitRepresentatives
+from tests.small_units import UnitRepresentatives, index_of
 from tests.tiny_models import TinySpec, write_tiny_model
 
 N_TRAINED, N_LAYER = 150, 3
@@ -41,16 +40,6 @@ def token_bytes(memory):
 def slot_bytes(memory):
     """The bytes of one block in all layers."""
     return token_bytes(memory) * parse_block(memory.block).max_size
-
-
-@contextmanager
-def index_of(make_index):
-    """Memories that are made meanwhile have this index."""
-    before, RepKVMemory.make_index = RepKVMemory.make_index, make_index
-    try:
-        yield
-    finally:
-        RepKVMemory.make_index = before
 
 
 @st.composite
@@ -143,9 +132,11 @@ SMALL = slot_bytes(MEMORY) * 4
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
 @pytest.mark.parametrize("n_prompt", [300, 230])
-def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt, late):
+@pytest.mark.parametrize("make_index", [Representatives, UnitRepresentatives])
+def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, monkeypatch, kind, n_prompt, late, make_index):
     """Bad bytes never give a wrong logit: a block that cannot be read is computed again, and the log says so."""
-    memory = replace(MEMORY, late=late)
+    monkeypatch.setattr(RepKVMemory, "make_index", make_index)
+    memory = replace(MEMORY, late=late, per_head=make_index is UnitRepresentatives)
     with model.session(memory) as here, model.session(replace(memory, kv_ram=SMALL)) as there:
         want = read(here, n_prompt, 40)
         got = [there.prefill(TOKENS[:n_prompt]).copy()]

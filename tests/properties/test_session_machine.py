@@ -20,6 +20,9 @@ from hypothesis.stateful import (
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
+from tests.small_units import UnitRepresentatives
 from tests.tiny_models import TinySpec, write_tiny_model
 
 N_LAYER, N_TRAINED, N_TOKENS = 2, 150, 420
@@ -41,12 +44,17 @@ class SessionMachine(RuleBasedStateMachine):
         type_k=st.sampled_from(["f16", "q8_0"]),
         sticky=st.sampled_from([0.0, 0.7]),
         late=st.booleans(),
+        per_head=st.booleans(),
+        make_index=st.sampled_from([Representatives, UnitRepresentatives]),
     )
-    def start(self, block, positions, n_dense, n_slots, prefetch, type_k, sticky, late):
+    def start(
+        self, block, positions, n_dense, n_slots, prefetch, type_k, sticky, late, per_head, make_index
+    ):  # fmt: skip
+        RepKVMemory.make_index = make_index
         self.memory = MemoryConfig(
             kv="repkv", n_ctx=0 if positions == "auto" else 1024, n_batch=40, n_sink=5, n_local=48, n_score=20,
             block=block, top_blocks=2, chunk_blocks=2, n_repr=3, positions=positions, n_dense=n_dense, type_k=type_k,
-            sticky=sticky, late=late,
+            sticky=sticky, late=late, per_head=per_head,
         )  # fmt: skip
         ram = N_LAYER * 32 * (128 + 128) * n_slots
         self.kept = replace(self.memory, kv_ram=ram, prefetch=prefetch, kv_debug=True)
@@ -55,6 +63,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.session = self.model.session(self.kept, directory=self.folder)
 
     def teardown(self):
+        RepKVMemory.make_index = Representatives
         if hasattr(self, "session"):
             self.session.close()
 

@@ -33,7 +33,7 @@ from pyggml_repkv.memory.store.ram import floats
 from pyggml_repkv.model.config import ModelConfig
 
 # Threads that read blocks: so many reads are under way at once.
-N_IO_THREADS = 4
+N_IO_THREADS = 8
 
 
 def block_folder(memory: MemoryConfig) -> Path:

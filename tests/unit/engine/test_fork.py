@@ -13,6 +13,8 @@ import pytest
 from pyggml_repkv import Model
 from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
+from tests.small_units import UnitRepresentatives
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 700).tolist()
 REPKV = MemoryConfig(
@@ -28,6 +30,7 @@ MEMORIES = {
     "sticky and late": replace(REPKV, sticky=1.0, late=True),
     "on disk": replace(REPKV, kv_ram=2**17),
     "on disk, late": replace(REPKV, kv_ram=2**17, sticky=1.0, late=True),
+    "on disk, each head": replace(REPKV, kv_ram=2**17, per_head=True),
     "file": replace(REPKV, kv=EXAMPLE),
     # It outgrows the trained context after the fork, which rewrites more than a page of the rows that both share.
     "goes far": replace(REPKV, n_ctx=0, n_local=32),
@@ -56,6 +59,16 @@ def equal(a, b):
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
 def test_a_fork_says_what_a_fresh_session_says(model, memory):
+    assert_forks(model, memory)
+
+
+@pytest.mark.parametrize("name", ["repkv", "on disk, late", "on disk, each head", "goes far on disk"])
+def test_a_fork_has_its_parent_s_units(model, name, monkeypatch):
+    monkeypatch.setattr(RepKVMemory, "make_index", UnitRepresentatives)
+    assert_forks(model, MEMORIES[name])
+
+
+def assert_forks(model, memory):
     with model.session(memory) as session, model.session(memory) as fresh, model.session(memory) as third:
         for s in (session, fresh, third):
             s.prefill(TOKENS[:300])
@@ -232,8 +245,7 @@ def test_a_kept_session_on_another_file_system_is_forked(model):
 def test_a_step_that_is_stopped_anywhere_counts_as_not_done(model, monkeypatch, memory, where):
     from pyggml_repkv.engine.step import Stepper
     from pyggml_repkv.graph.plan import PlanCache
-    from pyggml_repkv.memory.index.representatives import Representatives
-    from pyggml_repkv.memory.repkv.memory import RepKVMemory
+        from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
     owner = {"_compute": Stepper, "settle": Representatives, "begin_step": RepKVMemory, "of_step": PlanCache}[where]
 

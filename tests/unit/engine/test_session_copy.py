@@ -8,7 +8,10 @@ import pytest
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 from pyggml_repkv.memory.store.block_store import BlockStore
+from tests.small_units import UnitRepresentatives
 
 TOKENS = np.random.default_rng(8).integers(0, 280, 500).tolist()
 MEMORY = MemoryConfig(
@@ -42,7 +45,9 @@ def decode(session, first, n):
         {"per_head": True, "sticky": 0.7, "late": True, "block": "semantic:16-24"},
     ],
 )
-def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options):
+@pytest.mark.parametrize("make_index", [Representatives, UnitRepresentatives])
+def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, monkeypatch, options, make_index):
+    monkeypatch.setattr(RepKVMemory, "make_index", make_index)
     memory = replace(MEMORY, **options)
     with model.session(memory) as session:
         session.prefill(TOKENS[:300])
