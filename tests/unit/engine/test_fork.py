@@ -245,7 +245,7 @@ def test_a_kept_session_on_another_file_system_is_forked(model):
 def test_a_step_that_is_stopped_anywhere_counts_as_not_done(model, monkeypatch, memory, where):
     from pyggml_repkv.engine.step import Stepper
     from pyggml_repkv.graph.plan import PlanCache
-        from pyggml_repkv.memory.repkv.memory import RepKVMemory
+    from pyggml_repkv.memory.index.representatives import Representatives
 
     owner = {"_compute": Stepper, "settle": Representatives, "begin_step": RepKVMemory, "of_step": PlanCache}[where]
 
