@@ -30,6 +30,7 @@ class StoreBench:
     name: str | None = None
     debug: bool = True
     n_lanes: int = 1
+    max_tokens: int = MAX_TOKENS
     max_unit: int = MAX_TOKENS
     units: list[tuple[int, int, int]] = field(default_factory=list)
     blocks: list[list[list[np.ndarray]]] = field(default_factory=list)
@@ -37,7 +38,7 @@ class StoreBench:
     def __post_init__(self):
         self.config = config(n_head_kv=N_HEAD_KV, head_dim=32, n_embd=128)
         object.__setattr__(self.config, "n_layer", N_LAYER)
-        shape = BlockShape(MAX_TOKENS, self.max_unit, MAX_UNITS, self.n_lanes)
+        shape = BlockShape(self.max_tokens, self.max_unit, MAX_UNITS, self.n_lanes)
         self.layout = RecordLayout(self.config, shape, self.types, self.file_types or self.types, 0)
         n_rows, max_units = FIRST_ROW + self.n_slots * self.max_unit, MAX_BLOCKS * MAX_UNITS
         self.arenas = [

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import StoreError
+from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
@@ -172,11 +172,32 @@ def test_a_full_disk_ends_the_run_with_one_line(model, nth):
             session.prefill(TOKENS)
 
 
-def test_too_little_ram_for_what_is_attended_at_once_is_said_with_the_number(model):
-    from pyggml_repkv.errors import InputError
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("make_index", [Representatives, UnitRepresentatives])
+def test_too_little_ram_for_what_is_attended_at_once_is_said_with_the_number(
+    model, monkeypatch, per_head, make_index
+):  # fmt: skip
+    """Units of 16, or of at most 9 tokens; each head has as many slots, of which each takes its share of a row."""
+    monkeypatch.setattr(RepKVMemory, "make_index", make_index)
+    memory = replace(MEMORY, per_head=per_head, n_ctx=2**16, top_blocks=1000)
+    n_tokens = 1000 * (9 if make_index is UnitRepresentatives else 16)
+    ram = token_bytes(memory) * n_tokens
+    least = -(-ram // 2**20)
+    with pytest.raises(InputError, match=f"up to {n_tokens} are attended at once: give at least {least}M"):
+        model.session(replace(memory, kv_ram=ram - 1))
+    with model.session(replace(memory, kv_ram=ram)) as session:
+        session.prefill(TOKENS[:300])
+        slots = session.stats()["slots"] * session.policy.index.max_unit
+        assert slots == n_tokens
 
-    with pytest.raises(InputError, match="--kv-ram"):
-        model.session(replace(MEMORY, kv_ram=1000))
+
+def test_eight_bits_on_disk_must_fit_a_head_where_each_is_read_alone(tmp_path):
+    write_tiny_model(tmp_path / "model.gguf", TinySpec(n_layer=1, n_head=4, n_head_kv=2, head_dim=16))
+    memory = replace(MEMORY, kv_ram=SMALL, type_evicted="q8_0")
+    with Model.load(tmp_path / "model.gguf", threads=1, repack=False) as model:
+        model.session(memory).close()
+        with pytest.raises(InputError, match="--cache-type-evicted q8_0 needs a head size that 32 divides"):
+            model.session(replace(memory, per_head=True))
 
 
 def test_the_file_is_gone_with_the_session(model, tmp_path):
@@ -187,8 +208,6 @@ def test_the_file_is_gone_with_the_session(model, tmp_path):
 
 
 def test_scores_of_evicted_tokens_are_not_kept(model):
-    from pyggml_repkv.errors import InputError
-
     with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
         session.prefill(TOKENS[:300])
         assert session.policy.index.get_score(0, 290).shape == (2,)

@@ -37,8 +37,12 @@ class RecordLayout:
         self.n_layer, self.n_lanes, self.n_extra = config.n_layer, shape.n_lanes, n_extra
         self.max_tokens, self.max_unit, self.max_units = shape.max_tokens, shape.max_unit, shape.max_units
         for name in file_types:
-            if width // shape.n_lanes % g.ggml_blck_size(GGML_CACHE_TYPES[name]):
-                raise InputError(f"--cache-type-evicted {name} does not fit heads of {config.head_dim} values")
+            block = g.ggml_blck_size(GGML_CACHE_TYPES[name])
+            if width // shape.n_lanes % block:
+                raise InputError(
+                    f"--cache-type-evicted {name} needs a head size that {block} divides, since each head is read "
+                    f"alone; this model's is {config.head_dim}"
+                )
         self.types, self.file_types = (tuple(int(GGML_CACHE_TYPES[n]) for n in names) for names in (types, file_types))
         self.row_bytes = tuple(int(g.ggml_row_size(GGML_CACHE_TYPES[name], width)) for name in types)
         self.file_row_bytes = tuple(int(g.ggml_row_size(t, width)) for t in self.file_types)
