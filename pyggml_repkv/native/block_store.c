@@ -27,9 +27,8 @@ static bool open_tables(struct repkv_store *s) {
         struct slots *lane = s->lanes + i;
         *lane = (struct slots){.n = c->n_slots, .first_free = -1, .weight = 1.0};
         lane->slot = calloc(n_slots, sizeof *lane->slot);
-        lane->slot_of = malloc(n_units * sizeof *lane->slot_of);
-        if (!lane->slot || !lane->slot_of) return false;
-        for (size_t u = 0; u < n_units; u++) lane->slot_of[u] = -1;
+        lane->slot_after = calloc(n_units, sizeof *lane->slot_after);
+        if (!lane->slot || !lane->slot_after) return false;
     }
     struct queue *queues[2] = {&s->required, &s->ahead};
     for (int i = 0; i < 2; i++) {
@@ -83,7 +82,7 @@ void repkv_store_close(struct repkv_store *s) {
     for (int32_t i = 0; s->staging && i < s->config.n_staging; i++) free(s->staging[i].data);
     for (size_t i = 0; s->lanes && i < all_lanes(s); i++) {
         free(s->lanes[i].slot);
-        free(s->lanes[i].slot_of);
+        free(s->lanes[i].slot_after);
     }
     void *tables[] = {s->k_rows,    s->v_rows,  s->places,  s->lanes,   s->victims.slot,   s->blocks,     s->units,
                       s->checksums, s->staging, s->workers, s->audited, s->required.items, s->ahead.items};

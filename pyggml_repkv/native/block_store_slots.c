@@ -45,7 +45,7 @@ static int32_t read_lane_ahead(struct repkv_store *s, int32_t lane_index, struct
     for (int32_t r = 0; r < rows.n; r++) {
         const int32_t *row = rows.selected + r * rows.stride;
         for (int32_t i = 1; i <= row[0]; i++) {
-            const int32_t slot = lane->slot_of[row[i]];
+            const int32_t slot = slot_of(lane, row[i]);
             if (slot >= 0) lane->slot[slot].kept = lane->n_prefetches;
         }
     }
@@ -53,7 +53,7 @@ static int32_t read_lane_ahead(struct repkv_store *s, int32_t lane_index, struct
     for (int32_t r = 0; r < rows.n; r++) {
         const int32_t *row = rows.selected + r * rows.stride;
         for (int32_t i = 1; i <= row[0]; i++) {
-            if (lane->slot_of[row[i]] >= 0) continue;
+            if (slot_of(lane, row[i]) >= 0) continue;
             const int32_t at = ask(s, &s->ahead, lane_index, row[i], limit);
             if (at < 0) return n_asked;
             lane->slot[at].score = SLOT_PREFETCH_SCORE * lane->weight;
@@ -124,7 +124,7 @@ static int ask_for_lane(struct repkv_store *s, int32_t lane_index, struct lane_r
     for (int32_t r = 0; r < rows.n; r++) {
         const int32_t *row = rows.selected + r * rows.stride;
         for (int32_t i = 1; i <= row[0]; i++) {
-            const int32_t at = lane->slot_of[row[i]];
+            const int32_t at = slot_of(lane, row[i]);
             if (at < 0) complete = false;
             else if (lane->slot[at].last != lane->now) note_present(s, lane_index, at);
         }
@@ -134,7 +134,7 @@ static int ask_for_lane(struct repkv_store *s, int32_t lane_index, struct lane_r
     for (int32_t r = 0; r < rows.n && !complete; r++) {
         const int32_t *row = rows.selected + r * rows.stride;
         for (int32_t i = 1; i <= row[0]; i++) {
-            if (lane->slot_of[row[i]] >= 0) continue;
+            if (slot_of(lane, row[i]) >= 0) continue;
             const int32_t at = ask(s, &s->required, lane_index, row[i], SLOT_REQUIRED);
             if (at < 0) return -1;
             lane->slot[at].score = lane->weight;

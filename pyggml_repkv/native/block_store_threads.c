@@ -58,6 +58,7 @@ bool queue_pop(struct repkv_store *s, struct queue *q, struct request *r) {
         q->n--;
         if (s->lanes[r->lane].slot[r->slot].state == SLOT_QUEUED) return true;
     }
+    q->head = 0; /* so that a long queue that is mostly empty stays in few pages */
     return false;
 }
 
@@ -131,7 +132,8 @@ void store_load(struct repkv_store *s, const struct worker *w, int32_t lane, int
 }
 
 static bool is_queued(const struct slots *lane, int32_t unit) {
-    return lane->slot_of[unit] >= 0 && lane->slot[lane->slot_of[unit]].state == SLOT_QUEUED;
+    const int32_t at = slot_of(lane, unit);
+    return at >= 0 && lane->slot[at].state == SLOT_QUEUED;
 }
 
 /* Returns the last of the queued units that one read brings along with `unit`; `end` bounds its block, step is 1 or -1. */
@@ -149,7 +151,7 @@ static int32_t run_end(const struct repkv_store *s, const struct slots *lane, in
 static void finish(struct repkv_store *s, int32_t lane_index, int32_t u, enum repkv_io_error result, int error) {
     const struct repkv_record_layout *layout = &s->config.layout;
     struct slots *lane = s->lanes + lane_index;
-    const int32_t layer = lane_index / layout->n_lanes, l = lane_index % layout->n_lanes, at = lane->slot_of[u];
+    const int32_t layer = lane_index / layout->n_lanes, l = lane_index % layout->n_lanes, at = slot_of(lane, u);
     const struct unit *unit = s->units + u;
     const bool required = s->requiring == layer && lane->slot[at].last == lane->now;
     if (result == REPKV_IO_OK) {
@@ -188,7 +190,7 @@ void store_serve(struct repkv_store *s, const struct worker *w, struct request r
         struct repkv_record *record = w->records + i;
         record->k = record->v = NULL;
         if (!is_queued(lane, first + i)) continue;
-        const int32_t at = lane->slot_of[first + i];
+        const int32_t at = slot_of(lane, first + i);
         slots_begin_read(lane, at);
         record->k = rows_of_slot(s, s->k_rows, r.lane, at, layout->k_row_bytes);
         record->v = rows_of_slot(s, s->v_rows, r.lane, at, layout->v_row_bytes);

@@ -24,7 +24,7 @@ struct slot {
 
 struct slots {
     struct slot *slot;
-    int32_t *slot_of; /* [max_units], -1: none */
+    int32_t *slot_after; /* [max_units]: the slot of a unit plus 1, 0: none. Most of a long context is never touched */
     int32_t n, n_used; /* slots from n_used on were never used */
     int32_t first_free; /* below n_used, -1: none */
     int32_t n_queued;
@@ -52,6 +52,11 @@ static inline void slots_tick(struct slots *s) {
     s->weight *= 1e-200;
 }
 
+/* Returns the slot of a unit, -1: none. */
+static inline int32_t slot_of(const struct slots *s, int32_t unit) {
+    return s->slot_after[unit] - 1;
+}
+
 static inline void slots_begin_read(struct slots *s, int32_t i) {
     s->slot[i].state = SLOT_READING;
     s->n_queued--;
@@ -59,7 +64,7 @@ static inline void slots_begin_read(struct slots *s, int32_t i) {
 
 static inline void slots_release(struct slots *s, int32_t i) {
     s->n_queued -= s->slot[i].state == SLOT_QUEUED;
-    s->slot_of[s->slot[i].unit] = -1;
+    s->slot_after[s->slot[i].unit] = 0;
     s->slot[i].state = SLOT_FREE;
     s->slot[i].unit = s->first_free;
     s->first_free = i;
@@ -107,10 +112,10 @@ static inline int32_t slots_take(struct slots *s, int32_t unit, double limit, st
         taken = victims->slot[0];
         victims->slot[0] = victims->slot[--victims->n];
         if (victims->n > 0) victims_sink(s, victims, 0);
-        s->slot_of[s->slot[taken].unit] = -1;
+        s->slot_after[s->slot[taken].unit] = 0;
     }
     s->slot[taken] = (struct slot){.unit = unit, .state = SLOT_QUEUED, .last = -1, .kept = -1};
-    s->slot_of[unit] = taken;
+    s->slot_after[unit] = taken + 1;
     s->n_queued++;
     return taken;
 }
