@@ -114,9 +114,10 @@ def change(folder, sql):
     db.close()
 
 
-def test_a_newer_format_is_refused(model, folder):
-    change(folder, "UPDATE meta SET value = '3' WHERE key = 'format'")
-    with pytest.raises(InputError, match="its format is version 3, this program reads version 2"):
+@pytest.mark.parametrize("version", [2, 4])
+def test_another_format_is_refused(model, folder, version):
+    change(folder, f"UPDATE meta SET value = '{version}' WHERE key = 'format'")
+    with pytest.raises(InputError, match=f"its format is version {version}, this program reads version 3"):
         model.resume(folder, MEMORY)
 
 
@@ -519,4 +520,4 @@ def test_the_disk_that_a_session_has_is_not_asked_for_again(model, folder):
     with model.resume(folder, MEMORY) as session:
         need = session.disk_need(300)
         assert need.total > 0
-        assert need.more <= session.policy.disk.layout.block_bytes(16)
+        assert need.more <= session.policy.disk.layout.block_bytes([16])
