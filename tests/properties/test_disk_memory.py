@@ -39,6 +39,9 @@ def slot_bytes(memory):
     return token_bytes(memory) * parse_block(memory.block).max_size
 
 
+CODES, REPRESENTATIVES = ["tokens:4", "tokens:1"], [f"representatives:{n}" for n in range(1, 5)]
+
+
 @st.composite
 def memories(draw):
     coded = draw(st.booleans())
@@ -56,9 +59,7 @@ def memories(draw):
         group=draw(st.sampled_from([0, 32])),
         budget=draw(st.integers(0, 4)) * 16,
         chunk_budget=draw(st.integers(0, 4)) * 16,
-        index=draw(st.sampled_from(["tokens:4", "tokens:1"]))
-        if coded
-        else f"representatives:{draw(st.integers(1, 4))}",
+        index=draw(st.sampled_from(CODES if coded else REPRESENTATIVES)),
         positions=positions,
         per_head=draw(st.booleans()),
         sticky=draw(st.sampled_from([0.0, 1.0])),

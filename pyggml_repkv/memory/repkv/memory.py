@@ -58,6 +58,9 @@ class RepKVMemory(BoundedMemory):
         rotation = Rotation(config, memory, inputs.rope, inputs.long)
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
         self.n_top_max = max(memory.budget, memory.chunk_budget, self.n_dense) // scheme.smallest_unit
+        # Of a key head in a step, for all groups of a chunk.
+        n_groups = -(-memory.n_batch // memory.group) if memory.group else 1
+        self.most_selected = max(memory.budget, n_groups * memory.chunk_budget, self.n_dense) // scheme.smallest_unit
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
         self.n_rows = config.n_head_kv if make_index.selects_per_head(memory) else 1
         self.kept = Kept(arenas, config, memory, self.n_rows, self.n_top_max)
@@ -87,18 +90,12 @@ class RepKVMemory(BoundedMemory):
         try:
             return DiskStore(
                 arenas, config, memory, file, self.blocks, shape=self.shape,
-                max_blocks=-(-n_ctx // self.scheme.block.min_size), n_selected=self.most_selected(),
+                max_blocks=-(-n_ctx // self.scheme.block.min_size), n_selected=self.most_selected,
                 n_extra=self.index.n_packed if inputs.kept else 0, kept=self.kept.tensors,
             )  # fmt: skip
         except BaseException:
             file.close()
             raise
-
-    def most_selected(self) -> int:
-        """Units of a key head that a step may attend, of all groups of a chunk."""
-        m = self.memory
-        n_groups = -(-m.n_batch // m.group) if m.group else 1
-        return max(m.budget, n_groups * m.chunk_budget, self.n_dense) // self.scheme.smallest_unit
 
     @property
     def disk(self) -> DiskStore | None:
