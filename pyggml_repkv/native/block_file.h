@@ -24,6 +24,7 @@ enum repkv_io_error {
     REPKV_IO_SHORT,    /* the file ends before the record does */
     REPKV_IO_CHECKSUM, /* the bytes read are not those written */
     REPKV_IO_WRITE,    /* pwrite failed: errno */
+    REPKV_IO_SLOTS,    /* more units are required at once than a lane has slots */
 };
 
 struct repkv_record_layout {

@@ -82,7 +82,7 @@ void repkv_store_add(struct repkv_store *s, int32_t block, const struct repkv_bl
 int repkv_store_flush(struct repkv_store *s);
 
 /* Makes the units of a selection, all of its rows, resident in a layer.
- * Returns -1 if one cannot be read (repkv_store_last_error), -2 if `compute` (or NULL) must stop meanwhile. */
+ * Returns -1 if one cannot be read or a lane has too few slots (repkv_store_last_error), -2 if `compute` (or NULL) must stop meanwhile. */
 int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *selected, int32_t n_rows, int64_t stride,
                         const struct repkv_compute *compute);
 

@@ -159,6 +159,14 @@ static int ask_for_all(struct repkv_store *s, int32_t layer, const int32_t *sele
     return status;
 }
 
+/* Whether a slot of a layer may still become free. */
+static bool slots_will_come(const struct repkv_store *s, int32_t layer) {
+    const int32_t n_lanes = s->config.layout.n_lanes;
+    int32_t n = s->n_missing;
+    for (int32_t i = layer * n_lanes; i < (layer + 1) * n_lanes; i++) n += s->lanes[i].n_reading;
+    return n > 0;
+}
+
 /* Notes which slots attention reads from now on. */
 static void note_attended(struct repkv_store *s, int32_t layer) {
     const int32_t n_lanes = s->config.layout.n_lanes;
@@ -190,6 +198,9 @@ int repkv_store_require(struct repkv_store *s, int32_t layer, const int32_t *sel
         event.begin_ms = now_ms();
         while (status == 0) {
             if (complete != 0) complete = ask_for_all(s, layer, selected, n_rows, stride);
+            if (complete != 0 && !slots_will_come(s, layer)) {
+                s->read_error = (struct repkv_store_error){REPKV_IO_SLOTS, layer, -1, 0};
+            }
             struct request r;
             if (s->read_error.kind != REPKV_IO_OK) status = -1;
             else if (repkv_abort_requested(compute)) status = -2;

@@ -154,6 +154,7 @@ static void finish(struct repkv_store *s, int32_t lane_index, int32_t u, enum re
     const int32_t layer = lane_index / layout->n_lanes, l = lane_index % layout->n_lanes, at = slot_of(lane, u);
     const struct unit *unit = s->units + u;
     const bool required = s->requiring == layer && lane->slot[at].last == lane->now;
+    lane->n_reading--;
     if (result == REPKV_IO_OK) {
         struct place *place = (struct place *)s->places[layer] + (size_t)l * (size_t)s->config.max_units + u;
         place->row = s->config.first_row + at * layout->max_unit_tokens;

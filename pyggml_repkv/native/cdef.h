@@ -104,7 +104,7 @@ void repkv_unwatch_map(int slot);
 enum { CENTRE_STEP, ... };
 enum repkv_relevance_kind { REPKV_LSE, REPKV_MEAN, REPKV_MAX, ... };
 
-enum repkv_io_error { REPKV_IO_OK, REPKV_IO_READ, REPKV_IO_SHORT, REPKV_IO_CHECKSUM, REPKV_IO_WRITE, ... };
+enum repkv_io_error { REPKV_IO_OK, REPKV_IO_READ, REPKV_IO_SHORT, REPKV_IO_CHECKSUM, REPKV_IO_WRITE, REPKV_IO_SLOTS, ... };
 
 struct repkv_record_layout {
     int32_t n_layer, n_lanes, n_head_kv, head_dim, rope_dim;

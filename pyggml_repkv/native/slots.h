@@ -27,7 +27,7 @@ struct slots {
     int32_t *slot_after; /* [max_units]: the slot of a unit plus 1, 0: none. Most of a long context is never touched */
     int32_t n, n_used; /* slots from n_used on were never used */
     int32_t first_free; /* below n_used, -1: none */
-    int32_t n_queued;
+    int32_t n_queued, n_reading;
     double weight;     /* what a score of 1 is worth now */
     int64_t now, n_prefetches;
 };
@@ -60,6 +60,7 @@ static inline int32_t slot_of(const struct slots *s, int32_t unit) {
 static inline void slots_begin_read(struct slots *s, int32_t i) {
     s->slot[i].state = SLOT_READING;
     s->n_queued--;
+    s->n_reading++;
 }
 
 static inline void slots_release(struct slots *s, int32_t i) {

@@ -197,7 +197,9 @@ class BlockStore(Handle):
         native.repkv_store_inject(self.pointer, native_ffi.new("struct repkv_faults *", faults))
 
     def raise_error(self, *, of_writes: bool = False) -> None:
-        """Raises the read that failed the last requirement, or the write that failed, if any, as a StoreError."""
+        """Raises the read that failed the last requirement, or the write that failed, if any, as a StoreError; as a
+        ComputeError where there are too few slots.
+        """
         self._raise(native.repkv_store_last_error(self.pointer, of_writes))
 
     def _raise(self, error: Any) -> None:
@@ -205,6 +207,8 @@ class BlockStore(Handle):
         path, reason = self.file.path, _REASONS.get(error.kind) or os.strerror(error.error)
         if error.kind == native.REPKV_IO_WRITE:
             raise StoreError(f"{path}: block {error.block} could not be written: {reason}", lost=False)
+        if error.kind == native.REPKV_IO_SLOTS:
+            raise ComputeError(f"layer {error.layer} attends more at once than its {self.n_slots} slots hold")
         if error.kind != native.REPKV_IO_OK:
             raise StoreError(f"{path}: block {error.block} of layer {error.layer} could not be read: {reason}")
 

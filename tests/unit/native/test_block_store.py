@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from pyggml_repkv.errors import StoreError
+from pyggml_repkv.errors import ComputeError, StoreError
 from pyggml_repkv.ffi.library import native
 from tests.stores import StoreBench
 from tests.subprocesses import printed
@@ -160,6 +160,18 @@ def test_slots_of_lanes_do_not_depend_on_each_other(tmp_path):
         for lane, unit in ((0, 2), (0, 3), (1, 4), (1, 5)):
             pairs = zip(bench.attended(0, unit, lane), bench.stored(0, unit, lane), strict=True)
             assert all(np.array_equal(got, want) for got, want in pairs)
+
+
+@pytest.mark.parametrize("n_threads", [0, 2])
+def test_more_than_there_are_slots_is_an_error_and_no_endless_wait(tmp_path, n_threads):
+    rng = np.random.default_rng(1)
+    with StoreBench(tmp_path, n_slots=2, n_lanes=2, n_threads=n_threads) as bench:
+        for _ in range(6):
+            bench.put(10, rng)
+        bench.store.prefetch(1, [4, 5], [4, 5])
+        with pytest.raises(ComputeError, match="layer 1 attends more at once than its 2 slots hold"):
+            bench.store.require(1, [0], [0, 1], [1], [2])
+        bench.store.require(1, [0], [0, 1], [1], [1])
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="only Linux has scheduling policies for batches")
