@@ -51,7 +51,8 @@ class Scheme:
     @property
     def largest_block(self) -> int:
         """A block of units ends with the first unit that fills it."""
-        return self.block.max_size + (0 if self.unit is None else self.unit.max_size - self.unit.min_size)
+        whole = self.unit is None or self.unit.kind == "fixed"
+        return self.block.max_size if whole else self.block.max_size + self.largest_unit - 1
 
 
 class Blocks(Protocol):
