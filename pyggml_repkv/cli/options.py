@@ -138,7 +138,13 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
         ("--n-dense", "n_dense", 0, 2**20, "attend every block up to this length (at most the trained context)"),
         ("--budget", "budget", 0, 2**20, "older tokens that a layer attends when it reads one token"),
-        ("--chunk-budget", "chunk_budget", 0, 2**20, "the same for a group of tokens when it reads a chunk of the prompt"),
+        (
+            "--chunk-budget",
+            "chunk_budget",
+            0,
+            2**20,
+            "the same for a group of tokens when it reads a chunk of the prompt",
+        ),
         ("--group", "group", 0, 2**14, "tokens of a chunk that share a selection, a multiple of 32; 0: all of them"),
         ("--stride", "stride", 1, 2**14, "of these every N-th is asked"),
         ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 means 256"),
@@ -156,8 +162,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--index",
         metavar="INDEX",
-        help="how older tokens are found again: tokens:4, tokens:2 or tokens:1, codes of all of them with so many bits, "
-        f"or representatives:N of each block (default: {defaults.index})",
+        help="how older tokens are found again: tokens:4, :2 or :1, codes of all of them with so many bits, or "
+        f"representatives:N of each block (default: {defaults.index})",
     )
     group.add_argument(
         "--unit",
@@ -171,7 +177,10 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         (
             "--positions",
             POSITIONS,
-            "where the model sees older tokens; auto: exact within the trained context, then far (window: far)",
+            (
+                "where the model sees older tokens: at their true positions, all from one distance, or in order just "
+                "before the window; auto: exact within the trained context, then far (window: far)"
+            ),
         ),
     )
     for flag, choices, what in choices_of:

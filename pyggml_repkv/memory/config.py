@@ -13,7 +13,7 @@ from pyggml_repkv.model.limits import MAX_CONTEXT
 # Tokens a bounded memory may hold where nobody says how many.
 UNBOUNDED_CONTEXT = 2**20
 
-POSITIONS = ("auto", "exact", "far")
+POSITIONS = ("auto", "exact", "far", "ordered")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
@@ -23,8 +23,9 @@ PREFETCH = ("on", "off")
 
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
-    "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "score", "n_score", "relevance",
-    "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
+    "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "score",
+    "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max",
+    "type_evicted", "prefetch",
 )  # fmt: skip
 
 # Those that say where evicted blocks go, and how they get back.
@@ -81,11 +82,12 @@ class MemoryConfig:
     beyond it budget tokens of them in a one-token step and chunk_budget in a chunk, of each layer; index: how they are
     found, by the codes of all tokens (tokens:BITS) or by representatives of each block (representatives:N); unit: with
     codes, the pieces of a block that are selected; group: how many queries of a chunk share a selection, 0 for all of
-    it; stride: every so manyth of them is asked; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
-    or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
-    key head selects its own blocks; sticky: by how many nats a block that the last token selected ranks higher for the
-    next one; late: a token attends what the one before it selected; positions: exact, far, or auto (exact until the
-    sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
+    it; stride: every so manyth of them is asked; score: what makes a token a representative, the dot products with the
+    n_score queries after it (0: 256, or n_local if that is less) or the attention it gets from them; relevance: how
+    blocks are compared; per_head: every key head selects its own blocks; sticky: by how many nats what the last token
+    selected ranks higher for the next one; late: a token attends what the one before it selected; positions: exact,
+    far, ordered, or auto (exact until the sequence outgrows the trained context; far from the start, and nothing dense,
+    if n_ctx says that it will).
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
@@ -152,7 +154,7 @@ class MemoryConfig:
                 raise InputError(f"{flag} is {number}; it must be between {low} and {high}")
         if not re.fullmatch(r"tokens:[124]|representatives:([1-9]|[1-5][0-9]|6[0-4])", self.index):
             raise InputError(
-                f"--index is {self.index!r}; it must be tokens:4, tokens:2, tokens:1 or representatives:N, N from 1 to 64"
+                f"--index is {self.index!r}; it must be tokens:4, :2 or :1, or representatives:N, N from 1 to 64"
             )
         if self.group % 32:
             raise InputError(f"--group is {self.group}; it must be a multiple of 32, or 0 for whole chunks")

@@ -15,8 +15,8 @@ class Regions:
     [remainder, local), the window [local, first), and the step has n_tokens from first on.
 
     local_base, store_base: position less row in either arena; n_blocks: units that can be selected; far: whether
-    positions are far; budget: tokens to select, if there are as many; kept: the half of kept-l with the last token's selection, -1 for
-    none.
+    positions are far; budget: tokens to select, if there are as many; kept: the half of kept-l with the last token's
+    selection, -1 for none.
     """
 
     first: int = 0

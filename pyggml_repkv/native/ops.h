@@ -12,6 +12,7 @@
 
 struct repkv_compute;
 struct repkv_key_centre;
+struct repkv_order;
 
 struct repkv_op_params {
     float eps;          /* RMS norm */
@@ -41,6 +42,7 @@ struct repkv_op_params {
     size_t scratch_stride;
     const struct repkv_compute *compute; /* of the backend that computes the node, see compute.h */
     const struct repkv_key_centre *centre; /* of the layer whose keys the node stores or reads, see keys.h; NULL: none */
+    const struct repkv_order *order; /* attend_memory: see keys.h; NULL: older tokens are as the store has them */
     float sign; /* shift_keys */
     ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */

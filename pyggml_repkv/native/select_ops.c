@@ -363,8 +363,9 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 void repkv_locate(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)userdata;
     const struct repkv_locate_sources *src = SOURCES(dst, locate);
-    const struct place *places = src->places->data;
+    const int64_t n_planes = src->places->ne[2];
     for (int64_t r = ith; r < dst->ne[1]; r += nth) {
+        const struct place *places = (const struct place *)src->places->data + r % n_planes * src->places->ne[1];
         const int32_t *blocks = (const int32_t *)src->blocks->data + r * src->blocks->ne[0];
         int32_t *runs = (int32_t *)dst->data + r * dst->ne[0];
         struct place *run = (struct place *)(runs + 1);

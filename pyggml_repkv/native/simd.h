@@ -174,6 +174,65 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
     for (; i < n; i++) y[i] += s * x[i];
 }
 
+/* Transposes four values of each row [stride] to y[4][32]. Rows four apart are read into a vector's 128-bit lanes, which leaves
+ * exchanges within lanes. */
+#if defined(__AVX512F__)
+enum { ROWS_AT_ONCE = 16 };
+
+static inline __m512 rows4_f32(const float *x, size_t stride) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(x + 4 * stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(x + 8 * stride));
+    return _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(x + 12 * stride));
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m512 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m512 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    _mm512_storeu_ps(y, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+    _mm512_storeu_ps(y + 32, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+    _mm512_storeu_ps(y + 64, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+    _mm512_storeu_ps(y + 96, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+}
+#elif defined(REPKV_HALVES)
+enum { ROWS_AT_ONCE = 8 };
+
+static inline __m256 rows4_f32(const float *x, size_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * stride), 1);
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m256 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m256 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
+    _mm256_storeu_ps(y + 32, _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
+    _mm256_storeu_ps(y + 64, _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
+    _mm256_storeu_ps(y + 96, _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
+}
+#else
+enum { ROWS_AT_ONCE = 1 };
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    (void)stride;
+    for (int i = 0; i < 4; i++) y[32 * i] = x[i];
+}
+#endif
+
+/* y[i][0..31] = x[0..31][i], of 32 rows of n values. */
+static inline void transpose32_f32(float *y, const float *x, int n) {
+    int i = 0;
+    for (; i + 4 <= n; i += 4) {
+        for (int r = 0; r < 32; r += ROWS_AT_ONCE) transpose4_f32(y + i * 32 + r, x + (size_t)r * (size_t)n + i, (size_t)n);
+    }
+    for (; i < n; i++) {
+        for (int r = 0; r < 32; r++) y[i * 32 + r] = x[(size_t)r * (size_t)n + (size_t)i];
+    }
+}
+
 /* y [n] += sum over rows of weights[row] * x[row * stride ...] */
 static inline void weighted_rows_f32(float *y, const float *weights, const float *x, int n_rows, size_t stride, int n) {
     int i = 0;
@@ -218,9 +277,17 @@ static inline void scale_f32(float *y, float s, int n) {
 #if defined(__F16C__)
 /* Converts n half-precision values to F32; n is a multiple of 8. */
 static inline void f16_to_f32(const void *x, float *y, int n) {
-    for (int i = 0; i < n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+    const uint16_t *from = x;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 64; j += 16) {
+            _mm512_storeu_ps(y + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + j))));
+        }
     }
+#endif
+    for (; i < n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
 }
 #endif
 
@@ -292,9 +359,12 @@ static inline float largest16(f32x16 v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps((__m512)v);
 #else
-    float most = v[0];
-    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float x[16];
+    store16(x, v);
+    for (int n = 8; n > 0; n /= 2) {
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    }
+    return x[0];
 #endif
 }
 

@@ -44,7 +44,7 @@ class Ops:
         self,
         op: str,
         shape: tuple[int, ...],
-        values: Mapping[str, float] | None = None,
+        values: Mapping[str, Any] | None = None,
         type_: int = g.GGML_TYPE_F32,
         /,
         **sources: Tensor | Sequence[Tensor] | None,
@@ -254,23 +254,32 @@ class Ops:
 
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,
-        runs: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor, *, group: int = 0, order: Any = None,
     ) -> Tensor:  # fmt: skip
-        """Packed queries and what `locate` found -> heads, packed."""
+        """Packed queries and what `locate` found -> heads, packed. group: so many consecutive queries, a multiple of
+        PANEL, share a row of the runs for each key head; 0: the whole chunk does. order: a struct repkv_order that the
+        graph must keep alive, for older tokens in compact positions; None: they are as they were stored.
+        """
         shape = packed_like(q_local, self.config.n_embd_q)
+        n_groups = -(-shape[0] * PANEL // group) if group else 1
+        assert group % PANEL == 0
+        assert runs.contents.ne[1] in (1, n_groups * self.config.n_head_kv)
+        values = {"group": group, **_order(order)}
         return self.node(
-            "attend_memory", shape, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far, k_store=k_store,
-            v_store=v_store, runs=runs, regions=regions,
+            "attend_memory", shape, values, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far,
+            k_store=k_store, v_store=v_store, runs=runs, regions=regions,
         )  # fmt: skip
 
     def attend_memory_one(
         self, qkv: Tensor, k_local: Tensor, v_local: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor,
-        runs: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor, *, order: Any = None,
     ) -> Tensor:  # fmt: skip
-        """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value."""
+        """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value. order: as of
+        `attend_memory`.
+        """
         return self.node(
-            "attend_memory_one", self._partial_shape(), qkv=qkv, k_local=k_local, v_local=v_local, k_store=k_store,
-            v_store=v_store, rope=rope, runs=runs, regions=regions,
+            "attend_memory_one", self._partial_shape(), _order(order), qkv=qkv, k_local=k_local, v_local=v_local,
+            k_store=k_store, v_store=v_store, rope=rope, runs=runs, regions=regions,
         )  # fmt: skip
 
     def _pairs(self) -> dict[str, int]:
@@ -282,6 +291,10 @@ class Ops:
     def _relevance_shape(self, index: Tensor) -> tuple[int]:
         n_groups = index.contents.ne[1]
         return (self.config.n_head * (n_groups * LANES + 2 * self.kernels.n_threads),)
+
+
+def _order(order: Any) -> dict[str, Any]:
+    return {} if order is None else {"order": order}
 
 
 def _n_rows(weights: Sequence[Tensor]) -> int:

@@ -50,6 +50,7 @@ class BoundedStep(ABC):
     def __init__(self, parts: Parts, ops: Ops, n_tokens: int) -> None:
         self._parts, self._ops, self._n_tokens = parts, ops, n_tokens
         ops.g.keep_alive(parts.centres)
+        ops.g.keep_alive(parts.rotation)
         self._regions = Regions.input(ops.g)
         self.hook: StepHook | None = parts.store.new_hook(ops.kernels.backend)
         self._selections: list[Selection] = []
@@ -80,7 +81,7 @@ class BoundedStep(ABC):
 
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
+        """A layer's last queries, scaled, as the window and as selection meet them: [T, H, d] each."""
 
     def _of(self, layer: int) -> Ops:
         return self._ops.centred(self._parts.centres.of(layer))
@@ -111,7 +112,7 @@ class BoundedChunk(BoundedStep):
             self.hook.add(HookPoint(selection.blocks, layer))
         return self._of(layer).attend_memory(
             q.near, local.k[layer], local.v[layer], q.far, store.k[layer], store.v[layer], selection.runs,
-            self._regions,
+            self._regions, group=selection.group, order=self._parts.rotation.order,
         )  # fmt: skip
 
     def store(self, qkv: Tensor, layer: int) -> None:
@@ -170,7 +171,7 @@ class BoundedOne(BoundedStep):
             self._hook_at(self.hook, selection.blocks, layer)
         return self._of(layer).attend_memory_one(
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
-            self._regions,
+            self._regions, order=self._parts.rotation.order,
         )  # fmt: skip
 
     def store(self, qkv: Tensor, layer: int) -> None:

@@ -109,6 +109,9 @@ class BoundedMemory(ABC):
             local=start, local_base=self.local.base, n_blocks=n_units, far=self.rotation.far,
             budget=self.budget(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
+        r = self.regions
+        n_selected = min(r.budget, max(r.remainder - r.sink_end, 0))
+        self.rotation.order_from(r.local, r.sink_end + n_selected + r.local - r.remainder)
 
     def _go_far(self, n_past: int) -> None:
         """Takes the rotation out of what is stored."""

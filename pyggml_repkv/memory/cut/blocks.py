@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,9 +44,15 @@ class Scheme:
         return (self.unit or self.block).max_size
 
     @property
+    def most_units(self) -> int:
+        """Of a block."""
+        return 1 if self.unit is None else -(-self.largest_block // self.unit.min_size)
+
+    @property
     def largest_block(self) -> int:
         """A block of units ends with the first unit that fills it."""
-        return self.block.max_size + (0 if self.unit is None else self.unit.max_size - self.unit.min_size)
+        whole = self.unit is None or self.unit.kind == "fixed"
+        return self.block.max_size if whole else self.block.max_size + self.largest_unit - 1
 
 
 class Blocks(Protocol):
@@ -61,6 +68,11 @@ class Blocks(Protocol):
     def unit_bounds(self) -> list[int]:
         """The same of the units that blocks are made of, all of those in blocks and perhaps more."""
         return self.bounds
+
+    def unit_ends(self, begin: int, end: int) -> list[int]:
+        """Where the units of the block [begin, end) end."""
+        bounds = self.unit_bounds
+        return bounds[bisect_right(bounds, begin) : bisect_right(bounds, end)]
 
     @property
     def n_blocks(self) -> int:
@@ -221,7 +233,9 @@ def parse_scheme(block: str, unit: str | None) -> Scheme:
         return Scheme(parse_block(block))
     scheme = Scheme(parse_block(block), parse_unit(unit))
     if scheme.block.kind != "fixed":
-        raise InputError(f"--block {block} cuts what --unit cuts, too: give --block fixed:N, or --index representatives:N")
+        raise InputError(
+            f"--block {block} cuts what --unit cuts, too: give --block fixed:N, or --index representatives:N"
+        )
     if scheme.block.max_size % scheme.smallest_unit and parse_unit(unit).kind == "fixed":
         raise InputError(f"--block {block} is no multiple of --unit {unit}")
     return scheme

@@ -68,6 +68,8 @@ class IndexParts:
 class Index(Protocol):
     """Entries are made when a block leaves the window (`seal`), and searched in every layer and step (`nodes`)."""
 
+    def __init__(self, parts: IndexParts) -> None: ...
+
     @staticmethod
     def unit_of(memory: MemoryConfig) -> str | None:
         """The scheme of what it selects, None for whole blocks."""

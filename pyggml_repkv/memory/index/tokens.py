@@ -132,7 +132,9 @@ class TokenCodes:
         picks the tokens [begin, end) of either.
         """
         n_head_kv, n_codes = self._config.n_head_kv, self._code_bytes * CODE_LANES
-        heads = self._arrays[layer][:, : n_head_kv * (n_codes + 2 * CODE_LANES)].reshape(-1, n_head_kv, n_codes + 2 * CODE_LANES)
+        heads = self._arrays[layer][:, : n_head_kv * (n_codes + 2 * CODE_LANES)].reshape(
+            -1, n_head_kv, n_codes + 2 * CODE_LANES
+        )
         codes = heads[..., :n_codes].reshape(*heads.shape[:2], -1, CODE_LANES, 4)
         steps = heads[..., n_codes:].reshape(*heads.shape[:2], CODE_LANES, 2)
         tile, lane = np.divmod(np.arange(begin, end) - self._memory.n_sink, CODE_LANES)

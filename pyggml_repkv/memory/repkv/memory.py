@@ -5,7 +5,6 @@ A block that is selected is attended where it lies.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar, Self
@@ -31,6 +30,7 @@ from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints
 from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.store.disk import DiskStore, block_folder
+from pyggml_repkv.memory.store.layout import BlockShape
 from pyggml_repkv.memory.store.ram import RamStore, floats
 from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
@@ -58,9 +58,13 @@ class RepKVMemory(BoundedMemory):
         rotation = Rotation(config, memory, inputs.rope, inputs.long)
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
         self.n_top_max = max(memory.budget, memory.chunk_budget, self.n_dense) // scheme.smallest_unit
+        # Of a key head in a step, for all groups of a chunk.
+        n_groups = -(-memory.n_batch // memory.group) if memory.group else 1
+        self.most_selected = max(memory.budget, n_groups * memory.chunk_budget, self.n_dense) // scheme.smallest_unit
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
         self.n_rows = config.n_head_kv if make_index.selects_per_head(memory) else 1
         self.kept = Kept(arenas, config, memory, self.n_rows, self.n_top_max)
+        self.shape = BlockShape(scheme.largest_block, scheme.largest_unit, scheme.most_units, self.n_rows)
         local = LocalWindow(arenas, config, memory)
         bounds = arenas.new(g.GGML_TYPE_I32, (max_units + 1,), "unit_bounds", rows=lambda _: Rows(0, max_units + 1))
         self._unit_bounds = as_array(bounds, np.int32)
@@ -85,7 +89,8 @@ class RepKVMemory(BoundedMemory):
             file = BlockFile(block_folder(memory), None)
         try:
             return DiskStore(
-                arenas, config, memory, file, self.blocks, max_blocks=max_units, n_selected=self.n_rows * self.n_top_max,
+                arenas, config, memory, file, self.blocks, shape=self.shape,
+                max_blocks=-(-n_ctx // self.scheme.block.min_size), n_selected=self.most_selected,
                 n_extra=self.index.n_packed if inputs.kept else 0, kept=self.kept.tensors,
             )  # fmt: skip
         except BaseException:
@@ -118,17 +123,13 @@ class RepKVMemory(BoundedMemory):
         for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
             self.index.seal(block, begin, end)
             extra = self.index.pack(block, begin, end) if self._inputs.kept else b""
-            self.store.seal(block, begin, end, self.unit_ends(begin, end), rotated=not self.rotation.far, extra=extra)
+            ends = self.blocks.unit_ends(begin, end)
+            self.store.seal(block, begin, end, ends, rotated=not self.rotation.far, extra=extra)
         self._note_units()
         if self.disk is not None:
             self.index.forget(self.blocks.sealed_end)
         self.index.remember(n_past, len(tokens))
         return self.blocks.sealed_end, self.blocks.n_units
-
-    def unit_ends(self, begin: int, end: int) -> list[int]:
-        """Where the units of a block end."""
-        bounds = self.blocks.unit_bounds
-        return bounds[bisect_right(bounds, begin) : bisect_right(bounds, end)]
 
     def _note_units(self) -> None:
         """Tells the graph of the units that are in blocks now."""
@@ -165,18 +166,20 @@ class RepKVMemory(BoundedMemory):
         disk = self.disk
         assert disk is not None
         position = self.memory.n_sink
+        unit_bounds = [position]
         for block, (offset, header) in enumerate(headers):
             if (header.block, header.first_position) != (block, position):
                 raise StoreError(f"{disk.file.path}: block {block} is not where it should be")
             disk.layout.check(header)
             self.index.unpack(block, position, position + header.n_tokens, header.extra)
+            unit_bounds += [position + unit_end for unit_end in header.unit_ends]
             position += header.n_tokens
             disk.io.add(header, offset)
         if position != state.sealed_end:
             raise StoreError(f"{disk.file.path}: its blocks end at token {position}, not at {state.sealed_end}")
         ends = np.cumsum([h.n_tokens for _, h in headers], dtype=np.int64) + self.memory.n_sink
         bounds = [self.memory.n_sink, *ends.tolist()]
-        self.blocks.restore(bounds, bounds if self.scheme.unit is None else self._fixed_units(position), tokens)
+        self.blocks.restore(bounds, unit_bounds, tokens)
         self._note_units()
         rotation = self.rotation
         rotation.far, rotation.far_at = state.far_at >= 0, state.far_at
@@ -191,13 +194,12 @@ class RepKVMemory(BoundedMemory):
         self.index.forget(state.sealed_end)
         self.index.put_state(state.sealed_end, state.n_past, state.scores)
         n_far, budget = self.blocks.sealed_end - self.memory.n_sink, self.budget(state.n_past, 1)
-        n_most = self.memory.budget // self.scheme.smallest_unit
-        self.kept.restore(state.kept, n_units=self.blocks.n_units, had_choice=n_far > budget, n_most=n_most)
-        for layer, blocks in enumerate(state.warm):
-            disk.io.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
-
-    def _fixed_units(self, end: int) -> list[int]:
-        return list(range(self.memory.n_sink, end + 1, self.scheme.smallest_unit))
+        n_units, n_most = self.blocks.n_units, self.memory.budget // self.scheme.smallest_unit
+        self.kept.restore(state.kept, n_units=n_units, had_choice=n_far > budget, n_most=n_most)
+        if state.warm.shape[1] % disk.layout.n_lanes:
+            raise StoreError("which blocks lay in RAM is damaged")
+        for layer, lanes in enumerate(state.warm.reshape(self.config.n_layer, disk.layout.n_lanes, -1).tolist()):
+            disk.io.prefetch(layer, *([u for u in units if 0 <= u < n_units] for units in lanes))
 
     def copy_from(self, other: Self) -> None:
         super().copy_from(other)
@@ -233,7 +235,7 @@ class RepKVMemory(BoundedMemory):
         blocks: dict[str, int] = {}
         if self.disk is not None:
             n_open = min(self.memory.n_sink + self.disk.n_open, n_stored)
-            blocks = self.disk.ram_bytes_at(n_blocks)
+            blocks = self.disk.ram_bytes_at(n_blocks * self.scheme.most_units)
         return {
             "window": row_bytes * min(self.local.n_rows, n_stored),
             "tokens": row_bytes * n_open,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,11 @@ class RamStore:
     def places(self, layer: int) -> Tensor:
         return self._places_tensor
 
-    def seal(
-        self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes
-    ) -> None:
-        """Makes a block of the tokens [begin, end): where its units lie."""
-        for unit_end in unit_ends:
-            self._places[self._n_units] = begin, unit_end - begin, begin
-            self._n_units, begin = self._n_units + 1, unit_end
+    def seal(self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes) -> None:
+        """Makes a block of the tokens [begin, end), in units that end at these positions: where they lie."""
+        for first, unit_end in pairwise((begin, *unit_ends)):
+            self._places[self._n_units] = first, unit_end - first, first
+            self._n_units += 1
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Every token has its row."""

@@ -9,7 +9,7 @@ from pyggml_repkv.cli.main import main
     ("flags", "named", "policies"),
     [
         (["--n-local", "64"], "--n-local", "full"),
-        (["--late", "--per-head", "--top-blocks", "3"], "--top-blocks, --per-head, --late", "full"),
+        (["--late", "--per-head", "--budget", "3"], "--budget, --per-head, --late", "full"),
         (["--preset", "fast"], "--preset", "full"),
         (["--preset", "balanced", "--kv", "window"], "--preset", "window"),
         (["--kv", "window", "--n-local", "64", "--block", "fixed:64"], "--block", "window"),

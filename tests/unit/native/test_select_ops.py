@@ -285,3 +285,24 @@ def test_a_poisoned_relevance_still_selects(poison, kind):
     assert chosen == sorted(set(chosen))
     assert all(0 <= b < 9 for b in chosen)
     assert (4 in chosen) == (poison == np.inf)
+
+
+@given(
+    n_planes=st.integers(1, 3), n_groups=st.integers(1, 3), n_units=st.integers(1, 40), n_top=st.integers(1, 6),
+    n_threads=st.integers(1, 4), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_units_are_located_in_the_plane_of_their_row(n_planes, n_groups, n_units, n_top, n_threads, seed):
+    """Row r of a selection is looked up in plane r % n_planes; what a row has beyond its count has no meaning."""
+    rng, n_rows = np.random.default_rng(seed), n_planes * n_groups
+    bench = Bench(config(), n_threads)
+    places = rng.integers(0, 2**31, (n_planes, n_units, 3), dtype=np.int32)
+    selected = np.full((n_rows, 1 + n_top), -1, np.int32)
+    for row in selected:
+        row[0] = rng.integers(0, min(n_top, n_units) + 1)
+        row[1 : 1 + row[0]] = np.sort(rng.permutation(n_units)[: row[0]])
+    types = g.GGML_TYPE_I32
+    got = bench.compute(bench.ops.locate(bench.tensor(selected, types), bench.tensor(places, types)))
+    got = got.view(np.int32).reshape(n_rows, -1)
+    for r, (n, *units) in enumerate(selected.tolist()):
+        assert got[r, 0] == n
+        assert np.array_equal(got[r, 1 : 1 + 3 * n].reshape(n, 3), places[r % n_planes, units[:n]])

@@ -22,8 +22,9 @@ MEMORY = MemoryConfig(
     n_score=32,
     n_dense=0,
     block="fixed:16",
-    top_blocks=3,
-    chunk_blocks=3,
+    index="representatives:4",
+    budget=48,
+    chunk_budget=48,
 )
 
 

@@ -49,6 +49,7 @@ GRAPHS = [
     ({"kv": "window", "n_batch": 48}, False),
     ({"kv": "repkv", "n_batch": 48}, False),
     ({"kv": "repkv", "n_batch": 48, "score": "dot", "per_head": True, "relevance": "max", "positions": "far"}, False),
+    ({"kv": "repkv", "n_batch": 48, "positions": "ordered"}, False),
     ({"kv": "repkv", "n_batch": 48, "sticky": 1.0, "late": True, "kv_ram": 2**26}, False),
     *(({"kv": "repkv", "n_batch": 48, "kv_ram": 2**26, "late": late}, False) for late in (False, True)),
 ]
@@ -75,7 +76,9 @@ def test_every_family_is_proved(tiny_model, family, kv, exact, phase):
         assert unfilled_inputs(graph) == []
 
 
-LATE = MemoryConfig(kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", late=True, kv_ram=2**26)
+LATE = MemoryConfig(
+    kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", index="representatives:4", late=True, kv_ram=2**26
+)
 
 
 @pytest.mark.parametrize(("n_past", "n_points"), [(100, 4), (4000, 2)])

@@ -15,7 +15,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.model.rows import Rows
 
 TOKENS = np.random.default_rng(1).integers(0, 280, 600).tolist()
-REPKV = MemoryConfig(kv="repkv", n_ctx=1024, n_batch=48, n_local=64, block="fixed:16", n_dense=0, top_blocks=3)
+REPKV = MemoryConfig(kv="repkv", n_ctx=1024, n_batch=48, n_local=64, block="fixed:16", n_dense=0, budget=48)
 
 
 @pytest.fixture(scope="module")
