@@ -42,7 +42,7 @@ class BoundedMemory(ABC):
     evicts: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset()
     precise_rope: ClassVar[bool] = True
-    # The most tokens of what is selected, each.
+    # The most tokens of a block that is selected.
     max_unit = 0
 
     def __init__(
