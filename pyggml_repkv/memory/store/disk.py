@@ -17,7 +17,6 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.bounded.local import N_SINGLE
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
 from pyggml_repkv.memory.config import MemoryConfig
@@ -68,7 +67,7 @@ class DiskStore:
         self.reads_ahead = memory.late and memory.prefetch == "on"
         # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
         # move less often.
-        self.n_open = memory.n_local + shape.max_tokens + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        self.n_open = memory.n_local + shape.max_tokens + LOOKAHEAD + 3 * memory.n_batch
         n_sink = memory.n_sink
         self.base = 0
         """First open position less the row it lies in."""
