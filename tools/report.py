@@ -85,7 +85,7 @@ def steps(text: str, *, llama: bool) -> list[Step]:
         Step("fidelity_window.json", ("eval", "fidelity", *prose, "--lengths", "8192", "--kv", "window", "--json")),
     ]
     for n in BUDGETS:
-        options = ("--kv", "repkv", "--n-dense", "0", "--positions", "far", "--chunk-blocks", str(n))
+        options = ("--kv", "repkv", "--n-dense", "0", "--positions", "far", "--chunk-budget", str(128 * n))
         found.append(
             Step(f"fidelity_{n}.json", ("eval", "fidelity", *prose, "--lengths", "8192", *options, "--json"))
         )  # fmt: skip
