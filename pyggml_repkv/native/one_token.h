@@ -138,7 +138,7 @@ static inline __attribute__((always_inline)) void attend_tile_of_head(struct att
         for (int r = 0; r < at->n && at->turn; r++) turn_f32(a->rows + (n + r) * d, at->turn - (r + 1) * p->rope_dim, p->rope_dim);
     }
     for (int c = 0; c < n; c++) to_f32(in->v_arena->type, tile->v_rows[c] + v_offset, a->values + (size_t)c * width, d);
-    transpose32_f32(a->keys, a->rows, d);
+    transpose32_f32(a->keys, a->rows, (size_t)d);
 
     const size_t next_kv = (size_t)(next->in.kv + kv - in->kv);
     size_t bytes = head_bytes(p, next->in.k_arena);
