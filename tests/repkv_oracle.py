@@ -27,11 +27,13 @@ class Layer:
     kept: list[list[int]] = field(default_factory=list)  # the last token's selection, per key head or once
 
 
-# Weights made from codes in F32 and queries in 8 bits may differ so much, relatively.
+# A value of a query that lies between two steps of 8 bits may be rounded otherwise, which changes weights by so much.
 CLOSE = 0.03
 
-Engine = Callable[[int], tuple[Array, list[list[int]]]]
-"""Layer -> keys that the engine's codes stand for, [n, K, d] from the first sink's end on, and what it selected."""
+Engine = Callable[[int], tuple[Array, list[list[int]], Array]]
+"""Layer -> keys that the engine's codes stand for, [n, K, d] from the sinks' end on, what it selected, and the matrix
+[d, d] that queries are multiplied by before they are rounded.
+"""
 
 
 class RepKVOracle:
@@ -162,9 +164,13 @@ class RepKVOracle:
     def unit_weights(self, number: int, q: Array) -> Array:
         """Probability of each unit for queries [H, n, d], summed over queries and heads of a key head: [K, n_units]."""
         assert self.engine is not None
-        keys, spec = self.engine(number)[0].astype(np.float64), self.spec
+        keys, _, turn = self.engine(number)
+        keys, turn, spec = keys.astype(np.float64), turn.astype(np.float64), self.spec
         starts = np.array([unit.start for unit in self.units]) - self.memory.n_sink
         asked = q[:, ::-1][:, :: self.memory.stride].reshape(spec.n_head_kv, -1, spec.head_dim)
+        turned = asked @ turn
+        step = np.abs(turned).max(-1, keepdims=True) / 127
+        asked = np.rint(turned / step) * step @ turn.T
         weights = np.empty((spec.n_head_kv, len(starts)))
         for kv in range(spec.n_head_kv):
             s = asked[kv] @ keys[: self.units[-1].stop - self.memory.n_sink, kv].T / np.sqrt(spec.head_dim)
@@ -175,7 +181,7 @@ class RepKVOracle:
     def judged(self, number: int, weights: Array, budget: int, kept: list[list[int]]) -> list[list[int]]:
         """The engine's selection, if it fits the budget and nothing left out that fits is clearly better."""
         assert self.engine is not None
-        units, chosen = self.units, self.engine(number)[1]
+        units, (_, chosen, _) = self.units, self.engine(number)
         for row, before in zip(weights, kept, strict=False):
             row[before] *= np.exp(self.memory.sticky)
         for row, selected in zip(weights, chosen, strict=True):

@@ -145,7 +145,7 @@ def test_an_index_of_all_tokens_equals_the_oracle(
         def engine(layer):
             index, end = policy.index, policy.blocks.sealed_end
             rows = policy.last_step.observed_selection(layer).tolist()
-            return index.decoded(layer, memory.n_sink, end), [row[1 : 1 + row[0]] for row in rows]
+            return index.decoded(layer, memory.n_sink, end), [row[1 : 1 + row[0]] for row in rows], index.turn
 
         oracle, n_past = RepKVOracle(spec, weights, memory, engine=engine), 0
         for size in policy.split(n_prompt, memory.n_batch) + [1] * n_decode:

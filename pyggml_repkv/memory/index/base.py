@@ -86,10 +86,14 @@ class Index(Protocol):
     """Entries of a block that a query is compared with."""
 
     block_bytes: int
-    """RAM of a block's entries."""
+    """RAM of a block's entries, of all layers."""
 
     n_packed: int
     """Bytes that `pack` takes."""
+
+    def n_queries(self, n_tokens: int) -> int:
+        """Queries of a step that are compared with entries."""
+        ...
 
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         """What a layer's queries ask for. places: where its blocks lie (Store.places)."""

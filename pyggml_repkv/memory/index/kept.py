@@ -60,8 +60,9 @@ class Kept:
         """The last token's, int32 [n_layer, 1 or K, 1 + n_top]; empty where there is none."""
         return np.stack([a[self._half] for a in self._arrays]) if self._half >= 0 else _NOTHING
 
-    def restore(self, selection: NDArray[np.int32], *, n_units: int, had_choice: bool, n_most: int) -> None:
-        """The reverse, where a token may select at most n_most of n_units; had_choice: and not all of them.
+    def restore(self, selection: NDArray[np.int32], *, n_units: int, had_choice: bool, n_most: int, even: bool) -> None:
+        """The reverse, where a token may select at most n_most of n_units; had_choice: and not all of them; even: units
+        have one size.
 
         Raises StoreError for what no step can have selected: C code takes it as it is.
         """
@@ -73,7 +74,9 @@ class Kept:
             raise StoreError("what the last token selected is of another shape")
         rows = selection.reshape(shape)
         counts = rows[..., 0]
-        if ((counts > 0) != (counts[0, 0] > 0)).any() or (counts[0, 0] > 0 and not had_choice):
+        n_first = counts[0, 0]
+        uneven = counts != n_first if even else (counts > 0) != (n_first > 0)
+        if uneven.any() or (n_first > 0 and not had_choice):
             raise StoreError("what the last token selected is damaged")
         for n, *blocks in rows.reshape(-1, shape[-1]).tolist():
             ids = [-1, *blocks[: max(n, 0)], n_units]

@@ -64,6 +64,9 @@ class Representatives:
         # Scores of blocks before this position are gone.
         self._forgotten = 0
 
+    def n_queries(self, n_tokens: int) -> int:
+        return 1
+
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         m, index, kept = self.memory, self._index[layer], None
         marker = self._score(ops, q, regions, layer)

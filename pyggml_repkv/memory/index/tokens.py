@@ -70,6 +70,9 @@ class TokenCodes:
         self._code_bytes = int(native.code_bytes(config.head_dim, self.bits)) // CODE_LANES
         self.n_packed = config.n_layer * parts.scheme.largest_block * config.n_head_kv * (self._code_bytes + 2)
 
+    def n_queries(self, n_tokens: int) -> int:
+        return -(-n_tokens // self._memory.stride)
+
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         m, c, parts, kept, group = self._memory, self._config, self._parts, None, 0
         sources = self._tensors[layer], parts.units, self._turn_tensor

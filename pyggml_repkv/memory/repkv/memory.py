@@ -195,7 +195,8 @@ class RepKVMemory(BoundedMemory):
         self.index.put_state(state.sealed_end, state.n_past, state.scores)
         n_far, budget = self.blocks.sealed_end - self.memory.n_sink, self.budget(state.n_past, 1)
         n_units, n_most = self.blocks.n_units, self.memory.budget // self.scheme.smallest_unit
-        self.kept.restore(state.kept, n_units=n_units, had_choice=n_far > budget, n_most=n_most)
+        even = self.scheme.smallest_unit == self.scheme.largest_unit
+        self.kept.restore(state.kept, n_units=n_units, had_choice=n_far > budget, n_most=n_most, even=even)
         if state.warm.shape[1] % disk.layout.n_lanes:
             raise StoreError("which blocks lay in RAM is damaged")
         for layer, lanes in enumerate(state.warm.reshape(self.config.n_layer, disk.layout.n_lanes, -1).tolist()):
@@ -226,8 +227,10 @@ class RepKVMemory(BoundedMemory):
         n_blocks = n_far // size
         n_selected = min(n_blocks * size, self.budget(n_past, n_tokens))
         n_attended = min(n_past, m.n_sink + m.n_local) + own + n_selected + n_far - n_blocks * size
-        n_indexed = n_blocks * self.index.n_entries
-        return StepCost(n_attended, min(m.n_scoring, n_past + own), n_blocks, n_indexed)
+        n_indexed, index_bytes = n_blocks * self.index.n_entries, n_blocks * self.index.block_bytes
+        n_scored = min(m.n_scoring, n_past + own) if "score_l" in self.index.writes else 0
+        n_queries = self.index.n_queries(n_tokens)
+        return StepCost(n_attended, n_scored, n_indexed, index_bytes // self.config.n_layer, n_queries)
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         n_stored, row_bytes = min(n_tokens, self.n_ctx), self.local.row_bytes

@@ -31,7 +31,7 @@ MEMORIES = {
     "repkv, exact": replace(BOUNDED, positions="exact"),
     "repkv, far": replace(BOUNDED, positions="far"),
     "repkv, ordered": replace(BOUNDED, positions="ordered"),
-    "repkv, dot": replace(BOUNDED, score="dot", block="semantic:16-24", per_head=True),
+    "repkv, dot": replace(BOUNDED, index="representatives:4", score="dot", block="semantic:16-24", per_head=True),
     "repkv, on disk": replace(BOUNDED, kv_ram=10**6, late=True),
 }
 
