@@ -7,9 +7,8 @@ older tokens are judged at the one distance at which they are selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.engine.checks import check_fits
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.engine.session import Session
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.lab.eval.observed import FIRST_LAYER, N_DECODE, Array, OnProgress, Step, read_observed
 from pyggml_repkv.lab.eval.retrieval import reading_of
 from pyggml_repkv.lab.eval.selections import BlockMasses, ByRepresentatives, Finder, Masses
 from pyggml_repkv.memory.config import MemoryConfig
@@ -26,20 +25,11 @@ from pyggml_repkv.memory.cut.blocks import Scheme, parse_scheme
 from pyggml_repkv.memory.index.representatives import Representatives
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
-# Layers 0 and 1 attend almost evenly, so selection matters little there; published figures leave them out.
-FIRST_LAYER = 2
-
 # A case is sharp where one query head gives one evicted token more than this.
 SHARP = 0.1
 
-# Tokens that are judged one by one, after the last chunk; of the chunk's tokens every so manyth is.
-N_DECODE, EVERY = 48, 8
-
 # Of the JSON text, for the value that the question at its end asks for.
 N_VALUE = 40
-
-Array = NDArray[np.float32]
-OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +44,6 @@ class Recall:
     mass: NDArray[np.float64]
     hits: dict[str, NDArray[np.int64]]
     held: dict[str, NDArray[np.float64]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Tokens that were read, from position `first` on. local: where their window began; end: of evicted tokens; judged:
-    rows of `far` and, one for each, of `near`: of each layer from FIRST_LAYER on, queries [., H, d]. keys: of the same
-    layers, the window's [., K, d]: of a chunk all of it, of one token its own.
-    """
-
-    kind: str
-    first: int
-    local: int
-    end: int
-    judged: NDArray[np.integer]
-    near: list[Array] = field(default_factory=list)
-    far: list[Array] = field(default_factory=list)
-    keys: list[Array] = field(default_factory=list)
 
 
 def json_tokens(model: Model, length: int, seed: int) -> list[int]:
@@ -102,7 +75,7 @@ def run_recall(
     kinds = {name: replace(memory, index=name).index_kind for name in indexes}
     # Which tokens stand for a block the engine alone knows.
     index = next((name for name, (kind, _) in kinds.items() if kind == "representatives"), indexes[0])
-    memory = replace(memory, index=index)
+    memory = replace(memory, index=index, n_ctx=memory.n_ctx or len(tokens))
     _check(model, memory)
     wholes = {kind == "representatives" for kind, _ in kinds.values()}
     schemes = {whole: parse_scheme(memory.block, None if whole else memory.unit) for whole in sorted(wholes)}
@@ -112,7 +85,8 @@ def run_recall(
         assert isinstance(policy, RepKVMemory)
         check_fits(policy, len(tokens), 0, model.config.n_ctx_train)
         finders = _finders(policy, schemes, kinds)
-        steps = _read(session, policy, finders, tokens, on_read)
+        blocks = list(dict.fromkeys(finder.blocks for finder in finders))
+        steps = read_observed(session, policy, blocks, tokens, on_read)
         done = {kind: _nothing(kind, steps, finders) for kind in ("decode", "chunk")}
         n_layer, n_sink = len(steps[0].keys), memory.n_sink
         for i in range(n_layer):
@@ -158,45 +132,7 @@ def _finders(policy: RepKVMemory, schemes: Mapping[bool, Scheme], kinds: Mapping
     return found
 
 
-def _read(
-    session: Session, policy: RepKVMemory, finders: Sequence[Finder], tokens: Sequence[int], on_read: OnProgress | None
-) -> list[_Step]:
-    """Reads the tokens, and returns the steps that are judged. Blocks of the finders are cut as the engine's are."""
-    policy.observed = True
-    n_batch = session.n_batch
-    rest = (len(tokens) - N_DECODE) % n_batch
-    bounds = [0, *range(rest, len(tokens) - N_DECODE + 1, n_batch)]
-    bounds += range(bounds[-1] + 1, len(tokens) + 1)
-    steps, blocks = [], list(dict.fromkeys(finder.blocks for finder in finders))
-    for first, end in pairwise(bounds):
-        if first == end:
-            continue
-        session.read(tokens[first:end])
-        if on_read is not None:
-            on_read(end, len(tokens))
-        for each in blocks:
-            each.append(tokens[first:end], first)
-            each.seal(policy.regions.local)
-        if end >= len(tokens) - N_DECODE:
-            kind = "decode" if end > len(tokens) - N_DECODE else "chunk"
-            steps.append(_observed(policy, kind, min(each.sealed_end for each in blocks)))
-    return steps
-
-
-def _observed(policy: RepKVMemory, kind: str, end: int) -> _Step:
-    regions, last = policy.regions, policy.last_step
-    assert last is not None
-    step = _Step(kind, regions.first, regions.local, end, np.arange(0, regions.n_tokens, EVERY))
-    first = regions.first if kind == "decode" else regions.local
-    for layer in range(FIRST_LAYER, policy.config.n_layer):
-        near, far = last.observed_queries(layer)
-        step.near.append(near[step.judged])
-        step.far.append(far)
-        step.keys.append(policy.local_keys(layer, first, regions.first + regions.n_tokens))
-    return step
-
-
-def _nothing(kind: str, steps: Sequence[_Step], finders: Sequence[Finder]) -> Recall:
+def _nothing(kind: str, steps: Sequence[Step], finders: Sequence[Finder]) -> Recall:
     shape = len(steps[0].keys), steps[0].keys[0].shape[1]
     return Recall(
         sum(len(step.judged) for step in steps if step.kind == kind), np.zeros(shape, np.int64), np.zeros(shape),
@@ -205,7 +141,7 @@ def _nothing(kind: str, steps: Sequence[_Step], finders: Sequence[Finder]) -> Re
 
 
 def _judge(
-    step: _Step, i: int, stored: Array, local: Array, n_sink: int, finders: Sequence[Finder], done: Mapping[str, Recall]
+    step: Step, i: int, stored: Array, local: Array, n_sink: int, finders: Sequence[Finder], done: Mapping[str, Recall]
 ) -> None:
     """Adds what a step attends in layer FIRST_LAYER + i. stored: keys [., K, d] before the window; local: those
     from its first one on.

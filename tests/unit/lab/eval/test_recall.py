@@ -10,7 +10,7 @@ from pyggml_repkv.cli import progress
 from pyggml_repkv.cli.main import main
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError, RepkvError
-from pyggml_repkv.lab.eval import recall
+from pyggml_repkv.lab.eval import observed, recall
 from pyggml_repkv.lab.eval.recall import Recall, attention, json_tokens, run_recall, summary
 from pyggml_repkv.lab.eval.selections import best_units
 from pyggml_repkv.memory.config import MemoryConfig
@@ -34,7 +34,8 @@ def model(tiny_model):
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """Attention of a random model is almost even: a case of ten times the mean is sharp."""
-    monkeypatch.setattr(recall, "N_DECODE", 5)
+    for module in (observed, recall):
+        monkeypatch.setattr(module, "N_DECODE", 5)
     monkeypatch.setattr(recall, "SHARP", 0.025)
 
 
@@ -73,7 +74,7 @@ class Slow:
         r, step, group = policy.regions, policy.last_step, c.n_head // c.n_head_kv
         end = policy.blocks.sealed_end
         blocks, units = np.arange(4, end + 1, 16), np.arange(4, end + 1, 4)
-        judged = range(0, r.n_tokens, recall.EVERY)
+        judged = range(0, r.n_tokens, observed.EVERY)
         for layer in (2, 3):
             near, far = (q.astype(float) for q in step.observed_queries(layer))
             stored = policy.stored_keys(layer, np.arange(r.local)).astype(float)
@@ -177,15 +178,15 @@ SPARSE = [
 @pytest.mark.parametrize("options", SPARSE)
 def test_a_selection_is_the_engines(model, monkeypatch, n_decode, options):
     """n_decode 0: that of the last chunk."""
-    monkeypatch.setattr(recall, "N_DECODE", n_decode)
+    monkeypatch.setattr(observed, "N_DECODE", n_decode)
     memory = replace(MEMORY, **options)
     kinds = {memory.index: memory.index_kind}
     schemes = {whole: parse_scheme(memory.block, None if whole else memory.unit)
                for whole in (memory.index_kind[0] == "representatives",)}  # fmt: skip
     with model.session(memory) as session:
         policy = session.policy
-        exact, finder = recall._finders(policy, schemes, kinds)
-        step = recall._read(session, policy, [exact, finder], TOKENS, None)[-1]
+        _, finder = recall._finders(policy, schemes, kinds)
+        step = observed.read_observed(session, policy, [finder.blocks], TOKENS)[-1]
         assert step.end == policy.blocks.sealed_end
         assert finder.blocks.bounds == policy.blocks.bounds
         assert finder.blocks.n_units == policy.blocks.n_units
