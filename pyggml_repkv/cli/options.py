@@ -146,6 +146,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
             "the same for a group of tokens when it reads a chunk of the prompt",
         ),
         ("--group", "group", 0, 2**14, "tokens of a chunk that share a selection, a multiple of 32; 0: all of them"),
+        ("--n-question", "n_question", 0, 2**14, "last tokens of a prompt that are read one by one"),
         ("--stride", "stride", 1, 2**14, "of these every N-th is asked"),
         ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 means 256"),
     )

@@ -23,8 +23,8 @@ PREFETCH = ("on", "off")
 
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
-    "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "score",
-    "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max",
+    "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "n_question",
+    "score", "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max",
     "type_evicted", "prefetch",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ _IDENTITY = {
     "--chunk-budget": "chunk_budget",
     "--group": "group",
     "--stride": "stride",
+    "--n-question": "n_question",
     "--score": "score",
     "--n-score": "n_score",
     "--relevance": "relevance",
@@ -82,8 +83,9 @@ class MemoryConfig:
     beyond it budget tokens of them in a one-token step and chunk_budget in a chunk, of each layer; index: how they are
     found, by the codes of all tokens (tokens:BITS) or by representatives of each block (representatives:N); unit: with
     codes, the pieces of a block that are selected; group: how many queries of a chunk share a selection, 0 for all of
-    it; stride: every so manyth of them is asked; score: what makes a token a representative, the dot products with the
-    n_score queries after it (0: 256, or n_local if that is less) or the attention it gets from them; relevance: how
+    it; stride: every so manyth of them is asked; n_question: so many last tokens of a prompt are read one by one, each
+    with a selection of its own; score: what makes a token a representative, the dot products with the n_score queries
+    after it (0: 256, or n_local if that is less) or the attention it gets from them; relevance: how
     blocks are compared; per_head: every key head selects its own blocks; sticky: by how many nats what the last token
     selected ranks higher for the next one; late: a token attends what the one before it selected; positions: exact,
     far, ordered, or auto (exact until the sequence outgrows the trained context; far from the start, and nothing dense,
@@ -112,6 +114,7 @@ class MemoryConfig:
     chunk_budget: int = 2048
     group: int = 0
     stride: int = 1
+    n_question: int = 16
     score: str = "attention"
     n_score: int = 0
     relevance: str = "lse"
@@ -144,6 +147,7 @@ class MemoryConfig:
             ("--chunk-budget", self.chunk_budget, 0, 2**20),
             ("--group", self.group, 0, 2**14),
             ("--stride", self.stride, 1, 2**14),
+            ("--n-question", self.n_question, 0, 2**14),
             ("--n-score", self.n_score, 0, self.n_local),
             ("--sticky", self.sticky, 0, 50),
             ("--kv-ram", self.kv_ram, 0, 2**50),

@@ -117,13 +117,12 @@ void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const int32_t *cells = src->cells->data;
     struct attention a;
     attention_begin(&a, p, dst, ith);
-    attention_queries(&a, qkv, table);
+    rotate_queries(p, a.near, qkv, table);
     attention_share(&a, cells[1] + 1, ith, nth);
-    attend_in(&a, src->k_arena, src->v_arena, 0, p->n_head_kv);
+    attend_in(&a, a.near, src->k_arena, src->v_arena, 0, p->n_head_kv);
     if (ith == nth - 1) store_new(&a, src->k_arena, src->v_arena, cells[0], qkv, table);
     attend_rows(&a, 0, cells[1], 0);
     attend_rows(&a, cells[0], cells[0] + 1, 0);
-    attend_rest(&a);
     attention_end(&a);
 }
 

@@ -110,10 +110,10 @@ static void store_evictable(const struct attention *a, const struct repkv_attend
         if (far) {
             key = stored_key(p, a->rows, x, kv);
         } else {
-            to_f32(k_local->type, row(k_local, local_row) + k_local->nb[1] / (size_t)n_kv * (size_t)kv, a->rows, d);
+            to_f32(k_local->type, row(k_local, local_row) + head_bytes(p, k_local) * (size_t)kv, a->rows, d);
         }
-        from_f32(k_store->type, key, row(k_store, store_row) + k_store->nb[1] / (size_t)n_kv * (size_t)kv, d);
-        from_f32(v_store->type, x + n_kv * d, row(v_store, store_row) + v_store->nb[1] / (size_t)n_kv * (size_t)kv, d);
+        from_f32(k_store->type, key, row(k_store, store_row) + head_bytes(p, k_store) * (size_t)kv, d);
+        from_f32(v_store->type, x + n_kv * d, row(v_store, store_row) + head_bytes(p, v_store) * (size_t)kv, d);
     }
 }
 
@@ -134,25 +134,23 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
         store_new(&a, src->k_local, src->v_local, new_row, qkv, near);
         if (store_row < src->k_store->ne[1]) store_evictable(&a, src, new_row, store_row, regions->far);
     }
-    attention_queries(&a, qkv, p->order ? near : far);
-    for (int h = 0; h < p->n_head && p->order; h++) turn_f32(a.q + h * p->head_dim, p->order->query, p->rope_dim);
+    rotate_queries(p, a.near, qkv, near);
+    rotate_queries(p, a.older, qkv, p->order ? near : far);
+    for (int h = 0; h < p->n_head && p->order; h++) turn_f32(a.older + h * p->head_dim, p->order->query, p->rope_dim);
     for (int kv = 0; kv < p->n_head_kv; kv += n_together) n_far += rows_of(regions, runs_of(runs, 0, p->n_head_kv, kv));
     attention_share(&a, n_far, ith, nth);
     for (int kv = 0; kv < p->n_head_kv; kv += n_together) {
         const int32_t *attended = runs_of(runs, 0, p->n_head_kv, kv);
-        attend_in(&a, src->k_store, src->v_store, kv, kv + n_together);
+        attend_in(&a, a.older, src->k_store, src->v_store, kv, kv + n_together);
         if (p->order) a.turn = p->order->keys + rows_of(regions, attended) * p->rope_dim;
         attend_rows(&a, 0, regions->sink_end, store_shift(regions, 0));
         attend_runs(&a, regions, attended);
         attend_rows(&a, regions->remainder - store_base, regions->local - store_base, store_shift(regions, store_base));
-        attend_rest(&a);
     }
     a.turn = NULL;
-    attention_queries(&a, qkv, near);
     attention_share(&a, regions->first + 1 - regions->local, ith, nth);
-    attend_in(&a, src->k_local, src->v_local, 0, p->n_head_kv);
+    attend_in(&a, a.near, src->k_local, src->v_local, 0, p->n_head_kv);
     attend_rows(&a, regions->local - base, regions->first + 1 - base, base);
-    attend_rest(&a);
     attention_end(&a);
 }
 

@@ -223,13 +223,13 @@ static inline void transpose4_f32(float *y, const float *x, size_t stride) {
 #endif
 
 /* y[i][0..31] = x[0..31][i], of 32 rows of n values. */
-static inline void transpose32_f32(float *y, const float *x, int n) {
-    int i = 0;
-    for (; i + 4 <= n; i += 4) {
-        for (int r = 0; r < 32; r += ROWS_AT_ONCE) transpose4_f32(y + i * 32 + r, x + (size_t)r * (size_t)n + i, (size_t)n);
+static inline void transpose32_f32(float *y, const float *x, size_t n) {
+    const size_t whole = n / 4 * 4;
+    for (size_t i = 0; i < whole; i += 4) {
+        for (size_t r = 0; r < 32; r += ROWS_AT_ONCE) transpose4_f32(y + i * 32 + r, x + r * n + i, n);
     }
-    for (; i < n; i++) {
-        for (int r = 0; r < 32; r++) y[i * 32 + r] = x[(size_t)r * (size_t)n + (size_t)i];
+    for (size_t i = whole; i < n; i++) {
+        for (size_t r = 0; r < 32; r++) y[i * 32 + r] = x[r * n + i];
     }
 }
 

@@ -29,7 +29,7 @@ VERSION = 2
 
 N_KEYS = 4
 N_HOPS = 2
-N_VALUES = 3
+N_VALUES = 2
 
 DEEDS = (
     "feed the swans", "climb the old lighthouse", "taste the plum soup", "ride the yellow tram",
@@ -140,14 +140,16 @@ def chain(rng: np.random.Generator, depths: Sequence[float]) -> Quiz:
 
 
 def latest(rng: np.random.Generator, depths: Sequence[float]) -> Quiz:
-    """Asks for the last of N_VALUES values of a code. It lies at its depth, the others evenly before it."""
+    """Asks for the last of N_VALUES values of a code. It lies at its depth, what is outdated before it."""
     needles, questions = [], []
     values = iter(words.numbers(rng, len(depths) * N_VALUES))
     for depth, (name,) in zip(depths, words.groups_of_names(rng, len(depths)), strict=True):
         *old, last = (next(values) for _ in range(N_VALUES))
         for i, value in enumerate((*old, last), 1):
-            needles.append((depth * i / N_VALUES, f"\n\nFrom now on the code of {name} is {value}.\n\n"))
-        question = f"\n\nWhat is the latest code of {name}? The latest code of {name} is"
+            said = f"The code of {name} has changed. The new code of {name} is {value}."
+            needles.append((depth * i / N_VALUES, f"\n\n{said}\n\n"))
+        recent = f"most recent code of {name}"
+        question = f"\n\nWhat is the {recent}, the last one in the text? The {recent} is"
         questions.append(Question(question, last, 8, tuple(old)))
     head = "Codes change in the following text. Remember the latest code of each name.\n\n"
     return Quiz(head, tuple(needles), tuple(questions))

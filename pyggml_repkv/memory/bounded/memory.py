@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.memory.bounded.attention import BoundedChunk, BoundedOne, BoundedStep
-from pyggml_repkv.memory.bounded.local import N_SINGLE, LocalWindow
+from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import check_cache_types
 from pyggml_repkv.memory.centres import KeyCentres
@@ -75,7 +75,8 @@ class BoundedMemory(ABC):
         return False
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
-        n_single = min(N_SINGLE, n_tokens)
+        # Each with a selection of its own: a chunk's selection hides what a short question at its end asks.
+        n_single = min(self.memory.n_question, n_tokens)
         return even_split(n_tokens - n_single, n_batch) + [1] * n_single
 
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:

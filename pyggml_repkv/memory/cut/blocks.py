@@ -233,9 +233,7 @@ def parse_scheme(block: str, unit: str | None) -> Scheme:
         return Scheme(parse_block(block))
     scheme = Scheme(parse_block(block), parse_unit(unit))
     if scheme.block.kind != "fixed":
-        raise InputError(
-            f"--block {block} cuts what --unit cuts, too: give --block fixed:N, or --index representatives:N"
-        )
+        raise InputError(f"--block {block} is for --index representatives:N; with codes, give --unit semantic:N-M")
     if scheme.block.max_size % scheme.smallest_unit and parse_unit(unit).kind == "fixed":
         raise InputError(f"--block {block} is no multiple of --unit {unit}")
     return scheme

@@ -17,7 +17,6 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.bounded.local import N_SINGLE
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
 from pyggml_repkv.memory.config import MemoryConfig
@@ -68,7 +67,7 @@ class DiskStore:
         self.reads_ahead = memory.late and memory.prefetch == "on"
         # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
         # move less often.
-        self.n_open = memory.n_local + shape.max_tokens + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        self.n_open = memory.n_local + shape.max_tokens + LOOKAHEAD + 3 * memory.n_batch
         n_sink = memory.n_sink
         self.base = 0
         """First open position less the row it lies in."""
@@ -107,7 +106,7 @@ class DiskStore:
             raise InputError(
                 f"--kv-ram has room for {n_slots * max_unit} tokens, and up to {n_least * max_unit} are attended at "
                 f"once: give at least {-(-n_least * slot_bytes // 2**20)}M, or attend fewer (--n-dense 0, "
-                "--top-blocks, --chunk-blocks)"
+                "--budget, --chunk-budget)"
             )
         # Rows of an arena are 32-bit numbers; half of them is far more than open tokens leave.
         return min(n_slots, max_units, 2**30 // self.layout.max_unit)

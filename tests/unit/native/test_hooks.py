@@ -50,7 +50,9 @@ class HookBench:
         zeros = np.zeros(2 * (2 * LANES + 2 * N_THREADS), np.float32)
         self.relevance = [self.bench.tensor(zeros) for _ in range(N_LAYER)]
         self.kept = [self.bench.tensor(np.zeros((2, 2, 1 + N_TOP), np.int32), QT.I32) for _ in range(N_LAYER)]
-        self.regions = self.bench.regions(n_blocks=N_BLOCKS, n_select=N_TOP)
+        self.regions = self.bench.regions(n_blocks=N_BLOCKS, budget=N_TOP)
+        # Units of one token.
+        self.units = self.bench.tensor(np.arange(N_BLOCKS + 1, dtype=np.int32), QT.I32)
         nodes = [self.layer(i, late) for i in range(N_LAYER)]
         self.hook = StepHook(store.store, self.kept, self.backend, reads_ahead=late)
         for at, layer, n_known in points:
@@ -62,8 +64,8 @@ class HookBench:
 
     def layer(self, layer, late):
         ops, kept = self.bench.ops, self.kept[layer] if late else None
-        options = {"kind": "max", "per_head": True, "kept": kept, "late": late}
-        node = ops.block_topk(self.relevance[layer], self.regions, N_TOP, **options)
+        options = {"kind": "max", "n_rows": 2, "n_lines": 1, "n_padded": 2 * LANES, "kept": kept, "late": late}
+        node = ops.block_topk(self.relevance[layer], self.units, self.regions, n_top=N_TOP, **options)
         ops.g.output(self.python.add(ops.g, (1,), [node], lambda rows: self.look(layer, rows)))
         return node
 

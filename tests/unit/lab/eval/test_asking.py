@@ -12,8 +12,8 @@ from pyggml_repkv.lab.eval.asking import answers
 from pyggml_repkv.memory.config import MemoryConfig
 
 SMALL = MemoryConfig(
-    kv="repkv", n_ctx=256, n_batch=32, n_sink=4, n_local=32, n_score=16, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3,
+    kv="repkv", n_ctx=256, n_batch=32, n_sink=4, n_local=32, n_score=16, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48,
 )  # fmt: skip
 HAYSTACK = np.random.default_rng(5).integers(0, 256, 150).tolist()
 QUESTIONS = [(np.random.default_rng(i).integers(0, 256, 20).tolist(), 5) for i in range(3)]

@@ -107,7 +107,7 @@ def test_the_latest_value_is_the_last_in_the_text(model):
     text = text_of(model, reading := reading_of(model, "latest", 3000, 4, 1, None))
     for question in reading.questions:
         name = question.text.split()[-2]
-        values = re.findall(rf"From now on the code of {name} is (\d+)\.", text)
+        values = re.findall(rf"The new code of {name} is (\d+)\.", text)
         assert values == [*question.rivals, question.expected]
         assert len(set(values)) == N_VALUES
 
