@@ -1,9 +1,9 @@
-"""The last steps of a text that the engine reads: their queries, and the keys of their window."""
+"""The last tokens of a text that the engine reads: their queries, and the keys of their windows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,27 +24,29 @@ OnProgress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Tokens that were read, from position `first` on. local: where their window began; end: of evicted tokens; judged:
-    rows of `far` and, one for each, of `near`: of each layer from FIRST_LAYER on, queries [., H, d]. keys: of the same
-    layers, the window's [., K, d]: of a chunk all of it, of one token its own.
+class Observed:
+    """Tokens that were read one by one (alone), or a chunk. positions, starts, ends: int [n] of each token: its own,
+    that where its window began, and that where evicted tokens in blocks ended. judged: which of them are.
+
+    Of each layer from FIRST_LAYER on: near: queries of those that are judged, far: of all, [., H, d]; keys: rotated,
+    [., K, d], of the tokens themselves and, for a chunk, of the window before them.
     """
 
-    kind: str
-    first: int
-    local: int
-    end: int
-    judged: NDArray[np.integer]
-    near: list[Array] = field(default_factory=list)
-    far: list[Array] = field(default_factory=list)
-    keys: list[Array] = field(default_factory=list)
+    alone: bool
+    positions: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    judged: NDArray[np.int64]
+    near: list[Array]
+    far: list[Array]
+    keys: list[Array]
 
 
 def read_observed(
     session: Session, policy: RepKVMemory, blocks: Sequence[Blocks], tokens: Sequence[int],
     on_read: OnProgress | None = None,
-) -> list[Step]:  # fmt: skip
-    """Reads tokens, and returns the last whole chunk before the last N_DECODE, then each of these.
+) -> tuple[Observed, Observed]:  # fmt: skip
+    """Reads tokens, and returns the last whole chunk before the last N_DECODE, and these.
 
     blocks: cut at every step as the engine's are.
     """
@@ -61,19 +63,34 @@ def read_observed(
             each.append(tokens[first:end], first)
             each.seal(policy.regions.local)
         if end >= end_chunk:
-            kind = "decode" if end > end_chunk else "chunk"
-            steps.append(_observed(policy, kind, min(each.sealed_end for each in blocks)))
-    return steps
+            steps.append(_observed(policy, min(each.sealed_end for each in blocks), own=end > end_chunk))
+    chunk, *singles = steps
+    return chunk, _joined(singles)
 
 
-def _observed(policy: RepKVMemory, kind: str, end: int) -> Step:
+def _observed(policy: RepKVMemory, end: int, *, own: bool) -> Observed:
+    """own: keys without those of the window before."""
     regions, last = policy.regions, policy.last_step
     assert last is not None
-    step = Step(kind, regions.first, regions.local, end, np.arange(0, regions.n_tokens, EVERY))
-    first = regions.first if kind == "decode" else regions.local
+    n, first = regions.n_tokens, regions.first
+    step = Observed(
+        n == 1, first + np.arange(n), np.full(n, regions.local), np.full(n, end), np.arange(0, n, EVERY), [], [], []
+    )
     for layer in range(FIRST_LAYER, policy.config.n_layer):
         near, far = last.observed_queries(layer)
         step.near.append(near[step.judged])
         step.far.append(far)
-        step.keys.append(policy.local_keys(layer, first, regions.first + regions.n_tokens))
+        step.keys.append(policy.local_keys(layer, first if own else regions.local, first + n))
     return step
+
+
+def _joined(steps: Sequence[Observed]) -> Observed:
+    """Single tokens, all of them judged."""
+    positions, starts, ends = (
+        np.concatenate([getattr(step, name) for step in steps]) for name in ("positions", "starts", "ends")
+    )
+    near, far, keys = (
+        [np.concatenate(layers) for layers in zip(*(getattr(step, name) for step in steps), strict=True)]
+        for name in ("near", "far", "keys")
+    )
+    return Observed(True, positions, starts, ends, np.arange(len(steps)), near, far, keys)

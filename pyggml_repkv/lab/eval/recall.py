@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.engine.checks import check_fits
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.lab.eval.observed import FIRST_LAYER, N_DECODE, Array, OnProgress, Step, read_observed
+from pyggml_repkv.lab.eval.observed import FIRST_LAYER, N_DECODE, Array, Observed, OnProgress, read_observed
 from pyggml_repkv.lab.eval.retrieval import reading_of
 from pyggml_repkv.lab.eval.selections import BlockMasses, ByRepresentatives, Finder, Masses
 from pyggml_repkv.memory.config import MemoryConfig
@@ -86,17 +86,19 @@ def run_recall(
         check_fits(policy, len(tokens), 0, model.config.n_ctx_train)
         finders = _finders(policy, schemes, kinds)
         blocks = list(dict.fromkeys(finder.blocks for finder in finders))
-        steps = read_observed(session, policy, blocks, tokens, on_read)
-        done = {kind: _nothing(kind, steps, finders) for kind in ("decode", "chunk")}
-        n_layer, n_sink = len(steps[0].keys), memory.n_sink
+        chunk, singles = read_observed(session, policy, blocks, tokens, on_read)
+        done = {"decode": _nothing(singles, finders), "chunk": _nothing(chunk, finders)}
+        n_layer = len(chunk.keys)
         for i in range(n_layer):
-            stored = policy.stored_keys(FIRST_LAYER + i, np.arange(steps[-1].local))
-            local = np.concatenate([step.keys[i] for step in steps])
+            stored = policy.stored_keys(FIRST_LAYER + i, np.arange(singles.starts[-1]))
+            local = np.concatenate([chunk.keys[i], singles.keys[i]])
             scores = policy.index.scores[FIRST_LAYER + i] if isinstance(policy.index, Representatives) else None
             for finder in finders:
-                finder.enter(stored[n_sink:], scores)
-            for step in steps:
-                _judge(step, i, stored[: step.local], local[step.local - steps[0].local :], n_sink, finders, done)
+                finder.enter(stored[memory.n_sink :], scores)
+            for observed, recall in ((singles, done["decode"]), (chunk, done["chunk"])):
+                # Keys that no query meets are left out.
+                keys = stored[: observed.starts[-1]], local[: observed.positions[-1] + 1 - chunk.starts[0]]
+                _judge(observed, i, *keys, int(chunk.starts[0]), memory.n_sink, finders, recall)
             if on_layer is not None:
                 on_layer(i + 1, n_layer)
     return done
@@ -132,30 +134,35 @@ def _finders(policy: RepKVMemory, schemes: Mapping[bool, Scheme], kinds: Mapping
     return found
 
 
-def _nothing(kind: str, steps: Sequence[Step], finders: Sequence[Finder]) -> Recall:
-    shape = len(steps[0].keys), steps[0].keys[0].shape[1]
+def _nothing(observed: Observed, finders: Sequence[Finder]) -> Recall:
+    shape = len(observed.keys), observed.keys[0].shape[1]
     return Recall(
-        sum(len(step.judged) for step in steps if step.kind == kind), np.zeros(shape, np.int64), np.zeros(shape),
+        len(observed.judged), np.zeros(shape, np.int64), np.zeros(shape),
         {f.name: np.zeros(shape, np.int64) for f in finders}, {f.name: np.zeros(shape) for f in finders},
     )  # fmt: skip
 
 
 def _judge(
-    step: Step, i: int, stored: Array, local: Array, n_sink: int, finders: Sequence[Finder], done: Mapping[str, Recall]
-) -> None:
-    """Adds what a step attends in layer FIRST_LAYER + i. stored: keys [., K, d] before the window; local: those
-    from its first one on.
+    observed: Observed, i: int, stored: Array, local: Array, first: int, n_sink: int, finders: Sequence[Finder],
+    recall: Recall,
+) -> None:  # fmt: skip
+    """Adds what tokens attend in layer FIRST_LAYER + i. stored, local: keys [., K, d], of all tokens and of those from
+    position `first` on, as older tokens and as the window's.
     """
-    near, far, recall = step.near[i], step.far[i], done[step.kind]
+    near, far, judged = observed.near[i], observed.far[i], observed.judged
     n_head_kv, group = stored.shape[1], near.shape[1] // stored.shape[1]
-    selected = {}
-    for finder in finders:
-        mask = finder.select(far, step.end)[step.judged // (finder.size or len(far))]  # [n, K or 1, n_evicted]
-        selected[finder.name] = np.broadcast_to(mask, (len(mask), n_head_kv, mask.shape[2]))
+    positions, starts, ends = (of[judged] for of in (observed.positions, observed.starts, observed.ends))
+    evicted = np.arange(n_sink, ends[-1])
+    selected = {f.name: np.zeros((len(judged), n_head_kv, len(evicted)), bool) for f in finders}
+    for end in np.unique(ends):
+        rows, mine = np.flatnonzero(observed.ends == end), np.flatnonzero(ends == end)
+        for finder in finders:
+            mask = finder.select(far[rows], np.searchsorted(rows, judged[mine]), int(end), alone=observed.alone)
+            selected[finder.name][mine, :, : end - n_sink] = mask
     for h in range(near.shape[1]):
         kv = h // group
-        p = attention(near[:, h], far[step.judged, h], step.first + step.judged, stored[:, kv], local[:, kv])
-        p = p[:, n_sink : step.end]
+        p = attention(near[:, h], far[judged, h], positions, starts, stored[:, kv], local[:, kv], first)
+        p = np.where(evicted < ends[:, None], p[:, evicted], 0)
         sharp = p > SHARP
         recall.n_sharp[i, kv] += sharp.sum()
         recall.mass[i, kv] += p.sum(dtype=np.float64)
@@ -164,15 +171,19 @@ def _judge(
             recall.held[name][i, kv] += (p * mask[:, kv]).sum(dtype=np.float64)
 
 
-def attention(near: Array, far: Array, positions: NDArray[np.integer], stored: Array, local: Array) -> Array:
-    """The probability that queries at `positions`, [n, d], give each token before the window: [n, n_stored].
+def attention(
+    near: Array, far: Array, positions: NDArray[np.integer], starts: NDArray[np.integer], stored: Array, local: Array,
+    first: int,
+) -> Array:  # fmt: skip
+    """The probability that queries give each older token: [n, n_stored], 0 from where their windows start.
 
-    near, far: scaled, as the window and as older tokens meet them; stored: keys [n_stored, d] before the window; local:
-    keys [., d] from its first one on, at least up to the last query's.
+    near, far: queries [n, d] at `positions`, scaled, as the window and as older tokens meet them; stored, local: keys
+    [., d] of all tokens and of those from position `first` on, as older tokens and as the window's.
     """
-    local = local[: positions[-1] + 1 - len(stored)]
     scores, recent = far @ stored.T, near @ local.T
-    recent[len(stored) + np.arange(len(local)) > positions[:, None]] = -np.inf
+    scores[np.arange(len(stored)) >= starts[:, None]] = -np.inf
+    at = first + np.arange(len(local))
+    recent[(at < starts[:, None]) | (at > positions[:, None])] = -np.inf
     most = np.maximum(scores.max(1), recent.max(1))[:, None]
     p = np.exp(scores - most)
     total = p.sum(1, keepdims=True) + np.exp(recent - most).sum(1, keepdims=True)

@@ -48,24 +48,22 @@ class Finder(ABC):
         """
 
     @abstractmethod
-    def weights(self, far: Array, bounds: Bounds) -> Array:
-        """The weights of units for queries [T, H, d] that share a selection: [K or 1, n_units]."""
+    def weights(self, far: Array, bounds: Bounds, size: int) -> Array:
+        """Weights of units for queries [T, H, d], of which `size` share a selection: [n_groups, K or 1, n_units]."""
 
-    def select(self, far: Array, end: int) -> NDArray[np.bool_]:
-        """Whether a step with these queries, [T, H, d], selects the evicted tokens before `end`: [n_groups, K or 1, n],
-        a group of queries after the other.
+    def select(self, far: Array, judged: NDArray[np.integer], end: int, *, alone: bool) -> NDArray[np.bool_]:
+        """Which of the evicted tokens before `end` the judged of the queries [T, H, d] attend: [n_judged, K or 1, n].
+
+        alone: every query is a step; else all are a chunk.
         """
         bounds = np.array(self.blocks.unit_bounds)
         bounds = np.append(bounds[bounds < end], end)
-        size = self.size or len(far)
-        budget = self.memory.budget if len(far) == 1 else self.memory.chunk_budget
-        chosen = []
-        for first in range(0, len(far), size):
-            weights = self.weights(far[first : first + size], bounds)
-            worth = weights / np.diff(bounds) if self.by_size else weights
-            units = np.array([best_units(row, bounds, budget, self._n_top) for row in worth])
-            chosen.append(np.repeat(units, np.diff(bounds), axis=1))
-        return np.array(chosen)
+        size = 1 if alone else self.size or len(far)
+        budget = self.memory.budget if alone else self.memory.chunk_budget
+        weights = self.weights(far, bounds, size)
+        worth = weights / np.diff(bounds) if self.by_size else weights
+        units = [[best_units(row, bounds, budget, self._n_top) for row in rows] for rows in worth]
+        return np.repeat(np.array(units), np.diff(bounds), axis=2)[judged // size]
 
 
 def best_units(worth: Array, bounds: Bounds, budget: int, n_top: int) -> NDArray[np.bool_]:
@@ -100,18 +98,22 @@ class Masses(Finder):
         known = code_keys(keys, self.bits, end - first) if self.bits else keys
         self._keys = np.ascontiguousarray(known.transpose(1, 0, 2))  # [K, n, d]
 
-    def weights(self, far: Array, bounds: Bounds) -> Array:
-        asked = far[::-1][:: self._stride]
+    def weights(self, far: Array, bounds: Bounds, size: int) -> Array:
+        lasts = [min(first + size, len(far)) - 1 for first in range(0, len(far), size)]
+        asked = np.concatenate([np.arange(last, last // size * size - 1, -self._stride) for last in lasts])
         group, n = far.shape[1] // len(self._keys), bounds[-1] - bounds[0]
-        weights = np.zeros((len(self._keys), len(bounds) - 1), np.float32)
+        owners = np.repeat(asked // size, group)
+        weights = np.zeros((len(lasts), len(self._keys), len(bounds) - 1), np.float32)
         for kv, keys in enumerate(self._keys[:, :n]):
-            queries = asked[:, kv * group : (kv + 1) * group].reshape(-1, far.shape[2])
+            queries = far[asked, kv * group : (kv + 1) * group].reshape(-1, far.shape[2])
             for at in range(0, len(queries), N_ROWS):
                 scores = queries[at : at + N_ROWS] @ keys.T
                 scores -= scores.max(1, keepdims=True)
                 mass = np.add.reduceat(np.exp(scores, out=scores), bounds[:-1] - bounds[0], axis=1)
-                weights[kv] += (mass / mass.sum(1, keepdims=True)).sum(0)
-        return weights if self._per_head else weights.sum(0, keepdims=True)
+                mass /= mass.sum(1, keepdims=True)
+                for owner in np.unique(owners[at : at + N_ROWS]):
+                    weights[owner, kv] += mass[owners[at : at + N_ROWS] == owner].sum(0)
+        return weights if self._per_head else weights.sum(1, keepdims=True)
 
 
 class BlockMasses(Masses):
@@ -142,16 +144,16 @@ class ByRepresentatives(Finder):
         chosen = np.array([top_scored(scores, *block, self._n_repr) for block in pairwise(bounds)]) - bounds[0]
         self._keys = keys[chosen, np.arange(keys.shape[1])[:, None]]  # [n_blocks, K, n_repr, d]
 
-    def weights(self, far: Array, bounds: Bounds) -> Array:
-        keys = self._keys[: len(bounds) - 1].transpose(1, 0, 2, 3)  # [K, n_blocks, n_repr, d]
-        n_head_kv, n_blocks, _, d = keys.shape
-        query = far.mean(0).reshape(n_head_kv, -1, d)  # [K, G, d]
-        scores = np.einsum("kgd,kbrd->kgbr", query, keys)
+    def weights(self, far: Array, bounds: Bounds, size: int) -> Array:
+        keys = self._keys[: len(bounds) - 1]
+        _, n_head_kv, _, d = keys.shape
+        means = np.array([far[first : first + size].mean(0) for first in range(0, len(far), size)])
+        scores = np.einsum("tkgd,bkrd->tkgbr", means.reshape(len(means), n_head_kv, -1, d), keys)
         relevance = self.memory.relevance
         if relevance == "lse":
-            mass = np.exp(scores - scores.max((2, 3), keepdims=True)).sum(3)
-            weights = mass / mass.sum(2, keepdims=True)
+            mass = np.exp(scores - scores.max((3, 4), keepdims=True)).sum(4)
+            weights = mass / mass.sum(3, keepdims=True)
         else:
-            weights = scores.mean(3) if relevance == "mean" else scores.max(3)
-        summed: Array = weights.sum(1) if self.memory.per_head else weights.sum((0, 1)).reshape(1, n_blocks)
+            weights = scores.mean(4) if relevance == "mean" else scores.max(4)
+        summed: Array = weights.sum(2) if self.memory.per_head else weights.sum((1, 2))[:, None]
         return summed

@@ -42,13 +42,16 @@ def few_steps(monkeypatch):
 def test_attention_is_the_softmax_over_everything():
     rng = np.random.default_rng(0)
     near, far = rng.normal(size=(2, 5, 8)).astype(np.float32)
-    stored, local = rng.normal(size=(20, 8)).astype(np.float32), rng.normal(size=(12, 8)).astype(np.float32)
-    positions = np.array([20, 22, 24, 26, 28])
-    got = attention(near, far, positions, stored, local)
-    for j, position in enumerate(positions):
-        scores = [far[j] @ key for key in stored] + [near[j] @ key for key in local[: position - 20 + 1]]
+    stored, local = rng.normal(size=(20, 8)).astype(np.float32), rng.normal(size=(14, 8)).astype(np.float32)
+    positions, starts = np.array([20, 22, 24, 26, 28]), np.array([15, 17, 17, 20, 20])
+    got = attention(near, far, positions, starts, stored, local, 15)
+    for j, (position, start) in enumerate(zip(positions, starts, strict=True)):
+        scores = [far[j] @ key for key in stored[:start]] + [
+            near[j] @ local[t - 15] for t in range(start, position + 1)
+        ]
         p = np.exp(np.array(scores, float))
-        assert np.allclose(got[j], p[:20] / p.sum(), atol=1e-6)
+        assert np.allclose(got[j, :start], p[:start] / p.sum(), atol=1e-6)
+        assert not got[j, start:].any()
 
 
 def fitting(worth, bounds, budget):
@@ -174,11 +177,9 @@ SPARSE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("n_decode", [0, 3])
+@pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("options", SPARSE)
-def test_a_selection_is_the_engines(model, monkeypatch, n_decode, options):
-    """n_decode 0: that of the last chunk."""
-    monkeypatch.setattr(observed, "N_DECODE", n_decode)
+def test_a_selection_is_the_engines(model, monkeypatch, alone, options):
     memory = replace(MEMORY, **options)
     kinds = {memory.index: memory.index_kind}
     schemes = {whole: parse_scheme(memory.block, None if whole else memory.unit)
@@ -186,20 +187,30 @@ def test_a_selection_is_the_engines(model, monkeypatch, n_decode, options):
     with model.session(memory) as session:
         policy = session.policy
         _, finder = recall._finders(policy, schemes, kinds)
-        step = observed.read_observed(session, policy, [finder.blocks], TOKENS)[-1]
-        assert step.end == policy.blocks.sealed_end
+        seen, engines = observed._observed, []
+
+        def see(*args, **kwargs):
+            engines.append([policy.last_step.observed_selection(layer).tolist() for layer in (2, 3)])
+            engines[-1].append(policy.blocks.unit_bounds[: policy.blocks.n_units + 1])
+            return seen(*args, **kwargs)
+
+        monkeypatch.setattr(observed, "_observed", see)
+        step = observed.read_observed(session, policy, [finder.blocks], TOKENS)[alone]
+        assert len(engines) == 6
+        assert step.ends[-1] == engines[-1 if alone else 0][2][-1]
         assert finder.blocks.bounds == policy.blocks.bounds
         assert finder.blocks.n_units == policy.blocks.n_units
-        bounds = np.array(policy.blocks.unit_bounds[: policy.blocks.n_units + 1])
+        rows, bounds = engines[-1 if alone else 0][:2], np.array(engines[-1 if alone else 0][2])
+        size = 1 if alone else finder.size or 48
         for i, layer in enumerate((2, 3)):
             scores = getattr(policy.index, "scores", {layer: None})[layer]
-            finder.enter(policy.stored_keys(layer, np.arange(4, step.local)), scores)
-            mine = finder.select(step.far[i], step.end)
-            rows = [row[1 : 1 + row[0]] for row in policy.last_step.observed_selection(layer).tolist()]
-            assert len(rows) == mine.shape[0] * mine.shape[1]
-            for row, tokens in zip(rows, mine.reshape(len(rows), -1), strict=True):
+            finder.enter(policy.stored_keys(layer, np.arange(4, policy.regions.local)), scores)
+            one_of_each = np.arange(0, len(step.far[i]), size)
+            mine = finder.select(step.far[i], one_of_each, int(step.ends[-1]), alone=alone)
+            mine = (mine[-1] if alone else mine).reshape(-1, mine.shape[2])
+            for (n, *row), tokens in zip(rows[i], mine, strict=True):
                 theirs = np.zeros(bounds[-1] - 4, bool)
-                for unit in row:
+                for unit in row[:n]:
                     theirs[bounds[unit] - 4 : bounds[unit + 1] - 4] = True
                 assert 0 < tokens.sum() < len(tokens)
                 if memory.index_kind[0] == "representatives":
@@ -252,7 +263,7 @@ def test_a_summary_is_in_all_by_layer_and_by_head():
         ({"sticky": 1.0}, ["tokens:4"], 400, "leave out --sticky and --late"),
         ({"late": True}, ["tokens:4"], 400, "leave out --sticky and --late"),
         ({"kv_ram": 2**20}, ["tokens:4"], 400, "leave out --kv-ram and --kv-dir"),
-        ({"block": "semantic:16-24"}, INDEXES, 400, "cuts what --unit cuts, too"),
+        ({"block": "semantic:16-24"}, INDEXES, 400, "--block semantic:16-24 "),
         ({"n_ctx": 300}, ["tokens:4"], 400, "400 tokens do not fit: 0 of 300 are used"),
     ],
 )
