@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pyggml_repkv.cli import output, report
 from pyggml_repkv.cli.eval_answers import Result, memories, retrieval, ruler
-from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli.eval_recall import recall
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of
 from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
 
 MAX_LENGTH = 2**20
 
-# Steps that recall judges: the last chunks of the text, and the tokens after them.
-N_CHUNKS, N_DECODE = 2, 48
-
 TASKS = {
     **{name: task.what for name, task in RETRIEVAL.items()},
     "ruler": "RULER's synthetic tasks, scored in percent",
-    "recall": "how much of the attention to older tokens the selected blocks hold, on your text",
+    "recall": "how much of the attention to older tokens each --index finds, on your text or the JSON of kv",
     "perplexity": "how well your text is predicted: llama-perplexity's number, or by position with --lengths",
     "fidelity": "how far the next-token distribution is from that of --kv full, by position, on your text",
 }
@@ -42,15 +40,14 @@ ASKING = (*RETRIEVAL, "ruler")
 # Flags that some tasks have: their values if they are not given, and the tasks.
 _TASK_FLAGS: dict[str, tuple[Any, Collection[str]]] = {
     "depths": (5, RETRIEVAL),
-    "seed": (1, ASKING),
+    "seed": (1, (*ASKING, "recall")),
     "out": (None, ASKING),
     "png": (None, RETRIEVAL),
     "tasks": ([*RULER], ("ruler",)),
     "samples": (10, ("ruler",)),
-    "blocks": ([4, 8, 16], ("recall",)),
     "stretch": (2048, ("perplexity", "fidelity")),
 }
-NEED_TEXT = ("recall", "perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
+NEED_TEXT = ("perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
 EXAMPLES = """
 examples:
   %(prog)s passkey --lengths 4096,16384 --depths 10 --kv full,window,repkv --png keys.png
@@ -59,7 +56,7 @@ examples:
   %(prog)s perplexity --text book.txt -c 2048
   %(prog)s perplexity --text book.txt --lengths 32768 --kv window,repkv
   %(prog)s fidelity --text book.txt --lengths 8192 --kv repkv --n-dense 0
-  %(prog)s recall --lengths 6200 --text book.txt --kv repkv --positions far --block fixed:64
+  %(prog)s recall --text book.txt --lengths 8000 --kv repkv --index tokens:4,tokens:2,representatives:4
 """
 
 
@@ -79,7 +76,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--lengths",
         metavar="N,...",
         type=_integers(256, MAX_LENGTH),
-        help="prompt lengths in tokens (default: 4096); perplexity, fidelity: tokens of the text to read",
+        help="prompt lengths in tokens (default: 4096); recall, perplexity, fidelity: tokens of the text to read",
     )
     group.add_argument(
         "--depths",
@@ -91,7 +88,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--seed",
         metavar="N",
         type=integer(0, MAX_SEED),
-        help="retrieval, ruler: seed of the keys (default: 1)",
+        help="retrieval, ruler, recall without --text: seed of the keys (default: 1)",
     )
     group.add_argument(
         "--text",
@@ -107,12 +104,6 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     group.add_argument(
         "--samples", metavar="N", type=integer(1, 1000), help="ruler: questions of each task (default: 10)"
-    )
-    group.add_argument(
-        "--blocks",
-        metavar="N,...",
-        type=_integers(1, 4096),
-        help="recall: judge the first N blocks of the ranking (default: 4,8,16)",
     )
     group.add_argument(
         "--stretch",
@@ -141,8 +132,11 @@ def main(args: argparse.Namespace) -> int:
     if args.task == "ruler" and text is None:
         _check_needs_no_text(args.tasks)
     policies: list[str] = args.kv
-    if args.task == "recall" and len(policies) != 1:
-        raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
+    if args.task not in ASKING and len(args.lengths or ()) > 1:
+        lengths = ",".join(map(str, args.lengths))
+        raise InputError(f"{args.task} reads the text once: give one of --lengths {lengths}")
+    if args.task == "recall" and policies != ["repkv"]:
+        raise InputError(f"recall judges the indexes of --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     check_memory_flags(args, policies)
@@ -155,7 +149,7 @@ def main(args: argparse.Namespace) -> int:
     # not depend on the other policies of --kv.
     args.no_repack = args.no_repack or args.task in ASKING
     args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
-    tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity, "ruler": ruler}
+    tasks = {"recall": recall, "perplexity": _perplexity, "fidelity": _fidelity, "ruler": ruler}
     with load_model(args) as model:
         done = tasks.get(args.task, retrieval)(args, model, policies, text)
     if args.json:
@@ -208,7 +202,7 @@ def _by_position(args: argparse.Namespace, model: Model, policies: list[str], te
     from pyggml_repkv.lab.eval.likelihood import stretches
 
     compares = args.task == "fidelity"
-    (length,) = _one_length(args, model.config.n_ctx_train)
+    (length,) = args.lengths or [model.config.n_ctx_train]
     tokens = model.tokenizer.encode(text)
     if length > len(tokens):
         raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
@@ -222,52 +216,6 @@ def _by_position(args: argparse.Namespace, model: Model, policies: list[str], te
                 more = f"  KL {s.kl:.5f}  same top-1 {100 * (s.top1 or 0):5.1f} %" if s.kl is not None else ""
                 output.write(f"{name}  tokens {s.begin:7d} to {s.end:7d}  NLL {s.nll:.4f}{more}\n")
         done["stretches"][name] = found
-    return done
-
-
-def _one_length(args: argparse.Namespace, default: int) -> list[int]:
-    lengths: list[int] = args.lengths or [default]
-    if len(lengths) > 1:
-        raise InputError(f"{args.task} reads the text once: give one of --lengths {','.join(map(str, lengths))}")
-    return lengths
-
-
-def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | None) -> Result:
-    from pyggml_repkv.lab.eval.recall import FIRST_LAYER, layer_shares, run_recall, stability, summary
-
-    tokens = model.tokenizer.encode(text or "")
-    done: Result = {"task": "recall", "text": args.text, "lengths": {}}
-    for length in args.lengths or [4096]:
-        if length > len(tokens):
-            raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
-        memory = memory_config(args, args.ctx_size or length)
-        results = list(run_recall(model, memory, tokens[:length], args.blocks, N_CHUNKS, N_DECODE))
-        shares, by_layer, same = summary(results), layer_shares(results), stability(results)
-        done["lengths"][str(length)] = shares
-        done.setdefault("layers", {})[str(length)] = {"first": FIRST_LAYER, **by_layer}
-        done.setdefault("stability", {})[str(length)] = same
-        if args.json:
-            continue
-        output.write(f"{length} tokens   blocks  of the best  of all  (of the best, mean of layers)\n")
-        for step, by_k in shares.items():
-            for k, share in by_k.items():
-                output.write(
-                    f"{step:>12s}  {k:>6s}  {share['of_best']:11.3f}  {share['of_all']:6.3f}  "
-                    f"{share['of_best_by_layer']:11.3f}\n"
-                )
-        output.write(
-            "selections       blocks  as the step before  in twice as many of it  as the layer before  worst layer\n"
-        )
-        for step, by_k in same.items():
-            for k, s in by_k.items():
-                worst = min(range(len(by_layer[step][k])), key=by_layer[step][k].__getitem__)
-                output.write(
-                    f"{step:>12s}  {k:>9s}  {s['step']:18.3f}  {s['step_2k']:22.3f}  {s['layer']:19.3f}  "
-                    f"{by_layer[step][k][worst]:.3f} ({worst + FIRST_LAYER})\n"
-                )
-            there = next(iter(by_k.values())).get("there")
-            if there is not None:
-                output.write(f"{step:>12s}  {100 * there:.1f} % of the blocks were in RAM when needed\n")
     return done
 
 

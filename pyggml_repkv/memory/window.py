@@ -37,7 +37,7 @@ class WindowMemory(BoundedMemory):
         self._nothing = arenas.new(g.GGML_TYPE_I32, (1, 1), "no_runs")
 
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
-        return Selection(self._nothing, self._nothing, self._nothing)
+        return Selection(self._nothing, self._nothing)
 
     def evict(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         return start, 0

@@ -68,16 +68,9 @@ class BoundedStep(ABC):
         self._parts.last_step = self
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
-        """What a layer selected in the last compute: [1 or K, 1 + n], how many and which."""
+        """What a layer selected in the last compute: [n_rows, 1 + n], how many and which."""
         selected = tensor_array(self._selections[layer].blocks).view(np.int32)
         return selected.reshape(-1, selected.shape[-1])
-
-    def observed_relevance(self, layer: int) -> NDArray[np.float32]:
-        """What a layer compared blocks by in the last compute: [H, n_blocks]."""
-        n_head, n_blocks = self._parts.config.n_head, self._parts.regions.n_blocks
-        seen = 2 * self._ops.kernels.n_threads
-        flat = tensor_array(self._selections[layer].relevance)
-        return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
 
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -90,7 +83,7 @@ class BoundedStep(ABC):
         selection = self._parts.select(self._of(layer), q, self._regions, layer)
         self._selections.append(selection)
         if self._parts.observed:
-            for tensor in (q.near, q.far, selection.blocks, selection.relevance):
+            for tensor in (q.near, q.far, selection.blocks):
                 self._ops.g.output(tensor)
         return selection
 

@@ -17,6 +17,16 @@ from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
 
 
+def top_scored(scores: NDArray[np.float32], begin: int, end: int, n: int) -> NDArray[np.int32]:
+    """The n tokens of [begin, end) with the highest scores [n_positions, K], contiguous -> positions int32 [K, n]."""
+    chosen = np.empty((scores.shape[1], n), np.int32)
+    native.repkv_repr_topk(
+        native_ffi.cast("int32_t *", chosen.ctypes.data), native_ffi.cast("float *", scores.ctypes.data), begin, end,
+        *chosen.shape,
+    )  # fmt: skip
+    return chosen
+
+
 class Representatives:
     """The keys of each block's representatives, one tensor a layer (layout: native/select_ops.h), and the scores of all
     tokens that choose them, score_l float32 [n_positions, K].
@@ -88,7 +98,7 @@ class Representatives:
         set_name(blocks, "block_topk", layer)
         runs = ops.locate(blocks, places)
         set_name(runs, "row_runs", layer)
-        return Selection(blocks, runs, relevance)
+        return Selection(blocks, runs)
 
     def _score(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Tensor:
         sources, n = (q.near, self._parts.local.k[layer], self._score_tensors[layer]), self.memory.n_scoring
@@ -115,11 +125,7 @@ class Representatives:
 
     def choose(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""
-        n_head_kv, n_repr, _ = self._shape
-        chosen = np.empty((n_head_kv, n_repr), np.int32)
-        score = native_ffi.cast("float *", self.scores[layer].ctypes.data)
-        native.repkv_repr_topk(native_ffi.cast("int32_t *", chosen.ctypes.data), score, begin, end, n_head_kv, n_repr)
-        return chosen
+        return top_scored(self.scores[layer], begin, end, self.n_entries)
 
     def block_keys(self, layer: int, begin: int, end: int, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
         """Float32 [K, n_repr, d]: what the index holds for a block; here the keys of the representatives."""

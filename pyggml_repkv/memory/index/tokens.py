@@ -26,6 +26,51 @@ from pyggml_repkv.ops.makers import Ops
 _SEED = 2405_12497
 
 
+def code_keys(keys: NDArray[np.float32], bits: int, n_first: int) -> NDArray[np.float32]:
+    """The keys that codes of evicted keys stand for, float32 [n, K, d] as these; the first block has n_first."""
+    n, n_head_kv, head_dim = keys.shape
+    centre, turn = _centre_of(keys[:n_first]), _turn_of(head_dim)
+    codes = np.zeros((-(-n // CODE_LANES), _row_bytes(n_head_kv, head_dim, bits)), np.uint8)
+    _encode(codes, keys, 0, bits, centre, turn)
+    return _decode(codes, 0, n, bits, centre, turn)
+
+
+def _row_bytes(n_head_kv: int, head_dim: int, bits: int) -> int:
+    return int(native.repkv_code_row_bytes(n_head_kv, head_dim, bits))
+
+
+def _turn_of(head_dim: int) -> NDArray[np.float32]:
+    turn, _ = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((head_dim, head_dim)))
+    return turn.astype(np.float32)
+
+
+def _centre_of(keys: NDArray[np.float32]) -> NDArray[np.float32]:
+    # A sum in order, whatever numpy's vectors are.
+    return np.asarray(np.add.accumulate(keys, axis=0)[-1] / len(keys), np.float32)
+
+
+def _encode(
+    codes: NDArray[np.uint8], keys: NDArray[np.float32], first: int, bits: int, centre: NDArray[np.float32],
+    turn: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """Puts the codes of keys [n, K, d] into tiles [n_tiles, row bytes], as those of the tokens from `first` on."""
+    keys, centre = np.ascontiguousarray(keys, np.float32), np.ascontiguousarray(centre)
+    native.repkv_encode_keys(
+        native_ffi.cast("char *", codes.ctypes.data), _floats(keys), first, len(keys), *keys.shape[1:], bits,
+        _floats(centre), _floats(turn),
+    )  # fmt: skip
+
+
+def _decode(
+    codes: NDArray[np.uint8], first: int, n: int, bits: int, centre: NDArray[np.float32], turn: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    keys = np.empty((n, *centre.shape), np.float32)
+    native.repkv_decode_codes(
+        native_ffi.cast("char *", codes.ctypes.data), _floats(keys), first, n, *centre.shape, bits
+    )  # fmt: skip
+    return np.asarray(keys @ turn.T + centre, np.float32)
+
+
 class TokenCodes:
     """codes-l of each layer, and the centres that were taken from the keys: float32 [n_layer, K, d], the mean keys of
     the first block.
@@ -47,7 +92,7 @@ class TokenCodes:
             raise InputError(f"--index {memory.index} takes heads of at most {MAX_CODE_DIM}, not {config.head_dim}")
         self._parts, self._config, self._memory = parts, config, memory
         self.bits = memory.index_kind[1]
-        self._row_bytes = int(native.repkv_code_row_bytes(config.n_head_kv, config.head_dim, self.bits))
+        self._row_bytes = _row_bytes(config.n_head_kv, config.head_dim, self.bits)
         self.n_entries = parts.scheme.block.min_size
         self.block_bytes = config.n_layer * self._row_bytes * -(-self.n_entries // CODE_LANES)
         n_tiles, n_sink = -(-parts.n_ctx // CODE_LANES), memory.n_sink
@@ -61,7 +106,7 @@ class TokenCodes:
             for i in range(config.n_layer)
         ]
         self._arrays = [as_array(t, np.uint8).reshape(n_tiles, self._row_bytes) for t in self._tensors]
-        turn, _ = np.linalg.qr(np.random.default_rng(_SEED).standard_normal((config.head_dim, config.head_dim)))
+        turn = _turn_of(config.head_dim)
         self._turn_tensor = parts.arenas.new(g.GGML_TYPE_F32, turn.shape, "code_turn")
         self.turn = as_array(self._turn_tensor, np.float32).reshape(turn.shape)
         self.turn[...] = turn
@@ -99,7 +144,7 @@ class TokenCodes:
         set_name(units, "block_topk", layer)
         runs = ops.locate(units, places)
         set_name(runs, "row_runs", layer)
-        return Selection(units, runs, relevance, group)
+        return Selection(units, runs, group)
 
     def seal(self, block: int, begin: int, end: int) -> None:
         self._put(block, begin, end)
@@ -112,23 +157,15 @@ class TokenCodes:
     def _put(self, block: int, begin: int, end: int) -> None:
         positions = np.arange(begin, end)
         for layer, codes in enumerate(self._arrays):
-            keys = np.ascontiguousarray(self._parts.keys(layer, positions), np.float32)
+            keys = self._parts.keys(layer, positions)
             if block == 0:
-                # A sum in order, whatever numpy's vectors are.
-                self.centres[layer] = np.add.accumulate(keys, axis=0)[-1] / len(keys)
-            native.repkv_encode_keys(
-                native_ffi.cast("char *", codes.ctypes.data), _floats(keys), begin - self._memory.n_sink, len(keys),
-                *keys.shape[1:], self.bits, _floats(self.centres[layer]), _floats(self.turn),
-            )  # fmt: skip
+                self.centres[layer] = _centre_of(keys)
+            _encode(codes, keys, begin - self._memory.n_sink, self.bits, self.centres[layer], self.turn)
 
     def decoded(self, layer: int, begin: int, end: int) -> NDArray[np.float32]:
         """The keys that the codes of the tokens [begin, end) stand for, float32 [n, K, d]."""
-        keys = np.empty((end - begin, *self.centres.shape[1:]), np.float32)
-        native.repkv_decode_codes(
-            native_ffi.cast("char *", self._arrays[layer].ctypes.data), _floats(keys), begin - self._memory.n_sink,
-            len(keys), *keys.shape[1:], self.bits,
-        )  # fmt: skip
-        return np.asarray(keys @ self.turn.T + self.centres[layer], np.float32)
+        first = begin - self._memory.n_sink
+        return _decode(self._arrays[layer], first, end - begin, self.bits, self.centres[layer], self.turn)
 
     def _by_token(self, layer: int, begin: int, end: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], Any]:
         """Views of a layer's codes [n_tiles, K, words, CODE_LANES, 4] and steps [n_tiles, K, CODE_LANES, 2], and what

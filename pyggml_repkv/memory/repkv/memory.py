@@ -20,7 +20,7 @@ from pyggml_repkv.memory.bounded.memory import BoundedMemory, check_settings, co
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.checkpoints import State
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import Blocks, make_blocks, parse_scheme
+from pyggml_repkv.memory.cut.blocks import Blocks, Scheme, make_blocks, parse_scheme
 from pyggml_repkv.memory.index.base import Index, IndexParts, Queries, Selection
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.index.representatives import Representatives
@@ -208,6 +208,10 @@ class RepKVMemory(BoundedMemory):
         self._note_units()
         self.index.copy_from(other.index)
         self.kept.copy_from(other.kept)
+
+    def new_blocks(self, scheme: Scheme) -> Blocks:
+        """Blocks of the same text by another scheme, none yet."""
+        return make_blocks(scheme, self.memory.n_sink, self._inputs.boundaries)
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated. Raises StoreError for unreadable ones."""

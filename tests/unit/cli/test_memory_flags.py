@@ -78,7 +78,7 @@ def test_flags_of_a_disk_need_one(run, model, capsys, tmp_path, flags, named):
     [
         ("perplexity", ["--depths", "3"]),
         ("recall", ["--stretch", "64"]),
-        ("passkey", ["--blocks", "4"]),
+        ("perplexity", ["--samples", "4"]),
         ("fidelity", ["--seed", "2"]),
         ("perplexity", ["--out", "x"]),
         ("recall", ["--png", "x.png"]),

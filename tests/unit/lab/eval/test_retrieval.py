@@ -168,10 +168,7 @@ def test_how_much_of_a_prompt_is_read_is_told(tiny, capsys, monkeypatch):
         (["fidelity", "--text", "{text}"], "fidelity compares with --kv full: leave it out"),
         (["fidelity", "--text", "{text}", "--kv", "repkv", "--lengths", "300,400"], "give one of --lengths"),
         (["perplexity", "--text", "{text}", "--out", "x"], "--out is for passkey"),
-        (
-            ["recall", "--text", "{text}", "--kv", "repkv,window"],
-            "recall judges the blocks of one memory, as --kv repkv",
-        ),
+        (["recall", "--text", "{text}", "--kv", "repkv,window"], "recall judges the indexes of --kv repkv"),
         (["perplexity", "--text", "{text}", "--lengths", "9999"], "has only"),
         (["perplexity", "--text", "{text}", "-c", "9999"], "one chunk takes 9999"),
         (["perplexity", "--text", "{text}", "-c", "2"], "-c 2: a chunk needs at least 3 tokens"),
