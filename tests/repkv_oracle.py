@@ -168,6 +168,9 @@ class RepKVOracle:
         keys, turn, spec = keys.astype(np.float64), turn.astype(np.float64), self.spec
         starts = np.array([unit.start for unit in self.units]) - self.memory.n_sink
         asked = q[:, ::-1][:, :: self.memory.stride].reshape(spec.n_head_kv, -1, spec.head_dim)
+        if spec.arch == "llama":
+            # The engine's heads have the even values first.
+            asked = np.concatenate((asked[..., ::2], asked[..., 1::2]), -1)
         turned = asked @ turn
         step = np.abs(turned).max(-1, keepdims=True) / 127
         asked = np.rint(turned / step) * step @ turn.T
