@@ -106,14 +106,14 @@ class MemoryConfig:
     flash_attn: bool = True
     n_sink: int = 64
     n_local: int = 1024
-    n_dense: int = 8192
+    n_dense: int = 4096
     block: str = "fixed:128"
     index: str = "tokens:4"
     unit: str = "16"
     budget: int = 2048
     chunk_budget: int = 2048
     group: int = 0
-    stride: int = 1
+    stride: int = 4
     n_question: int = 16
     score: str = "attention"
     n_score: int = 0
