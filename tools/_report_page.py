@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from _report_stored import POLICIES, TASKS, Record, Stored, counts_of
+from _report_stored import POLICIES, TASKS, Record, Stored, counts_of, recalls_of
 
 FIDELITY = ("window", "4", "8", "16", "32")
 
@@ -14,7 +14,7 @@ def page(stored: Stored, commands: Sequence[str]) -> str:
     parts = [
         "# Results\n\n`make report TEXT=FILE` writes this page from the commands' output in `results/`.\n",
         *(_about(stored), _speed(stored), _retrieval(stored), _perplexity(stored)),
-        *(_fidelity(stored), _recall(stored), _stability(stored), _disk(stored)),
+        *(_fidelity(stored), _recall(stored), _disk(stored)),
         "## Commands\n\n```\n" + "\n".join(commands) + "\n```\n",
     ]
     return "\n".join(part for part in parts if part)
@@ -145,7 +145,7 @@ def _fidelity(stored: Stored) -> str:
         if found is None:
             continue
         ((_, stretches),) = found["stretches"].items()
-        budget = "`window`" if name == "window" else f"`repkv`, {name} blocks of 128"
+        budget = "`window`" if name == "window" else f"`repkv`, {128 * int(name):,} tokens"
         n_attended = 1088 + (0 if name == "window" else 128 * int(name))
         last = stretches[1:]
         weights = [s["end"] - s["begin"] for s in last]
@@ -157,52 +157,35 @@ def _fidelity(stored: Stored) -> str:
     return (
         "## Distance from full attention\n\nKL divergence of the next-token distribution from that of `--kv full` "
         "(nats), and how often both find the same token most likely. All positions are within the trained context, "
-        "where `full` is right. A token attends at most the first 64 tokens, the last 1,024, and the blocks; older "
-        "tokens have far positions.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
+        "where `full` is right. A token attends at most the first 64 tokens, the last 1,024, and so many older ones, "
+        "which have far positions.\n\n" + table(("memory", "tokens attended", "KL", "same most likely", *heads), rows)
     )
 
 
 def _recall(stored: Stored) -> str:
-    found = stored.get("recall")
-    if found is None:
+    rows = []
+    for text, found in recalls_of(stored).items():
+        for name, one in found["decode"]["indexes"].items():
+            chunk, worst = found["chunk"]["indexes"][name], one["worst"]
+            rows.append((
+                f"{text}, {found['n_tokens']:,} tokens", f"`{name}`", _share(one["hits"]), _share(one["mass"]),
+                "" if worst is None else f"{worst['hits']:.3f} ({worst['layer']})", _share(chunk["hits"]),
+                _share(chunk["mass"]),
+            ))  # fmt: skip
+    if not rows:
         return ""
-    rows = [
-        (f"{int(length):,}", step, k, f"{s['of_best']:.3f}", f"{s['of_all']:.3f}", f"{s['of_best_by_layer']:.3f}")
-        for length, steps in found["lengths"].items()
-        for step, by_k in steps.items()
-        for k, s in by_k.items()
-    ]
     return (
-        "## Attention mass in the selected blocks\n\nThe attention mass of the k blocks that rank first, as a share of "
-        "the mass of the best k blocks (`of the best`) and of all blocks (`of all`); `mean of layers` averages the "
-        "first share over layers.\n\n![By layer](results_recall.png)\n\n"
-        + table(("tokens", "step", "k", "of the best", "of all", "mean of layers"), rows)
+        "## What an index finds\n\nA case is sharp where one query head gives one evicted token more than a tenth of "
+        "its attention. `hits`: the share of sharp cases whose token is in the selection; `mass`: the share of all "
+        "attention to evicted tokens that selections hold; from layer 2 on. `exact` selects units, and `exact:blocks` "
+        "whole blocks, by the true scores. The text was read with all of it attended; JSON is that of `kv`, with a "
+        "question and its answer at the end.\n\n![By index](results_recall.png)\n\n"
+        + table(("text", "index", "one token: hits", "mass", "worst layer", "chunk: hits", "mass"), rows)
     )
 
 
-def _stability(stored: Stored) -> str:
-    found = stored.get("recall")
-    if found is None or "stability" not in found:
-        return ""
-    rows = [
-        (f"{int(length):,}", step, k, *(f"{100 * s[key]:.0f} %" for key in ("step", "step_2k", "layer")))
-        for length, steps in found["stability"].items()
-        for step, by_k in steps.items()
-        for k, s in by_k.items()
-    ]
-    header = (
-        "tokens",
-        "step",
-        "k",
-        "among the k of the previous step",
-        "among 2k of it",
-        "among the k of the previous layer",
-    )
-    return (
-        "## How stable selections are\n\nHow many of a layer's first k blocks the previous step or the previous layer "
-        "had selected too. The steps are the text's last two chunks, which make one pair, and the 48 tokens after "
-        "them.\n\n![Overlap of selections](results_stability.png)\n\n" + table(header, rows)
-    )
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def _disk(stored: Stored) -> str:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from _report_stored import POLICIES, TASKS, Stored, counts_of
+from _report_stored import POLICIES, TASKS, Stored, counts_of, recalls_of
 
 from pyggml_repkv.lab.eval import plotting
 
@@ -14,7 +14,6 @@ PICTURES = (
     "results_cost.png",
     "results_retrieval.png",
     "results_recall.png",
-    "results_stability.png",
     "results_prefetch.png",
 )
 COLOURS = {
@@ -82,42 +81,22 @@ def _draw_retrieval(pyplot: Any, stored: Stored) -> Any:
 
 
 def _draw_recall(pyplot: Any, stored: Stored) -> Any:
-    found = (stored.get("recall") or {}).get("layers")
-    if not found:
-        return None
-    figure, axes = pyplot.subplots(
-        1, len(found), figsize=(6 * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (length, layers) in zip(axes[0], found.items(), strict=True):
-        for step, style in (("chunk", "-"), ("decode", "--")):
-            for k, colour in zip(layers[step], ("#90b4d8", "#2b6cb0", "#123a66"), strict=False):
-                shares = layers[step][k]
-                x = range(layers["first"], layers["first"] + len(shares))
-                axis.plot(x, shares, style, color=colour, label=f"{step}, k = {k}")
-        axis.set(title=f"{int(length):,} tokens", xlabel="layer", ylim=(0, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("attention mass, of the best k blocks'")
-    axes[0][0].legend(frameon=False, fontsize="small", ncols=2)
-    return figure
-
-
-def _draw_stability(pyplot: Any, stored: Stored) -> Any:
-    found = (stored.get("recall") or {}).get("stability")
+    found = recalls_of(stored)
     if not found:
         return None
     figure, axes = pyplot.subplots(
         1, len(found), figsize=(6 * len(found), 3.4), squeeze=False, sharey=True, layout="constrained"
     )
-    names = {"step": "step before", "step_2k": "2k of the step before", "layer": "layer before"}
-    for axis, (length, steps) in zip(axes[0], found.items(), strict=True):
-        groups = [(step, k, s) for step, by_k in steps.items() for k, s in by_k.items()]
-        for i, (key, label) in enumerate(names.items()):
-            axis.bar([x + 0.27 * (i - 1) for x in range(len(groups))], [s[key] for *_, s in groups], 0.25, label=label)
-        axis.set_xticks(range(len(groups)), [f"{step}\nk = {k}" for step, k, _ in groups])
-        axis.set(title=f"{int(length):,} tokens", ylim=(0, 1))
+    for axis, (text, recall) in zip(axes[0], found.items(), strict=True):
+        indexes = recall["decode"]["indexes"]
+        for i, (key, label) in enumerate((("hits", "sharp hits"), ("mass", "attention mass"))):
+            heights = [math.nan if each[key] is None else each[key] for each in indexes.values()]
+            axis.bar([x + 0.36 * (i - 0.5) for x in range(len(heights))], heights, 0.34, label=label)
+        axis.set_xticks(range(len(indexes)), [name.replace(":", ":\n") for name in indexes], fontsize="small")
+        axis.set(title=f"{text}, {recall['n_tokens']:,} tokens", ylim=(0, 1.02))
         axis.grid(alpha=0.3, axis="y")
-    axes[0][0].set_ylabel("of the k blocks, also in")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=3)
+    axes[0][0].set_ylabel("share in the selection of one token")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", frameon=False, ncols=2)
     return figure
 
 
@@ -151,4 +130,4 @@ def _draw_prefetch(pyplot: Any, stored: Stored) -> Any:
     return figure
 
 
-_PAINTERS = (_draw_cost, _draw_retrieval, _draw_recall, _draw_stability, _draw_prefetch)
+_PAINTERS = (_draw_cost, _draw_retrieval, _draw_recall, _draw_prefetch)

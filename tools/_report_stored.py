@@ -103,3 +103,9 @@ def counts_of(stored: Stored) -> dict[tuple[str, str, int], tuple[int, int]]:
         n_found, n = found.get(key, (0, 0))
         found[key] = n_found + r["found"], n + 1
     return found
+
+
+def recalls_of(stored: Stored) -> dict[str, Record]:
+    """What `eval recall` found, by kind of text."""
+    found = {"prose": stored.get("recall"), "JSON": stored.get("recall_json")}
+    return {text: recall for text, recall in found.items() if recall is not None}

@@ -21,7 +21,7 @@ N_TOKENS = 256
 FULL = MemoryConfig(n_ctx=512)
 # Old tokens are evicted from the start, and all blocks are attended, so that selecting plays no part.
 REPKV = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=64, n_dense=0, n_sink=4, n_local=64, block="fixed:32", top_blocks=64, chunk_blocks=64
+    kv="repkv", n_ctx=512, n_batch=64, n_dense=0, n_sink=4, n_local=64, block="fixed:32", budget=2048, chunk_budget=2048
 )
 KEYS: dict[str, Any] = {"type_k": "q8_0"}
 CASES: tuple[tuple[str, MemoryConfig, dict[str, Any]], ...] = (

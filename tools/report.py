@@ -39,6 +39,7 @@ RETRIEVAL = (
     ("passkey", 64000, 1, "full"),
     *((task, length, 1, "window,repkv") for length in (64000, 128000) for task in TASKS),
 )
+# In blocks of 128 tokens.
 BUDGETS = (4, 8, 16, 32)
 
 
@@ -85,12 +86,14 @@ def steps(text: str, *, llama: bool) -> list[Step]:
         Step("fidelity_window.json", ("eval", "fidelity", *prose, "--lengths", "8192", "--kv", "window", "--json")),
     ]
     for n in BUDGETS:
-        options = ("--kv", "repkv", "--n-dense", "0", "--positions", "far", "--chunk-blocks", str(n))
+        options = ("--kv", "repkv", "--n-dense", "0", "--positions", "far", "--chunk-budget", str(128 * n))
         found.append(
             Step(f"fidelity_{n}.json", ("eval", "fidelity", *prose, "--lengths", "8192", *options, "--json"))
         )  # fmt: skip
-    recall = ("--kv", "repkv", "--positions", "far", "--json")
-    found.append(Step("recall.json", ("eval", "recall", *prose, "--lengths", "6200,24600", *recall)))
+    # Read densely, so that no index is judged by what another one left out.
+    recall = ("eval", "recall", "--lengths", "8000", "--n-dense", "8192", "--kv", "repkv", "--index",
+              "tokens:4,tokens:2,tokens:1,representatives:4", "--json")  # fmt: skip
+    found += [Step("recall.json", (*recall, *prose)), Step("recall_json.json", recall)]
     # A tenth of the keys and values of 32,768 tokens, by default and with a whole token's time to read.
     disk = ("--kv", "repkv", "--kv-ram", "75M")
     late = ("--sticky", "1.4", "--late")

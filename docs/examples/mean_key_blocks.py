@@ -21,7 +21,7 @@ class MeanKeys(Representatives):
     """One vector a block and key head: a quarter of the default index."""
 
     def __init__(self, parts: IndexParts) -> None:
-        super().__init__(replace(parts, memory=replace(parts.memory, n_repr=1)))
+        super().__init__(replace(parts, memory=replace(parts.memory, index="representatives:1")))
 
     def block_keys(self, layer: int, begin: int, end: int, chosen: np.ndarray) -> np.ndarray:
         """Float32 [K, 1, d]."""

@@ -3,65 +3,60 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyggml_repkv.cli import output, progress, report
-from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of, memory_config
+from pyggml_repkv.cli import output, report
+from pyggml_repkv.cli.eval_answers import Result, memories, retrieval, ruler
+from pyggml_repkv.cli.eval_recall import recall
+from pyggml_repkv.cli.memory_flags import check_memory_flags, kind_of
 from pyggml_repkv.cli.model_file import load_model
 from pyggml_repkv.cli.options import MAX_SEED, add_context_options, add_memory_options, add_model_options
 from pyggml_repkv.cli.parser import HelpFormatter, filled_text, integer
 from pyggml_repkv.cli.prompt import read_text_file
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.lab.eval.retrieval_tasks import MAX_DEPTHS
 from pyggml_repkv.lab.eval.retrieval_tasks import TASKS as RETRIEVAL
-from pyggml_repkv.lab.eval.retrieval_tasks import VERSION
+from pyggml_repkv.lab.eval.ruler_tasks import TASKS as RULER
 
 if TYPE_CHECKING:
     from pyggml_repkv.engine.model import Model
-    from pyggml_repkv.lab.eval.results_file import ResultsFile
-    from pyggml_repkv.lab.eval.retrieval import Asked, RetrievalResult
-    from pyggml_repkv.memory.config import MemoryConfig
 
 MAX_LENGTH = 2**20
 
-# Tokens of context kept for the answer.
-ROOM = 64
-
-# Steps that recall judges: the last chunks of the text, and the tokens after them.
-N_CHUNKS, N_DECODE = 2, 48
-
-Result = dict[str, Any]
-
 TASKS = {
     **{name: task.what for name, task in RETRIEVAL.items()},
-    "recall": "how much of the attention to older tokens the selected blocks hold, on your text",
+    "ruler": "RULER's synthetic tasks, scored in percent",
+    "recall": "how much of the attention to older tokens each --index finds, on your text or the JSON of kv",
     "perplexity": "how well your text is predicted: llama-perplexity's number, or by position with --lengths",
     "fidelity": "how far the next-token distribution is from that of --kv full, by position, on your text",
 }
 
+# Tasks that ask questions.
+ASKING = (*RETRIEVAL, "ruler")
+
 # Flags that some tasks have: their values if they are not given, and the tasks.
 _TASK_FLAGS: dict[str, tuple[Any, Collection[str]]] = {
     "depths": (5, RETRIEVAL),
-    "seed": (1, RETRIEVAL),
-    "out": (None, RETRIEVAL),
+    "seed": (1, (*ASKING, "recall")),
+    "out": (None, ASKING),
     "png": (None, RETRIEVAL),
-    "blocks": ([4, 8, 16], ("recall",)),
+    "tasks": ([*RULER], ("ruler",)),
+    "samples": (10, ("ruler",)),
     "stretch": (2048, ("perplexity", "fidelity")),
 }
-NEED_TEXT = ("recall", "perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
+NEED_TEXT = ("perplexity", "fidelity", *(name for name, task in RETRIEVAL.items() if task.needs_text))
 EXAMPLES = """
 examples:
   %(prog)s passkey --lengths 4096,16384 --depths 10 --kv full,window,repkv --png keys.png
   %(prog)s niah --lengths 6000 --depths 5 --text book.txt --kv repkv --out niah.jsonl
+  %(prog)s ruler --lengths 8192,16384 --samples 10 --text book.txt --kv full,repkv --out ruler.jsonl
   %(prog)s perplexity --text book.txt -c 2048
   %(prog)s perplexity --text book.txt --lengths 32768 --kv window,repkv
   %(prog)s fidelity --text book.txt --lengths 8192 --kv repkv --n-dense 0
-  %(prog)s recall --lengths 6200 --text book.txt --kv repkv --positions far --block fixed:64
+  %(prog)s recall --text book.txt --lengths 8000 --kv repkv --index tokens:4,tokens:2,representatives:4
 """
 
 
@@ -81,19 +76,19 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--lengths",
         metavar="N,...",
         type=_integers(256, MAX_LENGTH),
-        help="prompt lengths in tokens (default: 4096); perplexity, fidelity: tokens of the text to read",
+        help="prompt lengths in tokens (default: 4096); recall, perplexity, fidelity: tokens of the text to read",
     )
     group.add_argument(
         "--depths",
         metavar="N",
-        type=integer(1, 1000),
-        help="retrieval: number of evenly spaced depths (default: 5)",
+        type=integer(1, MAX_DEPTHS),
+        help="retrieval: number of evenly spaced depths, all in one text (default: 5)",
     )
     group.add_argument(
         "--seed",
         metavar="N",
         type=integer(0, MAX_SEED),
-        help="retrieval: seed of the keys (default: 1)",
+        help="retrieval, ruler, recall without --text: seed of the keys (default: 1)",
     )
     group.add_argument(
         "--text",
@@ -102,10 +97,13 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help=f"the haystack (default: the usual filler), or the text; {', '.join(NEED_TEXT)} need it",
     )
     group.add_argument(
-        "--blocks",
-        metavar="N,...",
-        type=_integers(1, 4096),
-        help="recall: judge the first N blocks of the ranking (default: 4,8,16)",
+        "--tasks",
+        metavar="NAME,...",
+        type=_ruler_tasks,
+        help=f"ruler: {', '.join(RULER)} (default: all)",
+    )
+    group.add_argument(
+        "--samples", metavar="N", type=integer(1, 1000), help="ruler: questions of each task (default: 10)"
     )
     group.add_argument(
         "--stretch",
@@ -114,7 +112,7 @@ def build_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="perplexity, fidelity: average over N tokens, in whole chunks of -b (default: 2048)",
     )
     group.add_argument(
-        "--out", metavar="FILE", type=filled_text, help="retrieval: append results to FILE as JSON lines"
+        "--out", metavar="FILE", type=filled_text, help="retrieval, ruler: append results to FILE as JSON lines"
     )
     group.add_argument("--png", metavar="FILE", type=filled_text, help="retrieval: write a picture, length by depth")
     group.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -131,9 +129,14 @@ def main(args: argparse.Namespace) -> int:
     if text is not None and not text.strip():
         raise InputError(f"--text {args.text} is empty")
     _set_task_flags(args)
+    if args.task == "ruler" and text is None:
+        _check_needs_no_text(args.tasks)
     policies: list[str] = args.kv
-    if args.task == "recall" and len(policies) != 1:
-        raise InputError(f"recall judges the blocks of one memory, as --kv repkv; --kv is {','.join(policies)}")
+    if args.task not in ASKING and len(args.lengths or ()) > 1:
+        lengths = ",".join(map(str, args.lengths))
+        raise InputError(f"{args.task} reads the text once: give one of --lengths {lengths}")
+    if args.task == "recall" and policies != ["repkv"]:
+        raise InputError(f"recall judges the indexes of --kv repkv; --kv is {','.join(policies)}")
     if args.task == "fidelity" and "full" in policies:
         raise InputError("fidelity compares with --kv full: leave it out of --kv, and name others")
     check_memory_flags(args, policies)
@@ -142,21 +145,28 @@ def main(args: argparse.Namespace) -> int:
         from pyggml_repkv.lab.eval.heat_map import check_can_draw
 
         check_can_draw(args.png)
-    # Weights stay as in the file if a policy needs them so. Retrieval always has them so: the answers of `full` must
+    # Weights stay as in the file if a policy needs them so. Questions always have them so: the answers of `full` must
     # not depend on the other policies of --kv.
-    args.no_repack = args.no_repack or args.task in RETRIEVAL
+    args.no_repack = args.no_repack or args.task in ASKING
     args.kv = next((kv for kv in policies if "ggml" not in kind_of(kv).forms), policies[0])
-    tasks = {"recall": _recall, "perplexity": _perplexity, "fidelity": _fidelity}
+    tasks = {"recall": recall, "perplexity": _perplexity, "fidelity": _fidelity, "ruler": ruler}
     with load_model(args) as model:
-        done = tasks.get(args.task, _retrieval)(args, model, policies, text)
+        done = tasks.get(args.task, retrieval)(args, model, policies, text)
     if args.json:
         output.write(json.dumps({**done, "peak_rss_bytes": report.peak_rss_bytes()}) + "\n")
     if args.png:
         from pyggml_repkv.lab.eval.heat_map import draw_heat_map
         from pyggml_repkv.lab.eval.retrieval import RetrievalResult
 
-        draw_heat_map(args.png, [RetrievalResult.from_dict(result) for result in done["results"]])
+        draw_heat_map(args.png, [RetrievalResult(**result) for result in done["results"]])
     return 0
+
+
+def _check_needs_no_text(tasks: list[str]) -> None:
+    needing = [task for task in tasks if RULER[task].needs_text]
+    if needing:
+        rest = ",".join(task for task in tasks if task not in needing) or "vt"
+        raise InputError(f"{', '.join(needing)} of ruler need a text: --text FILE, or leave them out: --tasks {rest}")
 
 
 def _set_task_flags(args: argparse.Namespace) -> None:
@@ -168,92 +178,6 @@ def _set_task_flags(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} is for {', '.join(tasks)}; {args.task} has no use for it")
 
 
-def _memories(args: argparse.Namespace, policies: list[str], n_ctx: int) -> Iterator[tuple[str, Any]]:
-    for name in policies:
-        args.kv = name
-        yield name, memory_config(args, args.ctx_size or n_ctx)
-
-
-def _retrieval(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
-    from pyggml_repkv.lab.eval.results_file import ResultsFile
-    from pyggml_repkv.lab.eval.retrieval import questions, summary
-
-    results: list[RetrievalResult] = []
-    with ResultsFile(args.out) if args.out else nullcontext() as file:
-        for asked in questions(args.lengths or [4096], args.depths):
-            # Each question has its own context, so that its result does not depend on the other questions.
-            for _, memory in _memories(args, policies, asked.length + ROOM):
-                known, result = _answer(args, model, memory, asked, text, file)
-                results.append(result)
-                if not args.json:
-                    output.write(_line(result, f"  (from {args.out})" if known else ""))
-    done = summary(results)
-    if not args.json:
-        for kv, by_length in done["found"].items():
-            for length, (n_found, n) in by_length.items():
-                output.write(f"{kv}  {length} tokens: {n_found} of {n} found\n")
-    return done
-
-
-def _answer(
-    args: argparse.Namespace,
-    model: Model,
-    memory: MemoryConfig,
-    asked: Asked,
-    text: str | None,
-    file: ResultsFile | None,
-) -> tuple[bool, RetrievalResult]:
-    """Returns whether the file had the answer already, and the answer."""
-    from pyggml_repkv.engine.session_store import ROPE_OF_FILE
-    from pyggml_repkv.lab.eval.retrieval import RetrievalResult, run_retrieval
-
-    settings = {
-        "task": args.task,
-        "version": VERSION,
-        "model": model.fingerprint,
-        "exact_graph": args.exact_graph,
-        # Results from before there were such flags stay good.
-        **({"rope": model.rope} if model.rope != ROPE_OF_FILE else {}),
-        "memory": _that_matters(memory),
-        "policy_file": _policy_file(memory.kv),
-        "asked": asdict(asked),
-        "seed": args.seed,
-        "text": _digest(text.encode()) if text is not None else None,
-    }
-    known = file.get(settings) if file is not None else None
-    if known is not None:
-        try:
-            return True, RetrievalResult.from_dict(known)
-        except (TypeError, ValueError):
-            raise InputError(f"--out {args.out} holds results of another version: give another file") from None
-    (result,) = run_retrieval(
-        model, memory, args.task, [asked], args.seed, text, lambda n_tokens: progress.of_prompt(args, n_tokens)
-    )
-    if file is not None:
-        file.add(settings, asdict(result))
-    return False, result
-
-
-def _that_matters(memory: MemoryConfig) -> dict[str, Any]:
-    """Returns the settings that results depend on: those that the policy does not ignore."""
-    ignored = kind_of(memory.kv).ignores
-    return {k: v for k, v in asdict(memory).items() if k not in ignored}
-
-
-def _policy_file(kv: str) -> str | None:
-    """Returns a digest of the file in `--kv FILE.py`, or None for a built-in policy."""
-    if not kv.endswith(".py"):
-        return None
-    try:
-        return _digest(Path(kv).read_bytes())
-    except OSError as error:
-        raise InputError(f"--kv {kv}: {error.strerror}") from None
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def _perplexity(args: argparse.Namespace, model: Model, policies: list[str], text: str | None) -> Result:
     from pyggml_repkv.lab.eval.likelihood import chunk_perplexity
 
@@ -262,7 +186,7 @@ def _perplexity(args: argparse.Namespace, model: Model, policies: list[str], tex
     tokens = model.tokenizer.encode(text or "")
     n_chunk = args.ctx_size or min(512, model.config.n_ctx_train)
     done: Result = {"task": "perplexity", "text": args.text, "chunk_tokens": n_chunk, "perplexity": {}}
-    for name, memory in _memories(args, policies, n_chunk):
+    for name, memory in memories(args, policies, n_chunk):
         for i, (n_judged, perplexity) in enumerate(chunk_perplexity(model, memory, tokens, n_chunk), 1):
             if not args.json:
                 output.write(f"{name}  chunk {i:4d} of {len(tokens) // n_chunk}  perplexity {perplexity:.4f}\n")
@@ -278,13 +202,13 @@ def _by_position(args: argparse.Namespace, model: Model, policies: list[str], te
     from pyggml_repkv.lab.eval.likelihood import stretches
 
     compares = args.task == "fidelity"
-    (length,) = _one_length(args, model.config.n_ctx_train)
+    (length,) = args.lengths or [model.config.n_ctx_train]
     tokens = model.tokenizer.encode(text)
     if length > len(tokens):
         raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
-    full = next(memory for _, memory in _memories(args, ["full"], length)) if compares else None
+    full = next(memory for _, memory in memories(args, ["full"], length)) if compares else None
     done: Result = {"task": args.task, "text": args.text, "stretches": {}}
-    for name, memory in _memories(args, policies, length):
+    for name, memory in memories(args, policies, length):
         found = []
         for s in stretches(model, memory, tokens[:length], args.stretch, full):
             found.append(asdict(s))
@@ -295,59 +219,12 @@ def _by_position(args: argparse.Namespace, model: Model, policies: list[str], te
     return done
 
 
-def _one_length(args: argparse.Namespace, default: int) -> list[int]:
-    lengths: list[int] = args.lengths or [default]
-    if len(lengths) > 1:
-        raise InputError(f"{args.task} reads the text once: give one of --lengths {','.join(map(str, lengths))}")
-    return lengths
-
-
-def _recall(args: argparse.Namespace, model: Model, _: list[str], text: str | None) -> Result:
-    from pyggml_repkv.lab.eval.recall import FIRST_LAYER, layer_shares, run_recall, stability, summary
-
-    tokens = model.tokenizer.encode(text or "")
-    done: Result = {"task": "recall", "text": args.text, "lengths": {}}
-    for length in args.lengths or [4096]:
-        if length > len(tokens):
-            raise InputError(f"--lengths {length}: {args.text} has only {len(tokens)} tokens")
-        memory = memory_config(args, args.ctx_size or length)
-        results = list(run_recall(model, memory, tokens[:length], args.blocks, N_CHUNKS, N_DECODE))
-        shares, by_layer, same = summary(results), layer_shares(results), stability(results)
-        done["lengths"][str(length)] = shares
-        done.setdefault("layers", {})[str(length)] = {"first": FIRST_LAYER, **by_layer}
-        done.setdefault("stability", {})[str(length)] = same
-        if args.json:
-            continue
-        output.write(f"{length} tokens   blocks  of the best  of all  (of the best, mean of layers)\n")
-        for step, by_k in shares.items():
-            for k, share in by_k.items():
-                output.write(
-                    f"{step:>12s}  {k:>6s}  {share['of_best']:11.3f}  {share['of_all']:6.3f}  "
-                    f"{share['of_best_by_layer']:11.3f}\n"
-                )
-        output.write(
-            "selections       blocks  as the step before  in twice as many of it  as the layer before  worst layer\n"
-        )
-        for step, by_k in same.items():
-            for k, s in by_k.items():
-                worst = min(range(len(by_layer[step][k])), key=by_layer[step][k].__getitem__)
-                output.write(
-                    f"{step:>12s}  {k:>9s}  {s['step']:18.3f}  {s['step_2k']:22.3f}  {s['layer']:19.3f}  "
-                    f"{by_layer[step][k][worst]:.3f} ({worst + FIRST_LAYER})\n"
-                )
-            there = next(iter(by_k.values())).get("there")
-            if there is not None:
-                output.write(f"{step:>12s}  {100 * there:.1f} % of the blocks were in RAM when needed\n")
-    return done
-
-
-def _line(result: RetrievalResult, note: str) -> str:
-    found = "found" if result.found else "LOST "
-    rate = 1e3 * result.n_tokens / max(result.prompt_ms, 1e-9)
-    return (
-        f"{result.kv}  {result.n_tokens:7d} tokens  depth {result.depth:.2f}  {found}  "
-        f"{rate:7.1f} tokens/s  {result.decode_ms:6.2f} ms/token{note}\n"
-    )
+def _ruler_tasks(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in RULER:
+            raise argparse.ArgumentTypeError(f"{name[:40]!r} is none of {', '.join(RULER)}")
+    return names
 
 
 def _integers(low: int, high: int) -> Callable[[str], list[int]]:

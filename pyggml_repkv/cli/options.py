@@ -137,9 +137,17 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         ("--n-sink", "n_sink", 0, 2**20, "first tokens, always attended"),
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
         ("--n-dense", "n_dense", 0, 2**20, "attend every block up to this length (at most the trained context)"),
-        ("--top-blocks", "top_blocks", 0, 4096, "blocks of older tokens that a layer attends when it reads one token"),
-        ("--chunk-blocks", "chunk_blocks", 0, 4096, "the same when a layer reads a chunk of the prompt"),
-        ("--n-repr", "n_repr", 1, 64, "representative tokens by which a block is found"),
+        ("--budget", "budget", 0, 2**20, "older tokens that a layer attends when it reads one token"),
+        (
+            "--chunk-budget",
+            "chunk_budget",
+            0,
+            2**20,
+            "the same for a group of tokens when it reads a chunk of the prompt",
+        ),
+        ("--group", "group", 0, 2**14, "tokens of a chunk that share a selection, a multiple of 32; 0: all of them"),
+        ("--n-question", "n_question", 0, 2**14, "last tokens of a prompt that are read one by one"),
+        ("--stride", "stride", 1, 2**14, "of these every N-th is asked"),
         ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 means 256"),
     )
     for flag, name, low, high, what in counts:
@@ -152,13 +160,28 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         help="how older tokens are cut into blocks: fixed:N, or semantic:N-M, which ends blocks at boundaries of the "
         f"text (default: {defaults.block})",
     )
+    group.add_argument(
+        "--index",
+        metavar="INDEX",
+        help="how older tokens are found again: tokens:4, :2 or :1, codes of all of them with so many bits, or "
+        f"representatives:N of each block (default: {defaults.index})",
+    )
+    group.add_argument(
+        "--unit",
+        metavar="SCHEME",
+        help="what is selected of a block, with codes: N tokens, or semantic:N-M, which ends where the text ends "
+        f"something (default: {defaults.unit})",
+    )
     choices_of = (
         ("--score", SCORES, "what makes a token representative: dot products with later queries, or attention"),
         ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
         (
             "--positions",
             POSITIONS,
-            "where the model sees older tokens; auto: exact within the trained context, then far (window: far)",
+            (
+                "where the model sees older tokens: at their true positions, all from one distance, or in order just "
+                "before the window; auto: exact within the trained context, then far (window: far)"
+            ),
         ),
     )
     for flag, choices, what in choices_of:

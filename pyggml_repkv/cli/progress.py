@@ -66,9 +66,14 @@ def of_prompt(args: argparse.Namespace, n_tokens: int) -> AbstractContextManager
     return nullcontext() if args.quiet else prompt_lines()
 
 
-@contextmanager
-def prompt_lines() -> Iterator[Callable[[int, int], None]]:
+def prompt_lines() -> AbstractContextManager[Callable[[int, int], None]]:
     """Yields a function of the tokens read and of all; it writes a line every LINE_EVERY seconds."""
+    return lines("read {} of {} tokens, {:.0f} tokens/s")
+
+
+@contextmanager
+def lines(form: str) -> Iterator[Callable[[int, int], None]]:
+    """The same of anything. form: of what is done, of all, and of how much a second."""
     begun = said = perf_counter()
 
     def tell(n_done: int, n_total: int) -> None:
@@ -76,7 +81,7 @@ def prompt_lines() -> Iterator[Callable[[int, int], None]]:
         now = perf_counter()
         if now - said >= LINE_EVERY and n_done < n_total:
             said = now
-            output.say(f"read {n_done} of {n_total} tokens, {n_done / (now - begun):.0f} tokens/s")
+            output.say(form.format(n_done, n_total, n_done / (now - begun)))
 
     yield tell
 

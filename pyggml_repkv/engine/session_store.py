@@ -31,7 +31,7 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader, checksum
 from pyggml_repkv.memory.store.window_file import WindowFile
 
-FORMAT = 2
+FORMAT = 3
 
 ROPE_OF_FILE = "as in the file"
 """RoPE of a session whose keys are rotated as the model file says, as in all directories that do not say."""

@@ -18,9 +18,9 @@ BlockRow = tuple[int, int, int, int]
 @dataclass(frozen=True, slots=True)
 class State:
     """After n_past tokens. scores: float32 [n_layer, n_past - sealed_end, K]; far_at: n_past when older tokens began to
-    be seen from one distance, 0 from the start, -1 not yet; warm: int32 [n_layer, n], blocks worth reading first, -1
-    after the last; kept: int32 [n_layer, 1 or K, 1 + n], what the last token selected if the next one holds on to it,
-    else empty.
+    be seen from one distance, 0 from the start, -1 not yet; warm: int32 [n_layer, (1 or K) * n], units worth reading
+    first, -1 after the last; kept: int32 [n_layer, 1 or K, 1 + n], what the last token selected if the next one holds
+    on to it, else empty.
     """
 
     n_past: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from pyggml_repkv.model.limits import MAX_CONTEXT
 # Tokens a bounded memory may hold where nobody says how many.
 UNBOUNDED_CONTEXT = 2**20
 
-POSITIONS = ("auto", "exact", "far")
+POSITIONS = ("auto", "exact", "far", "ordered")
 SCORES = ("dot", "attention")
 RELEVANCES = ("lse", "mean", "max")
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0")
@@ -22,8 +23,9 @@ PREFETCH = ("on", "off")
 
 # What bounded memories are set by, apart from what every memory has.
 MEMORY_FIELDS = (
-    "n_sink", "n_local", "n_dense", "block", "top_blocks", "chunk_blocks", "n_repr", "score", "n_score", "relevance",
-    "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch",
+    "n_sink", "n_local", "n_dense", "block", "index", "unit", "budget", "chunk_budget", "group", "stride", "n_question",
+    "score", "n_score", "relevance", "per_head", "sticky", "late", "positions", "kv_dir", "kv_ram", "kv_disk_max",
+    "type_evicted", "prefetch",
 )  # fmt: skip
 
 # Those that say where evicted blocks go, and how they get back.
@@ -39,9 +41,13 @@ _IDENTITY = {
     "--n-local": "n_local",
     "--n-dense": "n_dense",
     "--block": "block",
-    "--top-blocks": "top_blocks",
-    "--chunk-blocks": "chunk_blocks",
-    "--n-repr": "n_repr",
+    "--index": "index",
+    "--unit": "unit",
+    "--budget": "budget",
+    "--chunk-budget": "chunk_budget",
+    "--group": "group",
+    "--stride": "stride",
+    "--n-question": "n_question",
     "--score": "score",
     "--n-score": "n_score",
     "--relevance": "relevance",
@@ -54,9 +60,9 @@ _AS_IN_RAM = "as in RAM"
 
 # Measured on the demo model: docs/repkv.md.
 PRESETS: dict[str, dict[str, int | str]] = {
-    "fast": {"n_dense": 0, "top_blocks": 8, "chunk_blocks": 4},
+    "fast": {"n_dense": 0, "budget": 1024, "chunk_budget": 512},
     "balanced": {},
-    "accurate": {"top_blocks": 32, "chunk_blocks": 16, "n_repr": 8},
+    "accurate": {"budget": 4096, "chunk_budget": 4096},
 }
 
 
@@ -74,12 +80,16 @@ class MemoryConfig:
 
     For `window` and `repkv`: n_sink first tokens and n_local recent ones are always attended. For `repkv`: block: how
     older tokens are cut; n_dense: up to this length, or the trained context if that is less, every block is attended;
-    beyond it top_blocks in a one-token step and chunk_blocks in a chunk, of each layer; n_repr: representative tokens
-    of a block and key head; score: what makes a token one, the dot products with the n_score queries after it (0: 256,
-    or n_local if that is less) or the attention it gets from them; relevance: how blocks are compared; per_head: every
-    key head selects its own blocks; sticky: by how many nats a block that the last token selected ranks higher for the
-    next one; late: a token attends what the one before it selected; positions: exact, far, or auto (exact until the
-    sequence outgrows the trained context; far from the start, and nothing dense, if n_ctx says that it will).
+    beyond it budget tokens of them in a one-token step and chunk_budget in a chunk, of each layer; index: how they are
+    found, by the codes of all tokens (tokens:BITS) or by representatives of each block (representatives:N); unit: with
+    codes, the pieces of a block that are selected; group: how many queries of a chunk share a selection, 0 for all of
+    it; stride: every so manyth of them is asked; n_question: so many last tokens of a prompt are read one by one, each
+    with a selection of its own; score: what makes a token a representative, the dot products with the n_score queries
+    after it (0: 256, or n_local if that is less) or the attention it gets from them; relevance: how
+    blocks are compared; per_head: every key head selects its own blocks; sticky: by how many nats what the last token
+    selected ranks higher for the next one; late: a token attends what the one before it selected; positions: exact,
+    far, ordered, or auto (exact until the sequence outgrows the trained context; far from the start, and nothing dense,
+    if n_ctx says that it will).
 
     Where evicted blocks go (`repkv`): kv_dir: a directory for a file of them, "" for the default if kv_ram is given;
     kv_ram: bytes of RAM for them, 0 for no limit (with neither they stay in RAM); kv_disk_max: bytes on disk, 0 for no
@@ -96,11 +106,15 @@ class MemoryConfig:
     flash_attn: bool = True
     n_sink: int = 64
     n_local: int = 1024
-    n_dense: int = 8192
+    n_dense: int = 4096
     block: str = "fixed:128"
-    top_blocks: int = 16
-    chunk_blocks: int = 8
-    n_repr: int = 4
+    index: str = "tokens:4"
+    unit: str = "16"
+    budget: int = 2048
+    chunk_budget: int = 2048
+    group: int = 0
+    stride: int = 4
+    n_question: int = 16
     score: str = "attention"
     n_score: int = 0
     relevance: str = "lse"
@@ -129,9 +143,11 @@ class MemoryConfig:
             ("--n-sink", self.n_sink, 0, 2**20),
             ("--n-local", self.n_local, 32, 2**20),
             ("--n-dense", self.n_dense, 0, 2**20),
-            ("--top-blocks", self.top_blocks, 0, 4096),
-            ("--chunk-blocks", self.chunk_blocks, 0, 4096),
-            ("--n-repr", self.n_repr, 1, 64),
+            ("--budget", self.budget, 0, 2**20),
+            ("--chunk-budget", self.chunk_budget, 0, 2**20),
+            ("--group", self.group, 0, 2**14),
+            ("--stride", self.stride, 1, 2**14),
+            ("--n-question", self.n_question, 0, 2**14),
             ("--n-score", self.n_score, 0, self.n_local),
             ("--sticky", self.sticky, 0, 50),
             ("--kv-ram", self.kv_ram, 0, 2**50),
@@ -140,6 +156,12 @@ class MemoryConfig:
         for flag, number, low, high in limits:
             if not low <= number <= high:
                 raise InputError(f"{flag} is {number}; it must be between {low} and {high}")
+        if not re.fullmatch(r"tokens:[124]|representatives:([1-9]|[1-5][0-9]|6[0-4])", self.index):
+            raise InputError(
+                f"--index is {self.index!r}; it must be tokens:4, :2 or :1, or representatives:N, N from 1 to 64"
+            )
+        if self.group % 32:
+            raise InputError(f"--group is {self.group}; it must be a multiple of 32, or 0 for whole chunks")
         choices = (
             ("--positions", self.positions, POSITIONS),
             ("--score", self.score, SCORES),
@@ -150,6 +172,12 @@ class MemoryConfig:
         for flag, choice, known in choices:
             if choice not in known:
                 raise InputError(f"{flag} is {choice!r}; it must be one of {', '.join(filter(None, known))}")
+
+    @property
+    def index_kind(self) -> tuple[str, int]:
+        """`tokens` and the bits of a code, or `representatives` and how many of a block and key head."""
+        kind, _, number = self.index.partition(":")
+        return kind, int(number)
 
     @property
     def on_disk(self) -> bool:

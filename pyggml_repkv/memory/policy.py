@@ -71,13 +71,15 @@ class DiskNeed:
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """What a step does in each layer. n_attended: keys that a token attends, on average; n_scored: keys that a token
-    scores; n_blocks: in the index; n_indexed: entries of it that a query is compared with.
+    scores; n_indexed: entries of the index that a query is compared with, which take index_bytes; n_queries: so many
+    are compared with them.
     """
 
     n_attended: int
     n_scored: int = 0
-    n_blocks: int = 0
     n_indexed: int = 0
+    index_bytes: int = 0
+    n_queries: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,12 +32,12 @@ class WindowMemory(BoundedMemory):
         check_settings(inputs, self.name)
         arenas = inputs.arenas or Arenas(4 * config.n_layer + 4)
         rotation = Rotation(config, memory, inputs.rope, inputs.long, far=memory.positions != "exact")
-        store = RamStore(arenas, config, memory, n_rows=memory.n_sink, max_blocks=1, sealed_end=lambda: 0)
+        store = RamStore(arenas, config, memory, n_rows=memory.n_sink, max_units=1, sealed_end=lambda: 0)
         super().__init__(inputs, arenas, rotation, LocalWindow(arenas, config, memory), store)
         self._nothing = arenas.new(g.GGML_TYPE_I32, (1, 1), "no_runs")
 
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
-        return Selection(self._nothing, self._nothing, self._nothing)
+        return Selection(self._nothing, self._nothing)
 
     def evict(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
         return start, 0

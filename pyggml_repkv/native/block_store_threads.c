@@ -6,7 +6,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { POLL_MS = 50 };
+enum {
+    POLL_MS = 50,
+    MAX_GAP = 8192, /* bytes that are read only because they lie between wanted units: cheaper than another read */
+};
 
 void store_wait(pthread_cond_t *condition, pthread_mutex_t *lock) {
     struct timespec t;
@@ -24,7 +27,7 @@ static void compact(struct repkv_store *s, struct queue *q) {
     int32_t n = 0;
     for (int32_t i = 0; i < q->n; i++) {
         const struct request r = q->items[(q->head + i) % q->capacity];
-        struct slot *slot = s->layers[r.layer].slot + r.slot;
+        struct slot *slot = s->lanes[r.lane].slot + r.slot;
         if (slot->state != SLOT_QUEUED || slot->listed) continue;
         slot->listed = true;
         q->items[(q->head + n++) % q->capacity] = r;
@@ -32,13 +35,13 @@ static void compact(struct repkv_store *s, struct queue *q) {
     q->n = n;
     for (int32_t i = 0; i < n; i++) {
         const struct request r = q->items[(q->head + i) % q->capacity];
-        s->layers[r.layer].slot[r.slot].listed = false;
+        s->lanes[r.lane].slot[r.slot].listed = false;
     }
 }
 
-void queue_push(struct repkv_store *s, struct queue *q, int32_t layer, int32_t slot) {
+void queue_push(struct repkv_store *s, struct queue *q, int32_t lane, int32_t slot) {
     if (q->n == q->capacity) compact(s, q);
-    q->items[(q->head + q->n++) % q->capacity] = (struct request){layer, slot};
+    q->items[(q->head + q->n++) % q->capacity] = (struct request){lane, slot};
 }
 
 bool queue_pop(struct repkv_store *s, struct queue *q, struct request *r) {
@@ -53,8 +56,9 @@ bool queue_pop(struct repkv_store *s, struct queue *q, struct request *r) {
         *r = q->items[q->head];
         q->head = (q->head + 1) % q->capacity;
         q->n--;
-        if (s->layers[r->layer].slot[r->slot].state == SLOT_QUEUED) return true;
+        if (s->lanes[r->lane].slot[r->slot].state == SLOT_QUEUED) return true;
     }
+    q->head = 0; /* so that a long queue that is mostly empty stays in few pages */
     return false;
 }
 
@@ -62,45 +66,58 @@ bool worker_open(struct repkv_store *s, struct worker *w) {
     const struct repkv_record_layout *l = &s->config.layout;
     void *buffer = NULL;
     w->store = s;
-    w->scratch = malloc(2 * (size_t)(l->n_head_kv * l->head_dim) * sizeof(float));
-    if (w->scratch == NULL) return false;
-    if (posix_memalign(&buffer, REPKV_ALIGN, repkv_aligned(repkv_record_bytes(l, l->max_tokens))) != 0) return false;
+    w->scratch = malloc(2 * (size_t)(l->n_head_kv / l->n_lanes * l->head_dim) * sizeof(float));
+    w->records = malloc((size_t)l->max_units * sizeof *w->records);
+    if (w->scratch == NULL || w->records == NULL) return false;
+    if (posix_memalign(&buffer, REPKV_ALIGN, repkv_most_lane_bytes(l)) != 0) return false;
     w->buffer = buffer;
     return true;
 }
 
 void worker_close(struct worker *w) {
     free(w->buffer);
+    free(w->records);
     free(w->scratch);
 }
 
-enum repkv_io_error store_load(struct repkv_store *s, const struct worker *w, int32_t layer, int32_t b, char *k, char *v,
-                               int *error) {
+void store_load(struct repkv_store *s, const struct worker *w, int32_t lane, int32_t first, int32_t n_units, int *error) {
     const struct repkv_record_layout *layout = &s->config.layout;
-    const struct block block = s->blocks[b];
-    const uint64_t checksum = s->checksums[(size_t)b * (size_t)layout->n_layer + (size_t)layer];
-    const size_t n_bytes = repkv_record_bytes(layout, block.n_tokens);
-    const size_t in_block = layout->header_bytes + (size_t)layer * repkv_aligned(n_bytes);
-    const float *table = block.rotated && s->unrotate ? s->unrotate + block.first_position * layout->rope_dim : NULL;
-    const char *record = w->buffer;
-    enum repkv_io_error result = REPKV_IO_OK;
+    const struct unit *units = s->units + first;
+    const struct block block = s->blocks[units->block];
+    struct repkv_record *records = w->records;
+    /* From the lane's first page that holds any of them to the last. */
+    const size_t begin = block.staged >= 0 ? 0 : units->at / REPKV_ALIGN * REPKV_ALIGN;
+    for (int32_t i = 0; i < n_units; i++) {
+        records[i].at = units[i].at - begin;
+        records[i].n_tokens = units[i].n_tokens;
+        records[i].n_bytes = repkv_record_bytes(layout, units[i].n_tokens);
+        records[i].checksum = s->checksums[(size_t)(first + i) * all_lanes(s) + (size_t)lane];
+        records[i].result = REPKV_IO_OK;
+    }
+    const size_t n_bytes = repkv_aligned(records[n_units - 1].at + records[n_units - 1].n_bytes);
+    const size_t in_block = layout->header_bytes + (size_t)lane * block.lane_bytes + begin;
+    const float *table = block.rotated ? s->unrotate : NULL;
+    const char *buffer = w->buffer;
     int64_t n_retries = 0;
     if (block.staged >= 0) {
         s->staging[block.staged].readers++;
         s->stats.staged_reads++;
-        record = s->staging[block.staged].data + in_block;
+        buffer = s->staging[block.staged].data + in_block;
     } else {
         s->stats.reads++;
-        s->stats.read_bytes += (int64_t)repkv_aligned(n_bytes);
+        s->stats.read_bytes += (int64_t)n_bytes;
         if (s->n_reading++ == 0) s->reading_since = now_ms();
     }
     const struct repkv_faults faults = s->faults;
     pthread_mutex_unlock(&s->lock);
     if (block.staged < 0) {
-        const int64_t offset = block.offset + (int64_t)in_block;
-        result = repkv_read_record(&s->file, faults, w->buffer, n_bytes, offset, checksum, error, &n_retries);
+        repkv_read_records(&s->file, faults, w->buffer, n_bytes, block.offset + (int64_t)in_block, records, n_units, error,
+                           &n_retries);
     }
-    if (result == REPKV_IO_OK) repkv_decode(layout, k, v, record, block.n_tokens, table, w->scratch);
+    for (int32_t i = 0; i < n_units; i++) {
+        const float *from = table ? table + (block.first_position + units[i].first) * layout->rope_dim : NULL;
+        if (records[i].k && records[i].result == REPKV_IO_OK) repkv_decode(layout, buffer, records + i, from, w->scratch);
+    }
     pthread_mutex_lock(&s->lock);
     s->stats.retries += n_retries;
     if (block.staged >= 0) {
@@ -112,33 +129,79 @@ enum repkv_io_error store_load(struct repkv_store *s, const struct worker *w, in
     } else if (--s->n_reading == 0) {
         s->stats.read_ms += now_ms() - s->reading_since;
     }
-    return result;
+}
+
+static bool is_queued(const struct slots *lane, int32_t unit) {
+    const int32_t at = slot_of(lane, unit);
+    return at >= 0 && lane->slot[at].state == SLOT_QUEUED;
+}
+
+/* Returns the last of the queued units that one read brings along with `unit`; `end` bounds its block, step is 1 or -1. */
+static int32_t run_end(const struct repkv_store *s, const struct slots *lane, int32_t unit, int32_t end, int32_t step) {
+    int32_t last = unit;
+    for (int32_t u = unit + step; u != end; u += step) {
+        const uint32_t gap = step > 0 ? s->units[u].at - s->units[last + 1].at : s->units[last].at - s->units[u + 1].at;
+        if (gap > MAX_GAP) break;
+        if (is_queued(lane, u)) last = u;
+    }
+    return last;
+}
+
+/* Takes note of a unit of a lane that was read into its slot, or that could not be. */
+static void finish(struct repkv_store *s, int32_t lane_index, int32_t u, enum repkv_io_error result, int error) {
+    const struct repkv_record_layout *layout = &s->config.layout;
+    struct slots *lane = s->lanes + lane_index;
+    const int32_t layer = lane_index / layout->n_lanes, l = lane_index % layout->n_lanes, at = slot_of(lane, u);
+    const struct unit *unit = s->units + u;
+    const bool required = s->requiring == layer && lane->slot[at].last == lane->now;
+    lane->n_reading--;
+    if (result == REPKV_IO_OK) {
+        struct place *place = (struct place *)s->places[layer] + (size_t)l * (size_t)s->config.max_units + u;
+        place->row = s->config.first_row + at * layout->max_unit_tokens;
+        place->n_tokens = unit->n_tokens;
+        place->position = (int32_t)s->blocks[unit->block].first_position + unit->first;
+        lane->slot[at].state = SLOT_READY;
+        s->n_missing -= required;
+        return;
+    }
+    /* A failed read ahead is no error: the next requirement of the unit tries again. */
+    if (required && s->read_error.kind == REPKV_IO_OK) {
+        s->read_error = (struct repkv_store_error){(int32_t)result, layer, unit->block, error};
+    }
+    slots_release(lane, at);
 }
 
 void store_serve(struct repkv_store *s, const struct worker *w, struct request r) {
-    struct slots *layer = s->layers + r.layer;
-    struct slot *slot = layer->slot + r.slot;
-    const int32_t b = slot->block;
-    slot->state = SLOT_READING;
+    const struct repkv_record_layout *layout = &s->config.layout;
+    struct slots *lane = s->lanes + r.lane;
+    const struct slot *asked = lane->slot + r.slot;
+    const int32_t b = s->units[asked->unit].block;
+    const struct block *block = s->blocks + b;
+    const int32_t first = run_end(s, lane, asked->unit, block->first_unit - 1, -1);
+    const int32_t n = run_end(s, lane, asked->unit, block->first_unit + block->n_units, 1) + 1 - first;
+    struct repkv_event event = {
+        .kind = block->staged >= 0 ? REPKV_EVENT_STAGED : REPKV_EVENT_READ,
+        .layer = r.lane / layout->n_lanes,
+        .lane = r.lane % layout->n_lanes,
+        .block = b,
+        .ahead = asked->last != lane->now,
+        .begin_ms = now_ms(),
+    };
+    for (int32_t i = 0; i < n; i++) {
+        struct repkv_record *record = w->records + i;
+        record->k = record->v = NULL;
+        if (!is_queued(lane, first + i)) continue;
+        const int32_t at = slot_of(lane, first + i);
+        slots_begin_read(lane, at);
+        record->k = rows_of_slot(s, s->k_rows, r.lane, at, layout->k_row_bytes);
+        record->v = rows_of_slot(s, s->v_rows, r.lane, at, layout->v_row_bytes);
+        event.n_units++;
+    }
     int error = 0;
-    const double begin = now_ms();
-    const bool ahead = slot->last != layer->now, staged = s->blocks[b].staged >= 0;
-    char *k = rows_of_slot(s, s->k_rows, r.layer, r.slot, s->config.layout.k_row_bytes);
-    char *v = rows_of_slot(s, s->v_rows, r.layer, r.slot, s->config.layout.v_row_bytes);
-    const enum repkv_io_error result = store_load(s, w, r.layer, b, k, v, &error);
-    store_record(s, staged ? REPKV_EVENT_STAGED : REPKV_EVENT_READ, r.layer, b, ahead, begin);
-    if (result == REPKV_IO_OK) {
-        struct place *place = (struct place *)s->places[r.layer] + b;
-        place->row = s->config.first_row + r.slot * s->config.layout.max_tokens;
-        place->n_tokens = s->blocks[b].n_tokens;
-        place->position = (int32_t)s->blocks[b].first_position;
-        slot->state = SLOT_READY;
-    } else {
-        /* A failed read ahead is no error: the next requirement of the block tries again. */
-        if (s->requiring == r.layer && slot->last == layer->now && s->read_error.kind == REPKV_IO_OK) {
-            s->read_error = (struct repkv_store_error){(int32_t)result, r.layer, b, error};
-        }
-        slots_release(layer, r.slot);
+    store_load(s, w, r.lane, first, n, &error);
+    store_record(s, event);
+    for (int32_t i = 0; i < n; i++) {
+        if (w->records[i].k != NULL) finish(s, r.lane, first + i, w->records[i].result, error);
     }
     pthread_cond_broadcast(&s->done);
 }
@@ -196,14 +259,15 @@ static void *write_loop(void *data) {
             pthread_cond_wait(&s->to_write, &s->lock);
             continue;
         }
-        const size_t n_bytes = repkv_block_bytes(&s->config.layout, s->blocks[staging->block].n_tokens);
+        const size_t n_bytes = s->config.layout.header_bytes + all_lanes(s) * s->blocks[staging->block].lane_bytes;
         const struct repkv_faults faults = s->faults;
         pthread_mutex_unlock(&s->lock);
         int error = 0;
         const double begin = now_ms();
         const enum repkv_io_error result = repkv_write_bytes(&s->file, faults, staging->data, n_bytes, staging->offset, &error);
         pthread_mutex_lock(&s->lock);
-        store_record(s, REPKV_EVENT_WRITE, -1, staging->block, false, begin);
+        store_record(s, (struct repkv_event){.kind = REPKV_EVENT_WRITE, .layer = -1, .lane = -1, .block = staging->block,
+                                             .n_units = s->blocks[staging->block].n_units, .begin_ms = begin});
         if (result == REPKV_IO_OK) {
             s->blocks[staging->block].offset = staging->offset;
             s->blocks[staging->block].staged = -1;

@@ -1,8 +1,9 @@
 #include "block_store_private.h"
 
-void store_record(struct repkv_store *s, enum repkv_event_kind kind, int32_t layer, int32_t block, bool ahead, double begin) {
+void store_record(struct repkv_store *s, struct repkv_event event) {
     if (s->n_events == s->max_events) return;
-    s->events[s->n_events++] = (struct repkv_event){(int32_t)kind, layer, block, ahead, begin, now_ms()};
+    event.end_ms = now_ms();
+    s->events[s->n_events++] = event;
 }
 
 void repkv_store_get_stats(struct repkv_store *s, struct repkv_store_stats *stats) {

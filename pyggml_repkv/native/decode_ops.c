@@ -113,18 +113,17 @@ void repkv_gate_up(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
 void repkv_attend(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     const struct repkv_op_params *p = userdata;
     const struct repkv_attend_sources *src = SOURCES(dst, attend);
-    const float *qkv = src->qkv->data;
-    const float *cosine = src->rope->data, *sine = cosine + p->rope_dim / 2;
+    const float *qkv = src->qkv->data, *table = src->rope->data;
     const int32_t *cells = src->cells->data;
-    const int d = p->head_dim;
-
-    struct attention a = attention_begin(p, dst, ith);
-    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, cosine, sine, p->rope_dim, d);
-
-    int64_t begin, end;
-    share(cells[1], ith, nth, &begin, &end);
-    attend_range(&a, a.q, src->k_arena, src->v_arena, 0, begin, end);
-    if (ith == nth - 1) attend_new(&a, a.q, src->k_arena, src->v_arena, 0, cells[0], qkv, cosine, sine);
+    struct attention a;
+    attention_begin(&a, p, dst, ith);
+    rotate_queries(p, a.near, qkv, table);
+    attention_share(&a, cells[1] + 1, ith, nth);
+    attend_in(&a, a.near, src->k_arena, src->v_arena, 0, p->n_head_kv);
+    if (ith == nth - 1) store_new(&a, src->k_arena, src->v_arena, cells[0], qkv, table);
+    attend_rows(&a, 0, cells[1], 0);
+    attend_rows(&a, cells[0], cells[0] + 1, 0);
+    attention_end(&a);
 }
 
 /* Merges the threads' partial sums of one head to its output y [d]. */

@@ -9,18 +9,9 @@ void repkv_hooks_begin(struct repkv_hooks *h) {
     h->next = h->status = h->n_asked = 0;
 }
 
-/* Starts to read the blocks of one half of kept-l, each once. Those that do not fit the list are read when required. */
+/* Starts to read the units of one half of kept-l. */
 static void fetch_kept(const struct repkv_hooks *h, const struct ggml_tensor *kept, int half, int32_t layer) {
-    int32_t blocks[REPKV_MAX_AHEAD], n = 0;
-    for (int64_t r = 0; r < kept->ne[1]; r++) {
-        const int32_t *row = kept_row(kept, half, r);
-        for (int32_t i = 1; i <= row[0] && n < REPKV_MAX_AHEAD; i++) {
-            int32_t at = 0;
-            while (at < n && blocks[at] != row[i]) at++;
-            if (at == n) blocks[n++] = row[i];
-        }
-    }
-    if (n > 0) repkv_store_fetch(h->store, layer, blocks, n);
+    repkv_store_fetch(h->store, layer, kept_row(kept, half, 0), (int32_t)kept->ne[1], kept->ne[0]);
 }
 
 static int last_half(const struct ggml_tensor *node) {

@@ -28,10 +28,7 @@ struct repkv_hooks {
     int32_t half;           /* of kept-l, in which they keep blocks for the next token */
 };
 
-enum {
-    REPKV_HOOK_CHANGED = -3, /* debug: an attended slot changed */
-    REPKV_MAX_AHEAD = 256,   /* most blocks of a layer to read ahead */
-};
+enum { REPKV_HOOK_CHANGED = -3 }; /* debug: an attended slot changed */
 
 /* Call it before a step. */
 void repkv_hooks_begin(struct repkv_hooks *hooks);

@@ -18,9 +18,33 @@ struct repkv_key_centre {
     const float *bias, *tables;
 };
 
+/* Compact positions of older tokens, whose keys are stored before RoPE: those that a key head attends stand side by side, in
+ * order, just before the window. Positions count from the window's first token.
+ * keys [n, rope_dim]: cosines, then sines, of positions -1, -2, ..., as far back as a step attends.
+ * query [rope_dim]: turns a rotated query to its own position. */
+struct repkv_order {
+    const float *keys, *query;
+};
+
 /* Returns the bias of a key head, or NULL where keys are stored as they are. */
 static inline const float *key_bias(const struct repkv_op_params *p, int kv) {
     return p->centre ? p->centre->bias + (size_t)kv * (size_t)p->head_dim : NULL;
+}
+
+/* Rotates the pairs (i, i + rope_dim / 2) of x, in place. */
+static inline void turn_f32(float *x, const float *table, int rope_dim) {
+    const int half = rope_dim / 2;
+    int i = 0;
+    for (; i + 16 <= half; i += 16) {
+        const f32x16 a = load16(x + i), b = load16(x + half + i), c = load16(table + i), s = load16(table + half + i);
+        store16(x + i, a * c - b * s);
+        store16(x + half + i, a * s + b * c);
+    }
+    for (; i < half; i++) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * table[i] - b * table[i + half];
+        x[i + half] = a * table[i + half] + b * table[i];
+    }
 }
 
 /* y[n][stride] += sign * the bias of one head, rotated as at positions from `position` on, all in one CENTRE_STEP. */

@@ -11,7 +11,7 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     const struct ggml_tensor *qkv = src->qkv, *k_store = src->k_store, *v_store = src->v_store;
     const float *table = src->rope->data;
     const struct repkv_regions *regions = regions_of(src->regions);
-    const int d = p->head_dim, half = p->rope_dim / 2;
+    const int d = p->head_dim;
     const size_t k_head_bytes = k_store->nb[1] / (size_t)p->n_head_kv, v_head_bytes = v_store->nb[1] / (size_t)p->n_head_kv;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, repkv_piece((size_t)d) + repkv_piece((size_t)d * PANEL));
     float *buffer = repkv_take(&s, (size_t)d), *keys = repkv_take(&s, (size_t)d * PANEL);
@@ -28,22 +28,14 @@ void repkv_store_far(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
             scatter_panel(v_store, x + (p->n_head + p->n_head_kv + h) * d * PANEL, first_row, n_tokens, h, v_head_bytes, d, buffer);
         }
         for (int h = 0; h < p->n_head; h++, x += d * PANEL, y += d * PANEL) {
-            for (int i = 0; i < half; i++) {
-                const float c = table[i] * p->scale, s = table[i + half] * p->scale;
-                for (int t = 0; t < PANEL; t += 16) {
-                    const f32x16 a = load16(x + i * PANEL + t), b = load16(x + (i + half) * PANEL + t);
-                    store16(y + i * PANEL + t, a * c - b * s);
-                    store16(y + (i + half) * PANEL + t, a * s + b * c);
-                }
-            }
-            for (int i = p->rope_dim * PANEL; i < d * PANEL; i += 16) store16(y + i, load16(x + i) * p->scale);
+            turn_panel(y, x, table, p->scale, p->rope_dim, d);
         }
     }
 }
 
-/* Returns the runs of rows that a key head attends: [0] how many, then the place of each. */
-static const int32_t *runs_of(const struct ggml_tensor *runs, int kv) {
-    return (const int32_t *)runs->data + (runs->ne[1] > 1 ? kv * runs->ne[0] : 0);
+/* Returns the runs of rows that a key head attends, of a group of queries: [0] how many, then the place of each. */
+static const int32_t *runs_of(const struct ggml_tensor *runs, int64_t group, int n_head_kv, int kv) {
+    return (const int32_t *)runs->data + (runs->ne[1] > 1 ? (group * n_head_kv + kv) * runs->ne[0] : 0);
 }
 
 static const struct place *places_of(const int32_t *runs) {
@@ -53,6 +45,13 @@ static const struct place *places_of(const int32_t *runs) {
 /* The position of a row of the store less its number, as keys_f32 takes it. */
 static int64_t store_shift(const struct repkv_regions *regions, int64_t position_less_row) {
     return regions->far ? UNROTATED : position_less_row;
+}
+
+/* Returns how many rows of the store a key head attends with these runs. */
+static int64_t rows_of(const struct repkv_regions *regions, const int32_t *runs) {
+    int64_t n = regions->sink_end + regions->local - regions->remainder;
+    for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
+    return n;
 }
 
 void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -66,53 +65,55 @@ void repkv_attend_memory(struct ggml_tensor *dst, int ith, int nth, void *userda
         if (repkv_abort_requested(p->compute)) return;
         const int64_t panel = unit / p->n_head_kv;
         const int kv = (int)(unit % p->n_head_kv);
-        const int32_t *runs = runs_of(src->runs, kv);
+        const int32_t *runs = runs_of(src->runs, p->group > 0 ? panel * PANEL / p->group : 0, p->n_head_kv, kv);
         struct panel_attention a = panel_attention_begin(p, dst, panel, kv, ith);
-        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
+        const float *q = panel_queries(&a, q_far);
+        if (p->order) {
+            for (int g = 0; g < p->n_head / p->n_head_kv; g++) {
+                const int head = g * p->head_dim * PANEL;
+                turn_panel(a.turned + head, panel_queries(&a, q_local) + head, p->order->query, 1.0f, p->rope_dim, p->head_dim);
+            }
+            q = a.turned;
+            a.turn = p->order->keys + rows_of(regions, runs) * p->rope_dim;
+        }
+        gather_cells(&a, q, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end);
         for (int i = 0; i < runs[0]; i++) {
             const struct place at = places_of(runs)[i];
-            gather_cells(&a, q_far, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens);
+            gather_cells(&a, q, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens);
         }
-        gather_cells(&a, q_far, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
+        gather_cells(&a, q, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
                      regions->local - store_base);
-        attend_gathered(&a, q_far, 0, INT32_MAX);
+        attend_gathered(&a, q, 0, INT32_MAX);
+        a.turn = NULL;
         const int64_t done = (panel + 1) * PANEL < regions->n_tokens ? (panel + 1) * PANEL : regions->n_tokens;
         const int64_t first = regions->first - base;
-        attend_cells(&a, q_local, k_local, v_local, base, regions->local - base, first + done, first + panel * PANEL);
+        attend_cells(&a, panel_queries(&a, q_local), k_local, v_local, base, regions->local - base, first + done, first + panel * PANEL);
         panel_attention_end(&a);
     }
 }
 
-/* Attends the part of a run of rows [begin, end) that is in the thread's share [mine_begin, mine_end) of all rows, for one key
- * head or (kv < 0) for all; moves `offset` past the run. */
-static void attend_part(const struct attention *a, const float *q, const struct ggml_tensor *k_arena,
-                        const struct ggml_tensor *v_arena, int64_t shift, int64_t begin, int64_t end, int kv, int64_t *offset,
-                        int64_t mine_begin, int64_t mine_end) {
-    const int64_t start = *offset;
-    *offset += end - begin;
-    const int64_t low = mine_begin > start ? mine_begin - start : 0;
-    const int64_t high = mine_end - start < end - begin ? mine_end - start : end - begin;
-    if (low >= high) return;
-    if (kv < 0) {
-        attend_range(a, q, k_arena, v_arena, shift, begin + low, begin + high);
-    } else {
-        attend_range_of_head(a, q, k_arena, v_arena, shift, begin + low, begin + high, kv);
+static void attend_runs(struct attention *a, const struct repkv_regions *regions, const int32_t *runs) {
+    for (int i = 0; i < runs[0]; i++) {
+        const struct place at = places_of(runs)[i];
+        attend_rows(a, at.row, at.row + at.n_tokens, store_shift(regions, at.position - at.row));
     }
 }
 
-static int64_t rows_of(const int32_t *runs) {
-    int64_t n = 0;
-    for (int i = 0; i < runs[0]; i++) n += places_of(runs)[i].n_tokens;
-    return n;
-}
-
-static void attend_runs(const struct attention *a, const struct ggml_tensor *k_store, const struct ggml_tensor *v_store,
-                        const struct repkv_regions *regions, const int32_t *runs, int kv, int64_t *offset, int64_t mine_begin,
-                        int64_t mine_end) {
-    for (int i = 0; i < runs[0]; i++) {
-        const struct place at = places_of(runs)[i];
-        attend_part(a, a->q, k_store, v_store, store_shift(regions, at.position - at.row), at.row, at.row + at.n_tokens, kv,
-                    offset, mine_begin, mine_end);
+/* Writes the new token to its row of the store: the same key as in `local`, or with far positions the key before RoPE. */
+static void store_evictable(const struct attention *a, const struct repkv_attend_memory_one_sources *src, int64_t local_row,
+                            int64_t store_row, int far) {
+    const struct repkv_op_params *p = a->p;
+    const struct ggml_tensor *k_local = src->k_local, *k_store = src->k_store, *v_store = src->v_store;
+    const int d = p->head_dim, n_kv = p->n_head_kv;
+    for (int kv = 0; kv < n_kv; kv++) {
+        const float *key = a->rows, *x = (const float *)src->qkv->data + (p->n_head + kv) * d;
+        if (far) {
+            key = stored_key(p, a->rows, x, kv);
+        } else {
+            to_f32(k_local->type, row(k_local, local_row) + head_bytes(p, k_local) * (size_t)kv, a->rows, d);
+        }
+        from_f32(k_store->type, key, row(k_store, store_row) + head_bytes(p, k_store) * (size_t)kv, d);
+        from_f32(v_store->type, x + n_kv * d, row(v_store, store_row) + head_bytes(p, v_store) * (size_t)kv, d);
     }
 }
 
@@ -120,47 +121,37 @@ void repkv_attend_memory_one(struct ggml_tensor *dst, int ith, int nth, void *us
     const struct repkv_op_params *p = userdata;
     const struct repkv_attend_memory_one_sources *src = SOURCES(dst, attend_memory_one);
     const float *qkv = src->qkv->data, *near = src->rope->data, *far = near + p->rope_dim;
-    const struct ggml_tensor *k_local = src->k_local, *v_local = src->v_local, *k_store = src->k_store, *v_store = src->v_store;
     const struct repkv_regions *regions = regions_of(src->regions);
-    const int d = p->head_dim, half = p->rope_dim / 2;
     const int64_t base = regions->local_base, store_base = regions->store_base;
-    int64_t begin, end, offset = 0;
+    const struct ggml_tensor *runs = src->runs;
+    const int n_together = runs->ne[1] > 1 ? 1 : p->n_head_kv; /* key heads that attend the same rows */
+    int64_t n_far = 0;
 
-    struct attention a = attention_begin(p, dst, ith);
-    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, far, far + half, p->rope_dim, d);
-    const bool per_head = src->runs->ne[1] > 1;
-    if (per_head) {
-        int64_t n_rows = 0;
-        for (int kv = 0; kv < p->n_head_kv; kv++) n_rows += rows_of(runs_of(src->runs, kv));
-        share(n_rows, ith, nth, &begin, &end);
-        for (int kv = 0; kv < p->n_head_kv; kv++) {
-            attend_runs(&a, k_store, v_store, regions, runs_of(src->runs, kv), kv, &offset, begin, end);
-        }
-        offset = 0;
+    struct attention a;
+    attention_begin(&a, p, dst, ith);
+    if (ith == nth - 1) {
+        const int64_t new_row = regions->first - base, store_row = regions->first - store_base;
+        store_new(&a, src->k_local, src->v_local, new_row, qkv, near);
+        if (store_row < src->k_store->ne[1]) store_evictable(&a, src, new_row, store_row, regions->far);
     }
-    const int32_t none = 0, *runs = per_head ? &none : runs_of(src->runs, 0);
-    const int64_t n_others = regions->sink_end + regions->local - regions->remainder + regions->first - regions->local;
-    share(n_others + rows_of(runs), ith, nth, &begin, &end);
-    attend_part(&a, a.q, k_store, v_store, store_shift(regions, 0), 0, regions->sink_end, -1, &offset, begin, end);
-    attend_runs(&a, k_store, v_store, regions, runs, -1, &offset, begin, end);
-    attend_part(&a, a.q, k_store, v_store, store_shift(regions, store_base), regions->remainder - store_base,
-                regions->local - store_base, -1, &offset, begin, end);
-    for (int h = 0; h < p->n_head; h++) rope(a.q + h * d, qkv + h * d, near, near + half, p->rope_dim, d);
-    attend_part(&a, a.q, k_local, v_local, base, regions->local - base, regions->first - base, -1, &offset, begin, end);
-    if (ith != nth - 1) return;
-
-    attend_new(&a, a.q, k_local, v_local, base, regions->first - base, qkv, near, near + half);
-    const int64_t store_row = regions->first - store_base;
-    if (store_row >= k_store->ne[1]) return;
-    /* The store gets the same key as `local`, or with far positions the key before RoPE. */
-    if (regions->far) {
-        memcpy(a.keys, qkv + p->n_head * d, (size_t)(p->n_head_kv * d) * sizeof(float));
-        add_centre(p, a.keys, 1, 0, UNROTATED, 0, p->n_head_kv, -1.0f);
-    } else {
-        to_f32(k_local->type, row(k_local, regions->first - base), a.keys, p->n_head_kv * d);
+    rotate_queries(p, a.near, qkv, near);
+    rotate_queries(p, a.older, qkv, p->order ? near : far);
+    for (int h = 0; h < p->n_head && p->order; h++) turn_f32(a.older + h * p->head_dim, p->order->query, p->rope_dim);
+    for (int kv = 0; kv < p->n_head_kv; kv += n_together) n_far += rows_of(regions, runs_of(runs, 0, p->n_head_kv, kv));
+    attention_share(&a, n_far, ith, nth);
+    for (int kv = 0; kv < p->n_head_kv; kv += n_together) {
+        const int32_t *attended = runs_of(runs, 0, p->n_head_kv, kv);
+        attend_in(&a, a.older, src->k_store, src->v_store, kv, kv + n_together);
+        if (p->order) a.turn = p->order->keys + rows_of(regions, attended) * p->rope_dim;
+        attend_rows(&a, 0, regions->sink_end, store_shift(regions, 0));
+        attend_runs(&a, regions, attended);
+        attend_rows(&a, regions->remainder - store_base, regions->local - store_base, store_shift(regions, store_base));
     }
-    from_f32(k_store->type, a.keys, row(k_store, store_row), p->n_head_kv * d);
-    from_f32(v_store->type, qkv + (p->n_head + p->n_head_kv) * d, row(v_store, store_row), p->n_head_kv * d);
+    a.turn = NULL;
+    attention_share(&a, regions->first + 1 - regions->local, ith, nth);
+    attend_in(&a, a.near, src->k_local, src->v_local, 0, p->n_head_kv);
+    attend_rows(&a, regions->local - base, regions->first + 1 - base, base);
+    attention_end(&a);
 }
 
 void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, int n_heads, int head_dim, const float *table,

@@ -4,6 +4,7 @@
 
 #include "decode_ops.h"
 #include "prefill_ops.h"
+#include "scan_ops.h"
 #include "score_ops.h"
 #include "select_ops.h"
 #include "simd.h"
@@ -39,7 +40,9 @@ size_t repkv_scratch_size(int n_embd, int n_ff, int n_head, int n_head_kv, int h
     const size_t select = repkv_select_scratch(n_head, head_dim);
     const size_t score = repkv_score_scratch(n_head / n_head_kv, n_head_kv, head_dim);
     size_t most = decode > prefill ? decode : prefill;
+    const size_t scan = repkv_scan_scratch(n_head, n_head_kv, head_dim);
     most = most > select ? most : select;
+    most = most > scan ? most : scan;
     return most > score ? most : score;
 }
 

@@ -12,6 +12,7 @@
 
 struct repkv_compute;
 struct repkv_key_centre;
+struct repkv_order;
 
 struct repkv_op_params {
     float eps;          /* RMS norm */
@@ -29,12 +30,19 @@ struct repkv_op_params {
     int32_t n_repr;  /* relevance: representatives per block and key head */
     int32_t n_top;   /* block_topk: most blocks that it can select */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
-    int32_t per_head;  /* block_topk: whether every key head selects its own blocks */
+    int32_t n_rows;    /* block_topk, scan_tokens: selections that are made */
+    int32_t n_lines;   /* block_topk: lines of relevance that are added up for each of them */
+    int32_t n_padded;  /* block_topk, scan_tokens: numbers in a line */
+    int32_t by_size;   /* block_topk: whether the weight of a token counts, not that of a unit */
+    int32_t bits;      /* scan_tokens: of a code */
+    int32_t group;     /* queries of a chunk that share a selection, a multiple of PANEL; 0: all of them */
+    int32_t stride;    /* scan_tokens: every so manyth query is asked */
     int32_t n_threads;
     char *scratch;
     size_t scratch_stride;
     const struct repkv_compute *compute; /* of the backend that computes the node, see compute.h */
     const struct repkv_key_centre *centre; /* of the layer whose keys the node stores or reads, see keys.h; NULL: none */
+    const struct repkv_order *order; /* attend_memory: see keys.h; NULL: older tokens are as the store has them */
     float sign; /* shift_keys */
     ggml_custom_op_t traced;  /* repkv_traced_op: the op that it runs */
     int64_t begin_ns, end_ns; /* repkv_traced_op: when the first thread last ran it, CLOCK_MONOTONIC */

@@ -37,6 +37,20 @@ static inline void rope_panel(float *y, const float *x, const float *rope, float
     for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
 }
 
+/* As rope_panel by one table [rope_dim] for all tokens. */
+static inline void turn_panel(float *y, const float *x, const float *table, float scale, int rope_dim, int head_dim) {
+    const int half = rope_dim / 2;
+    for (int i = 0; i < half; i++) {
+        const float c = table[i] * scale, s = table[i + half] * scale;
+        for (int t = 0; t < PANEL; t += 16) {
+            const f32x16 a = load16(x + i * PANEL + t), b = load16(x + (i + half) * PANEL + t);
+            store16(y + i * PANEL + t, a * c - b * s);
+            store16(y + (i + half) * PANEL + t, a * s + b * c);
+        }
+    }
+    for (int i = rope_dim * PANEL; i < head_dim * PANEL; i += 16) store16(y + i, load16(x + i) * scale);
+}
+
 /* Writes the tokens of one head's panel [d][PANEL] to their cells of an arena, up to its last row. */
 static inline void scatter_panel(const struct ggml_tensor *arena, const float *x, int64_t first_cell, int n_tokens, int head,
                           size_t head_bytes, int d, float *buffer) {
@@ -82,12 +96,14 @@ struct panel_attention {
     int kv;
     size_t first; /* of the panel's heads in packed queries and outputs */
     float *out, *keys, *values, *scores, *max, *sum;
-    int n_cells; /* gathered and not attended yet */
+    float *turned;     /* [group][head_dim][PANEL]: room for queries */
+    const float *turn; /* after the table of the next key that is gathered, in struct repkv_order; NULL: none is turned */
+    int n_cells;       /* gathered and not attended yet */
 };
 
 static inline size_t panel_attention_scratch(int group, int head_dim) {
     return 2 * repkv_piece(ATTEND_TILE * (size_t)head_dim) + repkv_piece(ATTEND_TILE * PANEL) +
-           2 * repkv_piece((size_t)group * PANEL);
+           2 * repkv_piece((size_t)group * PANEL) + repkv_piece((size_t)(group * head_dim) * PANEL);
 }
 
 static inline struct panel_attention panel_attention_begin(const struct repkv_op_params *p, struct ggml_tensor *dst,
@@ -102,6 +118,7 @@ static inline struct panel_attention panel_attention_begin(const struct repkv_op
     a.scores = repkv_take(&s, ATTEND_TILE * PANEL);
     a.max = repkv_take(&s, (size_t)(group * PANEL));
     a.sum = repkv_take(&s, (size_t)(group * PANEL));
+    a.turned = repkv_take(&s, (size_t)(group * d * PANEL));
     memset(a.out, 0, (size_t)(group * d * PANEL) * sizeof(float));
     for (int i = 0; i < group * PANEL; i++) {
         a.max[i] = LEAST;
@@ -110,10 +127,13 @@ static inline struct panel_attention panel_attention_begin(const struct repkv_op
     return a;
 }
 
-static inline void attend_gathered(struct panel_attention *a, const struct ggml_tensor *queries, int64_t first,
-                                   int64_t visible_of_lane_0) {
+/* Returns the panel's queries of the key head. */
+static inline const float *panel_queries(const struct panel_attention *a, const struct ggml_tensor *queries) {
+    return (const float *)queries->data + a->first;
+}
+
+static inline void attend_gathered(struct panel_attention *a, const float *q, int64_t first, int64_t visible_of_lane_0) {
     const int d = a->p->head_dim, group = a->p->n_head / a->p->n_head_kv;
-    const float *q = (const float *)queries->data + a->first;
     for (int g = 0; g < group && a->n_cells > 0; g++) {
         const size_t head = (size_t)(g * d * PANEL);
         attend_tile(a->out + head, a->max + g * PANEL, a->sum + g * PANEL, a->scores, q + head, a->keys, a->values, a->n_cells,
@@ -127,31 +147,33 @@ static inline void gather_rows(struct panel_attention *a, const struct ggml_tens
                                int64_t shift, int64_t first, int n) {
     const int d = a->p->head_dim;
     const size_t v_offset = v_arena->nb[1] / (size_t)a->p->n_head_kv * (size_t)a->kv;
-    keys_f32(a->p, a->keys + a->n_cells * d, (size_t)d, k_arena, first, n, a->kv, 1, shift);
+    float *keys = a->keys + a->n_cells * d;
+    keys_f32(a->p, keys, (size_t)d, k_arena, first, n, a->kv, 1, shift);
+    for (int c = 0; c < n && a->turn; c++) turn_f32(keys + c * d, a->turn -= a->p->rope_dim, a->p->rope_dim);
     for (int c = 0; c < n; c++) to_f32(v_arena->type, row(v_arena, first + c) + v_offset, a->values + (a->n_cells + c) * d, d);
     a->n_cells += n;
 }
 
 /* Gathers cells that every lane sees and attends whole tiles of them, so that short runs share a tile. Call attend_gathered
  * after the last run. */
-static inline void gather_cells(struct panel_attention *a, const struct ggml_tensor *queries,
-                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t shift,
+static inline void gather_cells(struct panel_attention *a, const float *q, const struct ggml_tensor *k_arena,
+                                const struct ggml_tensor *v_arena, int64_t shift,
                                 int64_t first, int64_t end) {
     while (first < end) {
         const int room = ATTEND_TILE - a->n_cells, n = end - first < room ? (int)(end - first) : room;
         gather_rows(a, k_arena, v_arena, shift, first, n);
-        if (a->n_cells == ATTEND_TILE) attend_gathered(a, queries, 0, INT32_MAX);
+        if (a->n_cells == ATTEND_TILE) attend_gathered(a, q, 0, INT32_MAX);
         first += n;
     }
 }
 
 /* Attends cells [first, end) of the arenas with packed, scaled queries. Lane t sees cells up to visible_of_lane_0 + t. */
-static inline void attend_cells(struct panel_attention *a, const struct ggml_tensor *queries,
-                                const struct ggml_tensor *k_arena, const struct ggml_tensor *v_arena, int64_t shift,
+static inline void attend_cells(struct panel_attention *a, const float *q, const struct ggml_tensor *k_arena,
+                                const struct ggml_tensor *v_arena, int64_t shift,
                                 int64_t first, int64_t end, int64_t visible_of_lane_0) {
     for (int64_t c0 = first; c0 < end; c0 += ATTEND_TILE) {
         gather_rows(a, k_arena, v_arena, shift, c0, end - c0 < ATTEND_TILE ? (int)(end - c0) : ATTEND_TILE);
-        attend_gathered(a, queries, c0, visible_of_lane_0);
+        attend_gathered(a, q, c0, visible_of_lane_0);
     }
 }
 

@@ -214,7 +214,7 @@ void repkv_attend_chunk(struct ggml_tensor *dst, int ith, int nth, void *userdat
         const int64_t panel = unit / p->n_head_kv;
         struct panel_attention a = panel_attention_begin(p, dst, panel, (int)(unit % p->n_head_kv), ith);
         const int64_t n_tokens = cells[1] < (panel + 1) * PANEL ? cells[1] : (panel + 1) * PANEL;
-        attend_cells(&a, src->q, src->k_arena, src->v_arena, 0, 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
+        attend_cells(&a, panel_queries(&a, src->q), src->k_arena, src->v_arena, 0, 0, cells[0] + n_tokens, cells[0] + panel * PANEL);
         panel_attention_end(&a);
     }
 }

@@ -1,8 +1,9 @@
 /* The parts of a sequence that a step of a bounded memory sees, as the ops get them.
  *
  * Two arenas per layer: `local` holds the rotated keys of the window, row = position - local_base; `store` holds sinks at
- * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and blocks where
- * `places` I32 [n_blocks, 3] says. Its keys are as before RoPE (far positions) or rotated at their true position (exact). */
+ * row = position, tokens from the remainder on at row = position - store_base, as far as it has rows, and units where
+ * `places` I32 [1 or n_lanes, n_units, 3] says: a unit is a part of a block, or all of it; a lane is one key head, or all of
+ * them. Its keys are as before RoPE (far positions) or rotated at their true position (exact). */
 #ifndef REPKV_REGIONS_H
 #define REPKV_REGIONS_H
 
@@ -16,9 +17,9 @@ struct repkv_regions {
     int32_t remainder;  /* evicted tokens that fill no block are [remainder, local) */
     int32_t local;      /* the window is [local, first) */
     int32_t local_base; /* position less row in `local` */
-    int32_t n_blocks;   /* in the index */
+    int32_t n_blocks;   /* units that can be selected */
     int32_t far;        /* 1: far positions */
-    int32_t n_select;   /* blocks to select, if there are as many */
+    int32_t budget;     /* tokens to select, if there are as many */
     int32_t store_base; /* position less row in `store` */
     int32_t kept;       /* half of kept-l with the last token's selection; -1: none */
 };
@@ -37,7 +38,7 @@ static inline int kept_half(int last) {
     return last == 0;
 }
 
-/* The place of a block in the store, and the position of its first token. */
+/* The place of a unit in the store, and the position of its first token. */
 struct place {
     int32_t row, n_tokens, position;
 };

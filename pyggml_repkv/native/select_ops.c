@@ -22,9 +22,6 @@ size_t repkv_select_scratch(int n_head, int head_dim) {
     return relevance > topk ? relevance : topk;
 }
 
-/* The value of a NaN, and of lanes beyond the last block: below any relevance. */
-#define LOWEST (-3.0e38f)
-
 #if defined(REPKV_HALVES)
 /* Eight blocks at a time: the accumulators of sixteen would not fit into the registers. */
 typedef __m256 lanes;
@@ -213,58 +210,118 @@ static void head_totals(const struct repkv_op_params *p, float *max, float *scal
     }
 }
 
-/* One row of a selection: its heads [h0, h1), their weights, and its place. */
-struct row_of_blocks {
+/* One row of a selection: its lines [l0, l1) of x, their totals for REPKV_LSE, and its place. */
+struct row_of_units {
     const float *x, *max, *scale;
+    const int32_t *bounds;
     int64_t n_padded;
-    int n_blocks, h0, h1;
+    int n_units, l0, l1;
     int32_t *selected;
     int n_top;
+    int64_t budget;
     const int32_t *kept; /* the last token's selection, ascending; NULL: none */
 };
 
-static inline f32x16 weights_of(const struct repkv_op_params *p, const struct row_of_blocks *r, int first) {
+static inline f32x16 weights_of(const struct repkv_op_params *p, const struct row_of_units *r, int first) {
     f32x16 weight = splat16(0.0f);
-    for (int h = r->h0; h < r->h1; h++) {
-        const f32x16 v = load16(r->x + h * r->n_padded + first);
-        weight += p->relevance == REPKV_LSE ? select16(above16(v, splat16(LOWEST)), exp16(v - r->max[h]), splat16(0.0f)) * r->scale[h] : v;
+    for (int l = r->l0; l < r->l1; l++) {
+        const f32x16 v = load16(r->x + l * r->n_padded + first);
+        weight += p->relevance == REPKV_LSE ? select16(above16(v, splat16(LOWEST)), exp16(v - r->max[l]), splat16(0.0f)) * r->scale[l] : v;
     }
     return weight;
 }
 
-/* Sets selected[0] to the number of blocks, then the best blocks, ascending. */
-static void select_blocks(const struct repkv_op_params *p, const struct row_of_blocks *r, float *best) {
-    int32_t *selected = r->selected;
+/* The best units so far, as a heap with the worst at its root. */
+struct heap {
+    float *weight;
+    int32_t *unit;
+    int n;
+};
+
+static inline bool worse(const struct heap *h, int a, int b) {
+    return h->weight[a] < h->weight[b] || (h->weight[a] == h->weight[b] && h->unit[a] > h->unit[b]);
+}
+
+static inline void swap(struct heap *h, int a, int b) {
+    const float weight = h->weight[a];
+    const int32_t unit = h->unit[a];
+    h->weight[a] = h->weight[b];
+    h->unit[a] = h->unit[b];
+    h->weight[b] = weight;
+    h->unit[b] = unit;
+}
+
+static void sift_down(struct heap *h, int at, int n) {
+    for (int child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && worse(h, child + 1, child)) child++;
+        if (!worse(h, child, at)) return;
+        swap(h, child, at);
+    }
+}
+
+/* Keeps a unit with a higher number than all before it, if it is among the n_top best; of equals the first stay. */
+static void offer(struct heap *h, int n_top, float weight, int32_t unit) {
+    if (h->n == n_top) {
+        if (!(weight > h->weight[0])) return;
+        h->weight[0] = weight;
+        h->unit[0] = unit;
+        sift_down(h, 0, h->n);
+        return;
+    }
+    int at = h->n++;
+    h->weight[at] = weight;
+    h->unit[at] = unit;
+    for (; at > 0 && worse(h, at, (at - 1) / 2); at = (at - 1) / 2) swap(h, at, (at - 1) / 2);
+}
+
+static void sort_ascending(int32_t *x, int n) {
+    for (int gap = n / 2; gap > 0; gap /= 2) {
+        for (int i = gap; i < n; i++) {
+            const int32_t v = x[i];
+            int j = i;
+            for (; j >= gap && x[j - gap] > v; j -= gap) x[j] = x[j - gap];
+            x[j] = v;
+        }
+    }
+}
+
+/* Sets selected[0] to the number of units, then the best ones that fit the budget, ascending. */
+static void select_units(const struct repkv_op_params *p, const struct row_of_units *r, float *best) {
     const float factor = p->relevance == REPKV_LSE ? expf(p->sticky) : 1.0f;
-    const float bonus = p->relevance == REPKV_LSE ? 0.0f : p->sticky * (float)(r->h1 - r->h0);
-    int n = 0, at_kept = 1;
-    for (int first = 0; first < r->n_blocks; first += LANES) {
-        f32x16 weight = weights_of(p, r, first);
-        const int n_lanes = r->n_blocks - first < LANES ? r->n_blocks - first : LANES;
+    const float bonus = p->relevance == REPKV_LSE ? 0.0f : p->sticky * (float)(r->l1 - r->l0);
+    struct heap heap = {best, r->selected + 1, 0};
+    int at_kept = 1;
+    for (int first = 0; first < r->n_units; first += LANES) {
+        float weight[LANES], size[LANES];
+        store16(weight, weights_of(p, r, first));
+        const int n_lanes = r->n_units - first < LANES ? r->n_units - first : LANES;
         for (; r->kept != NULL && at_kept <= r->kept[0] && r->kept[at_kept] < first + n_lanes; at_kept++) {
-            const int b = r->kept[at_kept] - first;
-            weight[b] = weight[b] * factor + bonus;
+            const int u = r->kept[at_kept] - first;
+            weight[u] = weight[u] * factor + bonus;
         }
-        for (int b = 0; b < n_lanes; b++) {
-            /* A short sorted list, best first; of equals the earlier block first. */
-            if (n == r->n_top && !(weight[b] > best[n - 1])) continue;
-            int at = n < r->n_top ? n++ : n - 1;
-            for (; at > 0 && weight[b] > best[at - 1]; at--) {
-                best[at] = best[at - 1];
-                selected[1 + at] = selected[at];
-            }
-            best[at] = weight[b];
-            selected[1 + at] = first + b;
-        }
+        store16(size, splat16(1.0f));
+        for (int u = 0; p->by_size && u < n_lanes; u++) size[u] = (float)(r->bounds[first + u + 1] - r->bounds[first + u]);
+        const f32x16 worth = load16(weight) / load16(size);
+        /* Most units are worth less than the worst one so far. */
+        if (heap.n == r->n_top && !any_above16(worth, splat16(best[0]))) continue;
+        store16(weight, worth);
+        for (int u = 0; u < n_lanes; u++) offer(&heap, r->n_top, weight[u], first + u);
     }
-    selected[0] = n;
-    /* Sort the blocks, so that memory is read in order and sums do not depend on the ranking. */
-    for (int i = 1; i < n; i++) {
-        const int32_t b = selected[1 + i];
-        int j = i;
-        for (; j > 0 && selected[j] > b; j--) selected[1 + j] = selected[j];
-        selected[1 + j] = b;
+    for (int n = heap.n - 1; n > 0; n--) {
+        swap(&heap, 0, n);
+        sift_down(&heap, 0, n);
     }
+    int n = 0;
+    int64_t left = r->budget;
+    for (int i = 0; i < heap.n; i++) {
+        const int32_t unit = heap.unit[i], size = r->bounds[unit + 1] - r->bounds[unit];
+        if (size > left) continue;
+        left -= size;
+        heap.unit[n++] = unit;
+    }
+    r->selected[0] = n;
+    /* So that memory is read in order and sums do not depend on the ranking. */
+    sort_ascending(heap.unit, n);
 }
 
 void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -273,26 +330,25 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct repkv_regions *regions = regions_of(src->regions);
     const struct ggml_tensor *kept = src->kept;
     const float *x = src->relevance->data;
-    const int n_blocks = regions->n_blocks, last = kept ? regions->kept : -1;
-    const int n_rows = p->per_head ? p->n_head_kv : 1, heads = p->n_head / n_rows;
-    const int64_t n_padded = (src->relevance->ne[0] - (int64_t)p->n_threads * p->n_head * 2) / p->n_head;
+    const int32_t *bounds = src->units->data;
+    const int n_units = regions->n_blocks, last = kept ? regions->kept : -1, n_lines = p->n_lines;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, topk_scratch(p->n_head));
     float *max = repkv_take(&s, (size_t)p->n_head), *scale = repkv_take(&s, (size_t)p->n_head);
     float *best = repkv_take(&s, MAX_SELECTED);
-    if (ith >= n_rows) return;
-    int n_top = regions->n_select < p->n_top ? regions->n_select : p->n_top;
-    if (n_blocks > n_top && n_top > MAX_SELECTED) n_top = MAX_SELECTED;
-    const bool chooses = n_blocks > n_top && n_top > 0;
-    if (chooses) head_totals(p, max, scale, x + p->n_head * n_padded, nth);
-    for (int r = ith; r < n_rows; r += nth) {
+    if (ith >= p->n_rows) return;
+    const bool all = n_units <= p->n_top && bounds[n_units] - bounds[0] <= regions->budget;
+    const int n_top = p->n_top < MAX_SELECTED ? p->n_top : MAX_SELECTED;
+    const bool chooses = !all && n_top > 0 && regions->budget > 0;
+    if (chooses && p->relevance == REPKV_LSE) head_totals(p, max, scale, x + p->n_head * p->n_padded, nth);
+    for (int r = ith; r < p->n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
         if (chooses) {
-            const struct row_of_blocks row = {x, max, scale, n_padded, n_blocks, r * heads, (r + 1) * heads, selected,
-                                              n_top, last >= 0 ? kept_row(kept, last, r) : NULL};
-            select_blocks(p, &row, best);
+            const struct row_of_units row = {x, max, scale, bounds, p->n_padded, n_units, r * n_lines, (r + 1) * n_lines, selected,
+                                             n_top, regions->budget, last >= 0 ? kept_row(kept, last, r) : NULL};
+            select_units(p, &row, best);
         } else {
-            selected[0] = n_blocks < n_top ? n_blocks : n_top;
-            for (int b = 0; b < selected[0]; b++) selected[1 + b] = b;
+            selected[0] = all ? n_units : 0;
+            for (int u = 0; u < selected[0]; u++) selected[1 + u] = u;
         }
         if (kept == NULL) continue;
         int32_t *now = kept_row(kept, kept_half(last), r);
@@ -307,8 +363,9 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
 void repkv_locate(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
     (void)userdata;
     const struct repkv_locate_sources *src = SOURCES(dst, locate);
-    const struct place *places = src->places->data;
+    const int64_t n_planes = src->places->ne[2];
     for (int64_t r = ith; r < dst->ne[1]; r += nth) {
+        const struct place *places = (const struct place *)src->places->data + r % n_planes * src->places->ne[1];
         const int32_t *blocks = (const int32_t *)src->blocks->data + r * src->blocks->ne[0];
         int32_t *runs = (int32_t *)dst->data + r * dst->ne[0];
         struct place *run = (struct place *)(runs + 1);

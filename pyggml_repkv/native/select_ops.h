@@ -10,6 +10,9 @@
 
 enum { LANES = 16 };
 
+/* The value of a NaN, and of lanes beyond the last block: below any relevance, and finite. */
+#define LOWEST (-3.0e38f)
+
 enum repkv_relevance_kind {
     REPKV_LSE,  /* log of the sum of exp(q . representative), weighted by a softmax over blocks */
     REPKV_MEAN, /* mean of q . representative */

@@ -83,6 +83,55 @@ static inline float dot_f32(const float *a, const float *b, int n) {
 #endif
 }
 
+#if defined(__AVX512F__)
+static inline __attribute__((always_inline)) __m512 sums_across(const __m512 v[16]) {
+    __m512 four[4]; /* each 128-bit lane: sums over that lane's positions for four vectors */
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) {
+        const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * k], v[4 * k + 1]), _mm512_unpackhi_ps(v[4 * k], v[4 * k + 1]));
+        const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * k + 2], v[4 * k + 3]), _mm512_unpackhi_ps(v[4 * k + 2], v[4 * k + 3]));
+        four[k] = _mm512_add_ps(
+            _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
+    }
+    const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+#elif defined(REPKV_HALVES)
+static inline __attribute__((always_inline)) __m256 sums_across(const __m256 v[8]) {
+    __m256 two[4];
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps(v[2 * k], v[2 * k + 1]);
+    /* each 128-bit lane: sums over that half's positions for four vectors */
+    const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
+    return _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+#endif
+
+/* Returns the sums of the lanes of 16 vectors. */
+static inline __attribute__((always_inline)) f32x16 sums16(const f32x16 v[16]) {
+#if defined(__AVX512F__)
+    return (f32x16)sums_across((const __m512 *)v);
+#elif defined(REPKV_HALVES)
+    union halves sums;
+    for (int first = 0; first < 16; first += 8) {
+        __m256 both[8];
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; c++) {
+            const union halves u = {.whole = v[first + c]};
+            both[c] = _mm256_add_ps(u.half[0], u.half[1]);
+        }
+        sums.half[first / 8] = sums_across(both);
+    }
+    return sums.whole;
+#else
+    float sums[16];
+    for (int c = 0; c < 16; c++) sums[c] = sum16(v[c]);
+    return load16(sums);
+#endif
+}
+
 /* out[c] = a . b[c * stride ...] for 16 rows: the partial sums are added across lanes for all rows together. */
 static inline void dots16_f32(float *out, const float *a, const float *b, size_t stride, int n) {
 #if defined(__AVX512F__)
@@ -95,24 +144,13 @@ static inline void dots16_f32(float *out, const float *a, const float *b, size_t
 #pragma GCC unroll 16
             for (int c = 0; c < 16; c++) acc[c] = _mm512_fmadd_ps(v, _mm512_loadu_ps(b + (size_t)c * stride + i), acc[c]);
         }
-        __m512 four[4]; /* each 128-bit lane: sums over that lane's positions for four rows */
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; k++) {
-            const __m512 x = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k], acc[4 * k + 1]), _mm512_unpackhi_ps(acc[4 * k], acc[4 * k + 1]));
-            const __m512 y = _mm512_add_ps(_mm512_unpacklo_ps(acc[4 * k + 2], acc[4 * k + 3]), _mm512_unpackhi_ps(acc[4 * k + 2], acc[4 * k + 3]));
-            four[k] = _mm512_add_ps(
-                _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))),
-                _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))));
-        }
-        const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88), _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-        const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88), _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-        _mm512_storeu_ps(out, _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd)));
+        _mm512_storeu_ps(out, sums_across(acc));
         return;
     }
 #elif defined(REPKV_HALVES)
     if (n % 8 == 0) {
         for (int first = 0; first < 16; first += 8, b += 8 * stride) {
-            __m256 acc[8], two[4];
+            __m256 acc[8];
 #pragma GCC unroll 8
             for (int c = 0; c < 8; c++) acc[c] = _mm256_setzero_ps();
             for (int i = 0; i < n; i += 8) {
@@ -120,11 +158,7 @@ static inline void dots16_f32(float *out, const float *a, const float *b, size_t
 #pragma GCC unroll 8
                 for (int c = 0; c < 8; c++) acc[c] = _mm256_fmadd_ps(v, _mm256_loadu_ps(b + (size_t)c * stride + i), acc[c]);
             }
-#pragma GCC unroll 4
-            for (int k = 0; k < 4; k++) two[k] = _mm256_hadd_ps(acc[2 * k], acc[2 * k + 1]);
-            /* each 128-bit lane: sums over that half's positions for four rows */
-            const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
-            _mm256_storeu_ps(out + first, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+            _mm256_storeu_ps(out + first, sums_across(acc));
         }
         return;
     }
@@ -138,6 +172,65 @@ static inline void axpy_f32(float *y, const float *x, float s, int n) {
     int i = 0;
     for (; i + 16 <= n; i += 16) store16(y + i, load16(y + i) + sv * load16(x + i));
     for (; i < n; i++) y[i] += s * x[i];
+}
+
+/* Transposes four values of each row [stride] to y[4][32]. Rows four apart are read into a vector's 128-bit lanes, which leaves
+ * exchanges within lanes. */
+#if defined(__AVX512F__)
+enum { ROWS_AT_ONCE = 16 };
+
+static inline __m512 rows4_f32(const float *x, size_t stride) {
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(x));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(x + 4 * stride));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(x + 8 * stride));
+    return _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(x + 12 * stride));
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m512 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m512 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+    _mm512_storeu_ps(y, _mm512_castpd_ps(_mm512_unpacklo_pd(a, c)));
+    _mm512_storeu_ps(y + 32, _mm512_castpd_ps(_mm512_unpackhi_pd(a, c)));
+    _mm512_storeu_ps(y + 64, _mm512_castpd_ps(_mm512_unpacklo_pd(b, d)));
+    _mm512_storeu_ps(y + 96, _mm512_castpd_ps(_mm512_unpackhi_pd(b, d)));
+}
+#elif defined(REPKV_HALVES)
+enum { ROWS_AT_ONCE = 8 };
+
+static inline __m256 rows4_f32(const float *x, size_t stride) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(x)), _mm_loadu_ps(x + 4 * stride), 1);
+}
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    const __m256 r0 = rows4_f32(x, stride), r1 = rows4_f32(x + stride, stride);
+    const __m256 r2 = rows4_f32(x + 2 * stride, stride), r3 = rows4_f32(x + 3 * stride, stride);
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+    _mm256_storeu_ps(y, _mm256_castpd_ps(_mm256_unpacklo_pd(a, c)));
+    _mm256_storeu_ps(y + 32, _mm256_castpd_ps(_mm256_unpackhi_pd(a, c)));
+    _mm256_storeu_ps(y + 64, _mm256_castpd_ps(_mm256_unpacklo_pd(b, d)));
+    _mm256_storeu_ps(y + 96, _mm256_castpd_ps(_mm256_unpackhi_pd(b, d)));
+}
+#else
+enum { ROWS_AT_ONCE = 1 };
+
+static inline void transpose4_f32(float *y, const float *x, size_t stride) {
+    (void)stride;
+    for (int i = 0; i < 4; i++) y[32 * i] = x[i];
+}
+#endif
+
+/* y[i][0..31] = x[0..31][i], of 32 rows of n values. */
+static inline void transpose32_f32(float *y, const float *x, size_t n) {
+    const size_t whole = n / 4 * 4;
+    for (size_t i = 0; i < whole; i += 4) {
+        for (size_t r = 0; r < 32; r += ROWS_AT_ONCE) transpose4_f32(y + i * 32 + r, x + r * n + i, n);
+    }
+    for (size_t i = whole; i < n; i++) {
+        for (size_t r = 0; r < 32; r++) y[i * 32 + r] = x[r * n + i];
+    }
 }
 
 /* y [n] += sum over rows of weights[row] * x[row * stride ...] */
@@ -184,9 +277,17 @@ static inline void scale_f32(float *y, float s, int n) {
 #if defined(__F16C__)
 /* Converts n half-precision values to F32; n is a multiple of 8. */
 static inline void f16_to_f32(const void *x, float *y, int n) {
-    for (int i = 0; i < n; i += 8) {
-        _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)((const uint16_t *)x + i))));
+    const uint16_t *from = x;
+    int i = 0;
+#if defined(__AVX512F__)
+    for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+        for (int j = i; j < i + 64; j += 16) {
+            _mm512_storeu_ps(y + j, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + j))));
+        }
     }
+#endif
+    for (; i < n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
 }
 #endif
 
@@ -215,6 +316,18 @@ static inline i32x16 above16(f32x16 a, f32x16 b) {
 #endif
 }
 
+static inline int any_above16(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    const i32x16 mask = above16(a, b);
+    int32_t any = 0;
+    for (int i = 0; i < 16; i++) any |= mask[i];
+    return any != 0;
+#endif
+}
+
+/* The larger lanes; those of b where either is NaN. */
 static inline f32x16 max16(f32x16 a, f32x16 b) {
 #if defined(__AVX512F__)
     return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
@@ -225,6 +338,33 @@ static inline f32x16 max16(f32x16 a, f32x16 b) {
     return x.whole;
 #else
     return select16(a > b, a, b);
+#endif
+}
+
+static inline f32x16 min16(f32x16 a, f32x16 b) {
+#if defined(__AVX512F__)
+    return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(REPKV_HALVES)
+    union halves x = {.whole = a};
+    const union halves y = {.whole = b};
+    for (int i = 0; i < 2; i++) x.half[i] = _mm256_min_ps(x.half[i], y.half[i]);
+    return x.whole;
+#else
+    return select16(a < b, a, b);
+#endif
+}
+
+/* Returns the largest lane; no lane is NaN. */
+static inline float largest16(f32x16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float x[16];
+    store16(x, v);
+    for (int n = 8; n > 0; n /= 2) {
+        for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+    }
+    return x[0];
 #endif
 }
 

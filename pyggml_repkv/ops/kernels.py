@@ -18,6 +18,15 @@ PANEL: int = native.PANEL
 LANES: int = native.LANES
 """Blocks side by side in the index (native/select_ops.h)."""
 
+SCAN_ROWS: int = native.SCAN_ROWS
+"""Query rows that share each load of codes (native/scan_ops.h)."""
+
+CODE_LANES: int = native.CODE_LANES
+"""Tokens of a tile of codes (native/codes.h)."""
+
+MAX_CODE_DIM: int = native.MAX_CODE_DIM
+"""Largest head whose keys have codes."""
+
 
 def n_panels(n_tokens: int) -> int:
     return -(-n_tokens // PANEL)

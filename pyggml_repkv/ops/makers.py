@@ -13,7 +13,7 @@ from typing import Any
 
 from pyggml_repkv.ffi.context import GraphContext, Tensor
 from pyggml_repkv.ffi.library import g, native
-from pyggml_repkv.ops.kernels import LANES, PANEL, Kernels, n_panels, packed_like
+from pyggml_repkv.ops.kernels import LANES, PANEL, SCAN_ROWS, Kernels, n_panels, packed_like
 from pyggml_repkv.ops.table import OPS, TRACED_OP
 
 _RELEVANCE = {"lse": native.REPKV_LSE, "mean": native.REPKV_MEAN, "max": native.REPKV_MAX}
@@ -44,7 +44,7 @@ class Ops:
         self,
         op: str,
         shape: tuple[int, ...],
-        values: Mapping[str, float] | None = None,
+        values: Mapping[str, Any] | None = None,
         type_: int = g.GGML_TYPE_F32,
         /,
         **sources: Tensor | Sequence[Tensor] | None,
@@ -189,29 +189,63 @@ class Ops:
         sources = {"qkv": qkv, "index": index, "rope": rope, "regions": regions, "marker": marker}
         return self.node("relevance_one", self._relevance_shape(index), values, **sources)
 
+    def scan_tokens_one(
+        self, qkv: Tensor, codes: Tensor, units: Tensor, turn: Tensor, rope: Tensor, regions: Tensor, *, bits: int,
+        n_padded: int,
+    ) -> Tensor:  # fmt: skip
+        """-> relevance of every unit for every query head of one token, flat [H * n_padded + what each thread saw].
+
+        codes: I8 [n_tiles, bytes of a row]; units: I32, bounds of units; turn: [d, d].
+        """
+        shape = (self.config.n_head * (n_padded + 2 * self.kernels.n_threads),)
+        sources = {"qkv": qkv, "codes": codes, "units": units, "turn": turn, "rope": rope, "regions": regions}
+        return self.node("scan_tokens_one", shape, {"bits": bits, "n_padded": n_padded}, **sources)
+
+    def scan_tokens(
+        self, q: Tensor, codes: Tensor, units: Tensor, turn: Tensor, regions: Tensor, *, bits: int, n_padded: int,
+        n_groups: int, group: int, stride: int,
+    ) -> Tensor:  # fmt: skip
+        """-> weights of every unit for every group of `group` queries and key head, [n_groups * K * n_threads lines and
+        what threads work with, n_padded]; for `block_topk` with n_threads lines a row.
+        """
+        n_rows = n_groups * self.config.n_head_kv
+        shape = self.kernels.n_threads * (n_rows + SCAN_ROWS), n_padded
+        values = {
+            "bits": bits, "n_padded": n_padded, "n_rows": n_rows, "group": group, "stride": stride,
+        }  # fmt: skip
+        return self.node(
+            "scan_tokens", shape, values, q=q, codes=codes, units=units, turn=turn, regions=regions
+        )  # fmt: skip
+
     def block_topk(
         self,
         relevance: Tensor,
+        units: Tensor,
         regions: Tensor,
-        n_top: int,
         *,
+        n_top: int,
         kind: str,
-        per_head: bool,
+        n_rows: int,
+        n_lines: int,
+        n_padded: int,
+        by_size: bool = False,
         sticky: float = 0.0,
         kept: Tensor | None = None,
         late: bool = False,
     ) -> Tensor:
-        """-> I32 [1 or K, 1 + n_top], how many blocks and which; its memory is typed F32.
+        """-> I32 [n_rows, 1 + n_top], how many units and which; its memory is typed F32.
 
-        kept: I32 [2, 1 or K, 1 + n_top], where the selection of the last token is, each block of which ranks `sticky`
-        nats higher, and where this one goes; late: whether the last token's is returned instead of it.
+        relevance: [n_rows * n_lines, n_padded] and what goes with `lse`; units: I32, bounds of units; by_size: whether
+        the weight of a token counts, not that of a unit; kept: I32 [2, n_rows, 1 + n_top], where the selection of the
+        last token is, each unit of which ranks `sticky` nats higher, and where this one goes; late: whether the last
+        token's is returned instead of it.
         """
-        shape = (self.config.n_head_kv if per_head else 1, 1 + n_top)
         values = {
-            "n_top": n_top, "relevance": _RELEVANCE[kind], "per_head": int(per_head), "sticky": sticky,
-            "late": int(late),
+            "n_top": n_top, "relevance": _RELEVANCE[kind], "n_rows": n_rows, "n_lines": n_lines, "n_padded": n_padded,
+            "by_size": int(by_size), "sticky": sticky, "late": int(late),
         }  # fmt: skip
-        return self.node("block_topk", shape, values, relevance=relevance, regions=regions, kept=kept)
+        sources = {"relevance": relevance, "units": units, "regions": regions, "kept": kept}
+        return self.node("block_topk", (n_rows, 1 + n_top), values, **sources)
 
     def locate(self, blocks: Tensor, places: Tensor) -> Tensor:
         """Blocks of `block_topk` -> I32 [1 or K, 1 + 3 n_top], how many runs of rows and the place of each."""
@@ -220,23 +254,32 @@ class Ops:
 
     def attend_memory(
         self, q_local: Tensor, k_local: Tensor, v_local: Tensor, q_far: Tensor, k_store: Tensor, v_store: Tensor,
-        runs: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor, *, group: int = 0, order: Any = None,
     ) -> Tensor:  # fmt: skip
-        """Packed queries and what `locate` found -> heads, packed."""
+        """Packed queries and what `locate` found -> heads, packed. group: so many consecutive queries, a multiple of
+        PANEL, share a row of the runs for each key head; 0: the whole chunk does. order: a struct repkv_order that the
+        graph must keep alive, for older tokens in compact positions; None: they are as they were stored.
+        """
         shape = packed_like(q_local, self.config.n_embd_q)
+        n_groups = -(-shape[0] * PANEL // group) if group else 1
+        assert group % PANEL == 0
+        assert runs.contents.ne[1] in (1, n_groups * self.config.n_head_kv)
+        values = {"group": group, **_order(order)}
         return self.node(
-            "attend_memory", shape, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far, k_store=k_store,
-            v_store=v_store, runs=runs, regions=regions,
+            "attend_memory", shape, values, q_local=q_local, k_local=k_local, v_local=v_local, q_far=q_far,
+            k_store=k_store, v_store=v_store, runs=runs, regions=regions,
         )  # fmt: skip
 
     def attend_memory_one(
         self, qkv: Tensor, k_local: Tensor, v_local: Tensor, k_store: Tensor, v_store: Tensor, rope: Tensor,
-        runs: Tensor, regions: Tensor,
+        runs: Tensor, regions: Tensor, *, order: Any = None,
     ) -> Tensor:  # fmt: skip
-        """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value."""
+        """qkv [(H + 2 K) * d] -> partial softmax sums [n_threads, H, 2 + d]; writes the new key and value. order: as of
+        `attend_memory`.
+        """
         return self.node(
-            "attend_memory_one", self._partial_shape(), qkv=qkv, k_local=k_local, v_local=v_local, k_store=k_store,
-            v_store=v_store, rope=rope, runs=runs, regions=regions,
+            "attend_memory_one", self._partial_shape(), _order(order), qkv=qkv, k_local=k_local, v_local=v_local,
+            k_store=k_store, v_store=v_store, rope=rope, runs=runs, regions=regions,
         )  # fmt: skip
 
     def _pairs(self) -> dict[str, int]:
@@ -248,6 +291,10 @@ class Ops:
     def _relevance_shape(self, index: Tensor) -> tuple[int]:
         n_groups = index.contents.ne[1]
         return (self.config.n_head * (n_groups * LANES + 2 * self.kernels.n_threads),)
+
+
+def _order(order: Any) -> dict[str, Any]:
+    return {} if order is None else {"order": order}
 
 
 def _n_rows(weights: Sequence[Tensor]) -> int:

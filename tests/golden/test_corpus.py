@@ -28,7 +28,7 @@ def test_perplexity_is_llama_cpps(demo_model, exact):
 @pytest.mark.slow
 def test_what_each_memory_costs_in_likelihood(demo_model):
     """A window forgets what the text repeats later; blocks bring it back."""
-    settings = {"n_ctx": 4096, "n_local": 256, "n_dense": 0, "positions": "far", "chunk_blocks": 16}
+    settings = {"n_ctx": 4096, "n_local": 256, "n_dense": 0, "positions": "far", "chunk_budget": 2048}
     full = MemoryConfig(n_ctx=4096)
     with Model.load(demo_model, threads=2, repack=False) as model:
         tokens = model.tokenizer.encode(LOGBOOK.read_text("utf-8"))[:3072]

@@ -20,9 +20,9 @@ from hypothesis.stateful import (
 from pyggml_repkv.errors import StoreError
 from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.store.block_file import BlockHeader, checksum
-from tests.stores import MAX_BLOCKS, MAX_TOKENS, N_LAYER, StoreBench
+from tests.stores import MAX_BLOCKS, MAX_TOKENS, MAX_UNITS, N_LAYER, StoreBench
 
-DECAY = 0.9
+DECAY, MAX_UNIT = 0.9, 10
 
 
 @given(st.binary(max_size=300), st.integers(0, 40))
@@ -32,18 +32,30 @@ def test_the_checksum_is_xxh64(data, skip):
     assert checksum(bytearray(data)[skip:]) == xxhash.xxh64_intdigest(data[skip:])
 
 
+@st.composite
+def cuts(draw):
+    """Where the units of a block end: at least one, at most MAX_UNITS, of any sizes up to MAX_UNIT."""
+    sizes = draw(st.lists(st.integers(1, MAX_UNIT), min_size=1, max_size=MAX_UNITS))
+    ends = np.cumsum(sizes)
+    return ends[ends <= MAX_TOKENS].tolist()
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Compares the store with a plain model that decays every score at every call. It reads nothing ahead."""
 
     folder: object
 
-    @initialize(n_slots=st.integers(1, 6), n_threads=st.integers(0, 3), seed=st.integers(0, 99))
-    def start(self, n_slots, n_threads, seed):
-        self.bench = StoreBench(self.folder, n_slots=n_slots, n_threads=n_threads)
+    @initialize(
+        n_slots=st.integers(1, 6), n_lanes=st.integers(1, 2), n_threads=st.integers(0, 3), seed=st.integers(0, 99)
+    )
+    def start(self, n_slots, n_lanes, n_threads, seed):
+        self.bench = StoreBench(
+            self.folder, n_slots=n_slots, n_threads=n_threads, n_lanes=n_lanes, max_unit=MAX_UNIT
+        )  # fmt: skip
         self.rng = np.random.default_rng(seed)
-        self.where = [{} for _ in range(N_LAYER)]
-        self.score = [{} for _ in range(N_LAYER)]
-        self.last = [{} for _ in range(N_LAYER)]
+        self.where, self.score, self.last = (
+            {(layer, lane): {} for layer in range(N_LAYER) for lane in range(n_lanes)} for _ in range(3)
+        )
         self.now = [0] * N_LAYER
 
     def teardown(self):
@@ -51,43 +63,54 @@ class StoreMachine(RuleBasedStateMachine):
             self.bench.close()
 
     @precondition(lambda self: len(self.bench.blocks) < MAX_BLOCKS)
-    @rule(n_tokens=st.integers(1, MAX_TOKENS))
-    def put(self, n_tokens):
-        self.bench.put(n_tokens, self.rng)
+    @rule(ends=cuts())
+    def put(self, ends):
+        self.bench.put(ends[-1], self.rng, ends)
 
     @precondition(lambda self: self.bench.blocks)
-    @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1))
-    def require(self, data, layer):
-        n = len(self.bench.blocks)
-        blocks = st.lists(st.integers(max(0, n - 10), n - 1), max_size=self.bench.n_slots, unique=True)
-        wanted = data.draw(blocks)
-        where, score, last = self.where[layer], self.score[layer], self.last[layer]
+    @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1), n_groups=st.integers(1, 3))
+    def require(self, data, layer, n_groups):
+        """Each lane wants other units; groups of queries want some of those that their lane can hold."""
+        n, n_lanes = len(self.bench.units), self.bench.n_lanes
+        units = st.lists(st.integers(max(0, n - 20), n - 1), max_size=self.bench.n_slots, unique=True)
+        at_most = [data.draw(units) for _ in range(n_lanes)]
+        parts = [st.lists(st.sampled_from(at), unique=True) if at else st.just([]) for at in at_most]
+        rows = [data.draw(parts[r % n_lanes]) for r in range(n_groups * n_lanes)]
+        wanted = [{unit for row in rows[lane::n_lanes] for unit in row} for lane in range(n_lanes)]
         self.now[layer] += 1
-        for block in score:
-            score[block] *= DECAY
-        missing = [block for block in wanted if block not in where]
-        free = sorted(set(range(self.bench.n_slots)) - set(where.values()))
-        idle = sorted((b for b in where if b not in wanted), key=lambda b: (score[b], last[b], where[b]))
+        before = [self.before(layer, lane, wanted[lane]) for lane in range(n_lanes)]
 
-        self.bench.store.require(layer, wanted)
+        self.bench.store.require(layer, *rows)
 
-        resident = self.bench.store.resident(layer).tolist()
-        victims = [b for b in where if resident[where[b]] != b]
-        assert len(victims) == max(0, len(missing) - len(free))
+        for lane in range(n_lanes):
+            self.after(layer, lane, wanted[lane], *before[lane])
+
+    def before(self, layer, lane, wanted):
+        """-> units that must be read, how many free slots there are for them, and what may give way."""
+        where, score = self.where[layer, lane], self.score[layer, lane]
+        for unit in score:
+            score[unit] *= DECAY
+        missing = [unit for unit in wanted if unit not in where]
+        return missing, self.bench.n_slots - len(where), [unit for unit in where if unit not in wanted]
+
+    def after(self, layer, lane, wanted, missing, n_free, idle):
+        where, score, last = (of[layer, lane] for of in (self.where, self.score, self.last))
+        resident = self.bench.store.resident(layer)[lane].tolist()
+        victims = [unit for unit in where if resident[where[unit]] != unit]
+        assert len(victims) == max(0, len(missing) - n_free)
         for victim in victims:
             assert victim not in wanted
             for survivor in set(idle) - set(victims):
-                # If two scores differ by rounding only, either block may go.
+                # If two scores differ by rounding only, either unit may go.
                 assert score[victim] <= score[survivor] * (1 + 1e-9)
+        for victim in victims:
             del where[victim], score[victim], last[victim]
-        for block in missing:
-            where[block], score[block] = resident.index(block), 0.0
-            assert self.bench.store.resident(layer)[where[block]] == block
-        for block in wanted:
-            score[block] += 1
-            last[block] = self.now[layer]
-            for got, want in zip(self.bench.attended(layer, block), self.bench.blocks[block][layer], strict=True):
-                assert np.array_equal(got, want)
+        for unit in missing:
+            where[unit], score[unit] = resident.index(unit), 0.0
+        for unit in wanted:
+            score[unit] += 1
+            last[unit] = self.now[layer]
+            assert_attended(self.bench, layer, unit, lane)
 
     @precondition(lambda self: self.bench.blocks)
     @rule(data=st.data(), layer=st.integers(0, N_LAYER - 1), flush=st.booleans())
@@ -103,33 +126,47 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def every_slot_holds_what_it_should(self):
         if hasattr(self, "bench"):
-            for layer in range(N_LAYER):
-                resident = self.bench.store.resident(layer).tolist()
-                assert {b: i for i, b in enumerate(resident) if b >= 0} == self.where[layer]
+            for (layer, lane), where in self.where.items():
+                resident = self.bench.store.resident(layer)[lane].tolist()
+                assert {b: i for i, b in enumerate(resident) if b >= 0} == where
 
 
-def test_slots_hold_the_blocks_that_were_required(tmp_path):
+def assert_attended(bench, layer, unit, lane=0):
+    for got, want in zip(bench.attended(layer, unit, lane), bench.stored(layer, unit, lane), strict=True):
+        assert np.array_equal(got, want)
+
+
+def test_slots_hold_the_units_that_were_required(tmp_path):
     machine = type("Machine", (StoreMachine,), {"folder": tmp_path})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
 
 
-@given(data=st.data(), seed=st.integers(0, 999), delay=st.sampled_from([0, 0, 300]), reorder=st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_what_is_fetched_ahead_changes_nothing_but_time(data, seed, delay, reorder, tmp_path_factory):
-    rng = np.random.default_rng(seed)
-    with StoreBench(tmp_path_factory.mktemp("store"), n_slots=6, n_threads=data.draw(st.integers(1, 4))) as bench:
+@given(
+    data=st.data(), seed=st.integers(0, 999), n_lanes=st.integers(1, 2), delay=st.sampled_from([0, 0, 300]),
+    reorder=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_what_is_fetched_ahead_changes_nothing_but_time(data, seed, n_lanes, delay, reorder, tmp_path_factory):
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("store")
+    options = {"n_slots": 6, "n_lanes": n_lanes, "max_unit": MAX_UNIT, "n_threads": data.draw(st.integers(1, 4))}
+    with StoreBench(folder, **options) as bench:
         bench.store.inject(delay_us=delay, reorder=reorder, seed=seed)
-        for _ in range(20):
-            bench.put(int(rng.integers(1, MAX_TOKENS + 1)), rng)
+        for _ in range(10):
+            ends = data.draw(cuts())
+            bench.put(ends[-1], rng, ends)
+
+        def some(low, high):
+            return [rng.permutation(len(bench.units))[: rng.integers(low, high)].tolist() for _ in range(n_lanes)]
+
         for _ in range(15):
             layer = int(rng.integers(N_LAYER))
             for other in range(N_LAYER):
-                bench.store.prefetch(other, rng.permutation(20)[: rng.integers(0, 9)].tolist())
-            wanted = rng.permutation(20)[: rng.integers(1, 5)].tolist()
-            bench.store.require(layer, wanted)
-            for block in wanted:
-                for got, want in zip(bench.attended(layer, block), bench.blocks[block][layer], strict=True):
-                    assert np.array_equal(got, want)
+                bench.store.prefetch(other, *some(0, 9))
+            wanted = some(1, 5)
+            bench.store.require(layer, *wanted)
+            for lane, units in enumerate(wanted):
+                for unit in units:
+                    assert_attended(bench, layer, unit, lane)
         stats = bench.store.stats
         assert stats.required == stats.hits + stats.late + stats.missed
         assert stats.used <= stats.issued
@@ -267,25 +304,31 @@ def test_a_truncated_file_is_noticed(tmp_path):
             bench.store.read(0, 2, 12)
 
 
-headers = st.builds(
-    BlockHeader,
-    block=st.integers(0, 2**31 - 1),
-    first_position=st.integers(0, 2**40),
-    n_tokens=st.integers(1, 4096),
-    rotated=st.booleans(),
-    types=st.tuples(st.integers(0, 40), st.integers(0, 40)),
-    row_bytes=st.tuples(st.integers(1, 2**20), st.integers(1, 2**20)),
-    checksums=st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=40).map(lambda x: np.array(x, np.uint64)),
-    extra=st.binary(max_size=500),
-)
+@st.composite
+def headers(draw):
+    sizes = draw(st.lists(st.integers(1, 4096), min_size=1, max_size=8))
+    shape = len(sizes), *draw(st.tuples(st.integers(1, 4), st.integers(1, 2)))
+    sums = draw(st.lists(st.integers(0, 2**64 - 1), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    return BlockHeader(
+        block=draw(st.integers(0, 2**31 - 1)),
+        first_position=draw(st.integers(0, 2**40)),
+        unit_ends=tuple(np.cumsum(sizes).tolist()),
+        rotated=draw(st.booleans()),
+        types=draw(st.tuples(st.integers(0, 40), st.integers(0, 40))),
+        row_bytes=draw(st.tuples(st.integers(1, 2**20), st.integers(1, 2**20))),
+        checksums=np.array(sums, np.uint64).reshape(shape),
+        extra=draw(st.binary(max_size=500)),
+    )
 
 
-@given(header=headers, at=st.integers(0, 4095), bit=st.integers(0, 7))
+@given(header=headers(), at=st.integers(0, 4095), bit=st.integers(0, 7))
 def test_a_header_comes_back_or_is_refused(header, at, bit):
     data = header.pack(4096)
     again = BlockHeader.unpack(data)
     assert again.pack(4096) == data
     assert (again.extra, again.first_position) == (header.extra, header.first_position)
+    assert again.unit_ends == header.unit_ends
+    assert np.array_equal(again.checksums, header.checksums)
     damaged = bytearray(data)
     damaged[at] ^= 1 << bit
     with pytest.raises(StoreError):

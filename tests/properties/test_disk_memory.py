@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import StoreError
+from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.library import native
 from pyggml_repkv.memory.config import PREFETCH, MemoryConfig
 from pyggml_repkv.memory.cut.blocks import parse_block
@@ -28,15 +28,24 @@ def model(tmp_path_factory):
         yield loaded
 
 
+def token_bytes(memory):
+    """The bytes of a token in all layers."""
+    k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
+    return N_LAYER * (k + v)
+
+
 def slot_bytes(memory):
     """The bytes of one block in all layers."""
-    k, v = ({"f16": 128, "q8_0": 68, "f32": 256}[t] for t in (memory.type_k, memory.type_v))
-    return N_LAYER * parse_block(memory.block).max_size * (k + v)
+    return token_bytes(memory) * parse_block(memory.block).max_size
+
+
+CODES, REPRESENTATIVES = ["tokens:4", "tokens:1"], [f"representatives:{n}" for n in range(1, 5)]
 
 
 @st.composite
 def memories(draw):
-    positions = draw(st.sampled_from(["exact", "far", "auto", "auto"]))
+    coded = draw(st.booleans())
+    positions = draw(st.sampled_from(["exact", "far", "ordered", "auto", "auto"]))
     return MemoryConfig(
         kv="repkv",
         n_ctx=0 if positions == "auto" else 1024,
@@ -45,10 +54,12 @@ def memories(draw):
         n_local=draw(st.sampled_from([32, 64])),
         n_score=20,
         n_dense=draw(st.sampled_from([0, 100])),
-        block=draw(st.sampled_from(["fixed:16", "fixed:24", "semantic:16-32"])),
-        top_blocks=draw(st.integers(0, 4)),
-        chunk_blocks=draw(st.integers(0, 4)),
-        n_repr=draw(st.integers(1, 4)),
+        block=draw(st.sampled_from(["fixed:16", "fixed:24"] if coded else ["fixed:16", "fixed:24", "semantic:16-32"])),
+        unit=draw(st.sampled_from(["8", "4", "semantic:5-9"])),
+        group=draw(st.sampled_from([0, 32])),
+        budget=draw(st.integers(0, 4)) * 16,
+        chunk_budget=draw(st.integers(0, 4)) * 16,
+        index=draw(st.sampled_from(CODES if coded else REPRESENTATIVES)),
         positions=positions,
         per_head=draw(st.booleans()),
         sticky=draw(st.sampled_from([0.0, 1.0])),
@@ -66,12 +77,6 @@ def read(session, n_prompt, n_decode):
     return np.array(logits + [session.decode(t).copy() for t in TOKENS[n_prompt : n_prompt + n_decode]])
 
 
-def n_slots(model, memory):
-    with model.session(memory) as session:
-        n_dense_at_once = session.policy.n_top_max
-    return max(1, n_dense_at_once * (2 if memory.per_head else 1))
-
-
 @given(
     memory=memories(),
     n_prompt=st.integers(150, 500),
@@ -79,19 +84,22 @@ def n_slots(model, memory):
     n_more=st.integers(0, 20),
     faults=st.sampled_from([{}, {}, {"delay_us": 300}, {"reorder": 1, "delay_us": 100}]),
 )
-@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, suppress_health_check=list(HealthCheck))
 def test_logits_do_not_depend_on_where_blocks_are(model, tmp_path_factory, memory, n_prompt, n_decode, n_more, faults):
     folder = str(tmp_path_factory.mktemp("kv"))
-    ram = slot_bytes(memory) * (n_slots(model, memory) + n_more)
-    with model.session(memory) as here, model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
-        there.policy.disk.io.inject(seed=n_prompt, **faults)
-        assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
-        prefetch = there.stats()["prefetch"]
-        assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
-        for layer in range(N_LAYER):
-            stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
-            assert np.array_equal(*stored)
-        assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
+    with model.session(memory) as here:
+        # The fewest slots that it can have, and some more.
+        n_slots = max(1, here.policy.most_selected) + n_more
+        ram = token_bytes(memory) * n_slots * here.policy.scheme.largest_unit
+        with model.session(replace(memory, kv_dir=folder, kv_ram=ram)) as there:
+            there.policy.disk.io.inject(seed=n_prompt, **faults)
+            assert np.array_equal(read(here, n_prompt, n_decode), read(there, n_prompt, n_decode))
+            prefetch = there.stats()["prefetch"]
+            assert prefetch["required"] == prefetch["hits"] + prefetch["late"] + prefetch["missed"]
+            for layer in range(N_LAYER):
+                stored = (s.policy.stored_keys(layer, np.arange(here.n_past)) for s in (here, there))
+                assert np.array_equal(*stored)
+            assert there.stats()["disk_written_bytes"] <= there.stats()["disk_bytes"]
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -115,18 +123,20 @@ def test_late_blocks_are_there_when_asked_for(model, per_head, prefetch):
 
 
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, sticky=0.5, kv_debug=True,
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48, sticky=0.5, kv_debug=True,
 )  # fmt: skip
+CODED = {"index": "tokens:4", "unit": "8"}
 SMALL = slot_bytes(MEMORY) * 4
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kind", ["READ", "SHORT", "CHECKSUM"])
 @pytest.mark.parametrize("n_prompt", [300, 230])
-def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt, late):
+@pytest.mark.parametrize("coded", [False, True])
+def test_a_lost_block_is_made_again_from_the_tokens(model, caplog, kind, n_prompt, late, coded):
     """Bad bytes never give a wrong logit: a block that cannot be read is computed again, and the log says so."""
-    memory = replace(MEMORY, late=late)
+    memory = replace(MEMORY, late=late, **(CODED if coded else {}))
     with model.session(memory) as here, model.session(replace(memory, kv_ram=SMALL)) as there:
         want = read(here, n_prompt, 40)
         got = [there.prefill(TOKENS[:n_prompt]).copy()]
@@ -162,11 +172,29 @@ def test_a_full_disk_ends_the_run_with_one_line(model, nth):
             session.prefill(TOKENS)
 
 
-def test_too_little_ram_for_what_is_attended_at_once_is_said_with_the_number(model):
-    from pyggml_repkv.errors import InputError
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("coded", [False, True])
+def test_too_little_ram_for_what_is_attended_at_once_is_said_with_the_number(model, per_head, coded):
+    """Units of 16, or of 8 tokens; each head has as many slots, of which each takes its share of a row."""
+    memory = replace(MEMORY, per_head=per_head, n_ctx=2**16, budget=16000, **(CODED if coded else {}))
+    n_tokens = 16000
+    ram = token_bytes(memory) * n_tokens
+    least = -(-ram // 2**20)
+    with pytest.raises(InputError, match=f"up to {n_tokens} are attended at once: give at least {least}M"):
+        model.session(replace(memory, kv_ram=ram - 1))
+    with model.session(replace(memory, kv_ram=ram)) as session:
+        session.prefill(TOKENS[:300])
+        slots = session.stats()["slots"] * session.policy.scheme.largest_unit
+        assert slots == n_tokens
 
-    with pytest.raises(InputError, match="--kv-ram"):
-        model.session(replace(MEMORY, kv_ram=1000))
+
+def test_eight_bits_on_disk_must_fit_a_head_where_each_is_read_alone(tmp_path):
+    write_tiny_model(tmp_path / "model.gguf", TinySpec(n_layer=1, n_head=4, n_head_kv=2, head_dim=16))
+    memory = replace(MEMORY, kv_ram=SMALL, type_evicted="q8_0")
+    with Model.load(tmp_path / "model.gguf", threads=1, repack=False) as model:
+        model.session(memory).close()
+        with pytest.raises(InputError, match="--cache-type-evicted q8_0 needs a head size that 32 divides"):
+            model.session(replace(memory, per_head=True))
 
 
 def test_the_file_is_gone_with_the_session(model, tmp_path):
@@ -177,8 +205,6 @@ def test_the_file_is_gone_with_the_session(model, tmp_path):
 
 
 def test_scores_of_evicted_tokens_are_not_kept(model):
-    from pyggml_repkv.errors import InputError
-
     with model.session(replace(MEMORY, kv_ram=SMALL)) as session:
         session.prefill(TOKENS[:300])
         assert session.policy.index.get_score(0, 290).shape == (2,)

@@ -28,14 +28,15 @@ TOKENS = np.random.default_rng(1).integers(0, SPEC.n_vocab, 260).tolist()
 # Packed chunks, chunks of ggml's nodes, single tokens: all forms write and read the same cache.
 SIZES = (100, 20, 1, 1, 70, 5, 1, 1, 1, 60)
 BOUNDED = MemoryConfig(kv="window", n_ctx=500, n_batch=40, n_sink=4, n_local=48, type_k="f32", type_v="f32")
-REPKV = replace(BOUNDED, kv="repkv", block="fixed:16", n_dense=0, top_blocks=6, chunk_blocks=6)
+REPKV = replace(BOUNDED, kv="repkv", block="fixed:16", index="representatives:4", n_dense=0, budget=96, chunk_budget=96)
 BOUNDED_KINDS = {
     "window": BOUNDED,
     "window exact": replace(BOUNDED, positions="exact"),
     "repkv exact": replace(REPKV, positions="exact"),
     "repkv far": replace(REPKV, positions="far"),
     # All blocks, since heads of a random model choose between many that are almost equal.
-    "repkv per head": replace(REPKV, positions="exact", per_head=True, score="dot", top_blocks=32, chunk_blocks=32),
+    "repkv per head": replace(REPKV, positions="exact", per_head=True, score="dot", budget=512, chunk_budget=512),
+    "repkv by codes": replace(REPKV, positions="exact", index="tokens:4", budget=512, chunk_budget=512),
     "repkv on disk": replace(REPKV, positions="exact", kv_ram=2**20),
 }
 

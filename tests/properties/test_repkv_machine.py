@@ -32,7 +32,7 @@ class RepKVMachine(RuleBasedStateMachine):
     @initialize(
         block=st.sampled_from(["fixed:16", "fixed:24", "semantic:16-32"]),
         score=st.sampled_from(["dot", "attention"]),
-        positions=st.sampled_from(["auto", "far", "exact"]),
+        positions=st.sampled_from(["auto", "far", "exact", "ordered"]),
         type_k=st.sampled_from(["f16", "q8_0"]),
         n_dense=st.sampled_from([0, 100]),
     )
@@ -40,7 +40,7 @@ class RepKVMachine(RuleBasedStateMachine):
         memory = MemoryConfig(
             kv="repkv", n_ctx=0 if positions == "auto" else N_CTX, n_batch=40,
             type_k=type_k, n_sink=5, n_local=48, n_score=20, block=block,
-            top_blocks=2, chunk_blocks=2, n_repr=3, score=score, positions=positions, n_dense=n_dense,
+            budget=32, chunk_budget=32, index="representatives:3", score=score, positions=positions, n_dense=n_dense,
         )  # fmt: skip
         self.session = self.model.session(memory)
         self.policy = self.session.policy

@@ -4,6 +4,7 @@ everything; in every family.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +31,7 @@ def relative_error(got: np.ndarray, want: np.ndarray) -> float:
 @st.composite
 def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
     n_local = draw(st.sampled_from([32, 40, 64]))
-    positions = draw(st.sampled_from(["exact", "far", "auto"]))
+    positions = draw(st.sampled_from(["exact", "far", "ordered", "auto"]))
     values = {
         "kv": "repkv",
         # A larger n_ctx would make `auto` far from the start.
@@ -41,10 +42,10 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "n_local": n_local,
         "n_sink": draw(st.sampled_from([0, 4, 17])),
         "block": draw(st.sampled_from(["fixed:16", "fixed:20", "fixed:32", "semantic:16-24"])),
-        "top_blocks": draw(st.integers(0, 4)),
-        "chunk_blocks": draw(st.integers(0, 4)),
+        "budget": 16 * draw(st.integers(0, 4)),
+        "chunk_budget": 16 * draw(st.integers(0, 4)),
         "n_dense": draw(st.sampled_from([0, 0, 70, 200])),
-        "n_repr": draw(st.integers(1, 5)),
+        "index": f"representatives:{draw(st.integers(1, 5))}",
         "score": draw(st.sampled_from(["dot", "dot", "attention"])),
         "n_score": draw(st.integers(1, n_local)),
         "relevance": draw(st.sampled_from(["lse", "lse", "mean", "max"])),
@@ -113,6 +114,51 @@ def test_repkv_equals_the_oracle(
     assert representatives == oracle.layers[1].representatives
 
 
+CODED = {
+    "block": st.sampled_from(["fixed:16", "fixed:32", "fixed:48"]),
+    "index": st.sampled_from(["tokens:4", "tokens:4", "tokens:2", "tokens:1"]),
+    "unit": st.sampled_from(["16", "8", "1", "semantic:4-12"]),
+    "stride": st.integers(1, 5),
+}
+
+
+@given(
+    memory=memories(late=False), coded=st.fixed_dictionaries(CODED), n_prompt=st.integers(40, 150),
+    n_decode=st.integers(0, 20), **models,
+)  # fmt: skip
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+def test_an_index_of_all_tokens_equals_the_oracle(
+    memory, coded, n_prompt, n_decode, centred, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
+):
+    memory = replace(memory, **coded)
+    spec = spec_of(seed, n_head_kv, group, scaling, family)
+    weights = write_tiny_model(tmp_path / "model.gguf", spec)
+    tokens = np.random.default_rng(seed).integers(0, spec.n_vocab, n_prompt + n_decode).tolist()
+    with (
+        keys_less_bias(centred),
+        Model.load(tmp_path / "model.gguf", threads=n_threads, repack=False) as model,
+        model.session(memory) as session,
+    ):
+        policy = session.policy
+        policy.observed = True
+
+        def engine(layer):
+            index, end = policy.index, policy.blocks.sealed_end
+            rows = policy.last_step.observed_selection(layer).tolist()
+            return index.decoded(layer, memory.n_sink, end), [row[1 : 1 + row[0]] for row in rows], index.turn
+
+        oracle, n_past = RepKVOracle(spec, weights, memory, engine=engine), 0
+        for size in policy.split(n_prompt, memory.n_batch) + [1] * n_decode:
+            got = session._reader.step(np.array(tokens[n_past : n_past + size], np.int32), "last")[-1]
+            if memory.unit.startswith("semantic"):
+                # Another test checks where the text is cut.
+                oracle.bounds = [*policy.blocks.bounds, N_CTX]
+                oracle.unit_bounds = policy.blocks.unit_bounds
+            want = oracle.step(tokens[n_past : n_past + size])
+            n_past += size
+            assert relative_error(got, want[-1]) < 1e-4
+
+
 @given(
     memory=memories(kv="window", block="fixed:16"), n_prompt=st.integers(40, 150), n_decode=st.integers(0, 20), **models
 )
@@ -135,8 +181,14 @@ def test_a_window_equals_the_oracle(
     assert relative_error(np.array(got), np.array(want[len(sizes) - 1 :])) < 1e-4
 
 
-@given(memory=memories(top_blocks=64, chunk_blocks=64, positions="exact"), n_prompt=st.integers(40, 200), **models)
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    memory=st.sampled_from(["exact", "ordered"]).flatmap(
+        lambda positions: memories(budget=1024, chunk_budget=1024, positions=positions)
+    ),
+    n_prompt=st.integers(40, 200),
+    **models,
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_room_for_every_block_is_full_attention(
     memory, n_prompt, centred, family, seed, n_head_kv, group, scaling, n_threads, tmp_path
 ):

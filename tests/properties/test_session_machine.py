@@ -34,19 +34,25 @@ class SessionMachine(RuleBasedStateMachine):
 
     @initialize(
         block=st.sampled_from(["fixed:16", "semantic:16-32"]),
-        positions=st.sampled_from(["auto", "far", "exact"]),
+        positions=st.sampled_from(["auto", "far", "exact", "ordered"]),
         n_dense=st.sampled_from([0, 100]),
         n_slots=st.integers(8, 20),
         prefetch=st.sampled_from(["on", "off"]),
         type_k=st.sampled_from(["f16", "q8_0"]),
         sticky=st.sampled_from([0.0, 0.7]),
         late=st.booleans(),
+        per_head=st.booleans(),
+        index=st.sampled_from(["representatives:3", "tokens:4", "tokens:2"]),
+        unit=st.sampled_from(["8", "16", "semantic:5-9"]),
     )
-    def start(self, block, positions, n_dense, n_slots, prefetch, type_k, sticky, late):
+    def start(
+        self, block, positions, n_dense, n_slots, prefetch, type_k, sticky, late, per_head, index, unit
+    ):  # fmt: skip
+        block = block if index == "representatives:3" else "fixed:16"
         self.memory = MemoryConfig(
             kv="repkv", n_ctx=0 if positions == "auto" else 1024, n_batch=40, n_sink=5, n_local=48, n_score=20,
-            block=block, top_blocks=2, chunk_blocks=2, n_repr=3, positions=positions, n_dense=n_dense, type_k=type_k,
-            sticky=sticky, late=late,
+            block=block, budget=32, chunk_budget=32, index=index, unit=unit, positions=positions, n_dense=n_dense,
+            type_k=type_k, sticky=sticky, late=late, per_head=per_head,
         )  # fmt: skip
         ram = N_LAYER * 32 * (128 + 128) * n_slots
         self.kept = replace(self.memory, kv_ram=ram, prefetch=prefetch, kv_debug=True)

@@ -1,209 +1,221 @@
-"""Attention-mass recall: how much of the attention to older blocks the selected blocks hold.
+"""Recall of indexes: how much of the attention to evicted tokens their selections hold, from one reading of a text.
 
-The engine reads a text as always. Its graph gives the queries and the relevance of blocks; numpy computes the softmax
-over all tokens from them, with keys and queries at the positions where the engine had them.
+The engine reads the text as always. From its queries and keys, at the positions where it had them, numpy computes the
+softmax over all tokens, and what each index selects (selections.py). Ordered positions are the exception: with them
+older tokens are judged at the one distance at which they are selected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pyggml_repkv.engine.checks import check_fits
 from pyggml_repkv.engine.model import Model
 from pyggml_repkv.errors import InputError
+from pyggml_repkv.lab.eval.observed import FIRST_LAYER, N_DECODE, Array, Observed, OnProgress, read_observed
+from pyggml_repkv.lab.eval.retrieval import reading_of
+from pyggml_repkv.lab.eval.selections import BlockMasses, ByRepresentatives, Finder, Masses
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import parse_block
+from pyggml_repkv.memory.cut.blocks import Scheme, parse_scheme
+from pyggml_repkv.memory.index.representatives import Representatives
 from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
-# Layers 0 and 1 attend almost evenly, so selection matters little there; published figures leave them out.
-FIRST_LAYER = 2
+# A case is sharp where one query head gives one evicted token more than this.
+SHARP = 0.1
 
-# So many queries of a chunk are enough to estimate its mass.
-N_QUERIES = 64
-
-Array = NDArray[np.float32]
+# Of the JSON text, for the value that the question at its end asks for.
+N_VALUE = 40
 
 
 @dataclass(frozen=True, slots=True)
-class RecallResult:
-    """Recall of one step, for each k: of the first k blocks in the ranking. Layers begin at FIRST_LAYER.
-
-    mass: [len(ks), n_layer, 3], the mass of the first k blocks, of the best k, and of all blocks.
-    ranked: int32 [n_layer, n_rows, n], block numbers, best first, up to twice the largest k; a row for each key head if
-    each selects its own, else one.
-    hits, required: with blocks on disk, how many of the step's blocks were in RAM when needed, and how many it needed.
+class Recall:
+    """What selections held in the steps of one kind. Arrays are [n_layer, K], layers from FIRST_LAYER on: n_sharp: how
+    many sharp cases there were; mass: attention to evicted tokens, summed over query heads and n_queries tokens; hits,
+    held: by index, how much of these was in its selections.
     """
 
-    step: str
-    position: int
-    n_blocks: int
-    ks: tuple[int, ...]
-    mass: Array
-    ranked: NDArray[np.int32]
-    hits: int = 0
-    required: int = 0
+    n_queries: int
+    n_sharp: NDArray[np.int64]
+    mass: NDArray[np.float64]
+    hits: dict[str, NDArray[np.int64]]
+    held: dict[str, NDArray[np.float64]]
+
+
+def json_tokens(model: Model, length: int, seed: int) -> list[int]:
+    """The text of `eval kv` as token ids, at most `length`: a JSON object, the question for the pair in its middle, and
+    the answer. Raises InputError for a length without room for them.
+    """
+    reading = reading_of(model, "kv", length - N_VALUE, 1, seed, None)
+    (question,) = reading.questions
+    end = model.tokenizer.encode(question.text + question.expected, add_special=False)
+    return [*reading.haystack, *end][:length]
 
 
 def run_recall(
-    model: Model, memory: MemoryConfig, tokens: Sequence[int], ks: Sequence[int], n_chunks: int, n_decode: int
-) -> Iterator[RecallResult]:
-    """Reads tokens; yields recall in the last n_chunks whole chunks and in n_decode single tokens after them.
+    model: Model,
+    memory: MemoryConfig,
+    indexes: Sequence[str],
+    tokens: Sequence[int],
+    on_read: OnProgress | None = None,
+    on_layer: OnProgress | None = None,
+) -> dict[str, Recall]:
+    """Returns the recall of each index in the last N_DECODE tokens (`decode`) and in the last whole chunk before them
+    (`chunk`); with it that of exact scores: `exact` selects units as `tokens:BITS` does, `exact:blocks` blocks as
+    `representatives:N` does.
 
-    ks: the numbers of blocks for which the ranking is judged; the memory alone decides how many are attended.
-    Raises InputError for a memory without blocks, and if the text is too short for a choice of blocks.
+    memory: how the text is read, by an index that holds what all others need. on_read(n_done, n_total), on_layer(same):
+    called as tokens are read, then as layers are judged. Raises InputError for what cannot be judged, ContextFullError
+    for too many tokens.
     """
-    n_read = (len(tokens) - n_decode) // memory.n_batch * memory.n_batch
-    first_measured = n_read - n_chunks * memory.n_batch
-    n_needed = memory.n_sink + memory.n_local + 2 * parse_block(memory.block).max_size
-    if first_measured < n_needed:
-        n_needed += (n_chunks + 1) * memory.n_batch + n_decode
-        raise InputError(f"{len(tokens)} tokens are too few for recall with these blocks: it needs {n_needed}")
+    kinds = {name: replace(memory, index=name).index_kind for name in indexes}
+    # Which tokens stand for a block the engine alone knows.
+    index = next((name for name, (kind, _) in kinds.items() if kind == "representatives"), indexes[0])
+    memory = replace(memory, index=index, n_ctx=memory.n_ctx or len(tokens))
+    _check(model, memory)
+    wholes = {kind == "representatives" for kind, _ in kinds.values()}
+    schemes = {whole: parse_scheme(memory.block, None if whole else memory.unit) for whole in sorted(wholes)}
+    _check_length(memory, schemes, len(tokens))
     with model.session(memory) as session:
         policy = session.policy
-        if not isinstance(policy, RepKVMemory):
-            raise InputError(f"recall judges the blocks of --kv repkv; --kv is {memory.kv}")
-        policy.observed = True
-        for first in range(0, n_read, memory.n_batch):
-            before = _prefetch(policy)
-            session.read(tokens[first : first + memory.n_batch])
-            if first >= first_measured:
-                yield _measure(policy, "chunk", tuple(ks), before)
-        for token in tokens[n_read : n_read + n_decode]:
-            before = _prefetch(policy)
-            session.decode(token)
-            yield _measure(policy, "decode", tuple(ks), before)
+        assert isinstance(policy, RepKVMemory)
+        check_fits(policy, len(tokens), 0, model.config.n_ctx_train)
+        finders = _finders(policy, schemes, kinds)
+        blocks = list(dict.fromkeys(finder.blocks for finder in finders))
+        chunk, singles = read_observed(session, policy, blocks, tokens, on_read)
+        done = {"decode": _nothing(singles, finders), "chunk": _nothing(chunk, finders)}
+        n_layer = len(chunk.keys)
+        for i in range(n_layer):
+            stored = policy.stored_keys(FIRST_LAYER + i, np.arange(singles.starts[-1]))
+            local = np.concatenate([chunk.keys[i], singles.keys[i]])
+            scores = policy.index.scores[FIRST_LAYER + i] if isinstance(policy.index, Representatives) else None
+            for finder in finders:
+                finder.enter(stored[memory.n_sink :], scores)
+            for observed, recall in ((singles, done["decode"]), (chunk, done["chunk"])):
+                # Keys that no query meets are left out.
+                keys = stored[: observed.starts[-1]], local[: observed.positions[-1] + 1 - chunk.starts[0]]
+                _judge(observed, i, *keys, int(chunk.starts[0]), memory.n_sink, finders, recall)
+            if on_layer is not None:
+                on_layer(i + 1, n_layer)
+    return done
 
 
-def _prefetch(policy: RepKVMemory) -> tuple[int, int]:
-    if policy.disk is None:
-        return 0, 0
-    stats = policy.disk.io.stats
-    return int(stats.hits), int(stats.required)
+def _check(model: Model, memory: MemoryConfig) -> None:
+    if memory.kv != "repkv":
+        raise InputError(f"recall judges the indexes of --kv repkv; --kv is {memory.kv}")
+    if memory.keeps:
+        raise InputError("recall judges what each token finds by itself: leave out --sticky and --late")
+    if memory.on_disk:
+        raise InputError("recall needs all keys in RAM: leave out --kv-ram and --kv-dir")
+    if model.config.n_layer <= FIRST_LAYER:
+        raise InputError(f"recall judges layers from {FIRST_LAYER} on; the model has {model.config.n_layer} layers")
 
 
-def summary(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns step -> k -> shares over all steps and layers. `of_best`: mass of the first k / mass of the best k;
-    `of_all`: mass of the first k / mass of all blocks; `of_best_by_layer`: mean of `of_best` over layers and steps.
+def _check_length(memory: MemoryConfig, schemes: Mapping[bool, Scheme], n_tokens: int) -> None:
+    n_blocks = 2 * max(scheme.largest_block for scheme in schemes.values())
+    n_needed = memory.n_sink + n_blocks + memory.n_local + memory.n_batch + N_DECODE
+    if n_tokens < n_needed:
+        raise InputError(f"{n_tokens} tokens are too few for recall with these blocks: it needs {n_needed}")
+
+
+def _finders(policy: RepKVMemory, schemes: Mapping[bool, Scheme], kinds: Mapping[str, tuple[str, int]]) -> list[Finder]:
+    found: list[Finder] = []
+    for whole, scheme in schemes.items():
+        parts = policy.memory, scheme, policy.new_blocks(scheme), policy.n_dense
+        found.append(BlockMasses("exact:blocks", *parts) if whole else Masses("exact", *parts))
+        for name, (kind, number) in kinds.items():
+            if whole == (kind == "representatives"):
+                make = ByRepresentatives if whole else Masses
+                found.append(make(name, *parts, number))
+    return found
+
+
+def _nothing(observed: Observed, finders: Sequence[Finder]) -> Recall:
+    shape = len(observed.keys), observed.keys[0].shape[1]
+    return Recall(
+        len(observed.judged), np.zeros(shape, np.int64), np.zeros(shape),
+        {f.name: np.zeros(shape, np.int64) for f in finders}, {f.name: np.zeros(shape) for f in finders},
+    )  # fmt: skip
+
+
+def _judge(
+    observed: Observed, i: int, stored: Array, local: Array, first: int, n_sink: int, finders: Sequence[Finder],
+    recall: Recall,
+) -> None:  # fmt: skip
+    """Adds what tokens attend in layer FIRST_LAYER + i. stored, local: keys [., K, d], of all tokens and of those from
+    position `first` on, as older tokens and as the window's.
     """
-    done: dict[str, dict[str, dict[str, float]]] = {}
-    for step in dict.fromkeys(r.step for r in results):
-        mass = np.stack([r.mass for r in results if r.step == step])  # [n, len(ks), n_layer, 3]
-        first, best, everything = mass.sum((0, 2)).T
-        by_layer = (mass[..., 0] / np.maximum(mass[..., 1], 1e-30)).mean((0, 2))
-        done[step] = {
-            str(k): {
-                "of_best": float(first[i] / best[i]),
-                "of_all": float(first[i] / everything[i]),
-                "of_best_by_layer": float(by_layer[i]),
-            }
-            for i, k in enumerate(results[0].ks)
+    near, far, judged = observed.near[i], observed.far[i], observed.judged
+    n_head_kv, group = stored.shape[1], near.shape[1] // stored.shape[1]
+    positions, starts, ends = (of[judged] for of in (observed.positions, observed.starts, observed.ends))
+    evicted = np.arange(n_sink, ends[-1])
+    selected = {f.name: np.zeros((len(judged), n_head_kv, len(evicted)), bool) for f in finders}
+    for end in np.unique(ends):
+        rows, mine = np.flatnonzero(observed.ends == end), np.flatnonzero(ends == end)
+        for finder in finders:
+            mask = finder.select(far[rows], np.searchsorted(rows, judged[mine]), int(end), alone=observed.alone)
+            selected[finder.name][mine, :, : end - n_sink] = mask
+    for h in range(near.shape[1]):
+        kv = h // group
+        p = attention(near[:, h], far[judged, h], positions, starts, stored[:, kv], local[:, kv], first)
+        p = np.where(evicted < ends[:, None], p[:, evicted], 0)
+        sharp = p > SHARP
+        recall.n_sharp[i, kv] += sharp.sum()
+        recall.mass[i, kv] += p.sum(dtype=np.float64)
+        for name, mask in selected.items():
+            recall.hits[name][i, kv] += (sharp & mask[:, kv]).sum()
+            recall.held[name][i, kv] += (p * mask[:, kv]).sum(dtype=np.float64)
+
+
+def attention(
+    near: Array, far: Array, positions: NDArray[np.integer], starts: NDArray[np.integer], stored: Array, local: Array,
+    first: int,
+) -> Array:  # fmt: skip
+    """The probability that queries give each older token: [n, n_stored], 0 from where their windows start.
+
+    near, far: queries [n, d] at `positions`, scaled, as the window and as older tokens meet them; stored, local: keys
+    [., d] of all tokens and of those from position `first` on, as older tokens and as the window's.
+    """
+    scores, recent = far @ stored.T, near @ local.T
+    scores[np.arange(len(stored)) >= starts[:, None]] = -np.inf
+    at = first + np.arange(len(local))
+    recent[(at < starts[:, None]) | (at > positions[:, None])] = -np.inf
+    most = np.maximum(scores.max(1), recent.max(1))[:, None]
+    p = np.exp(scores - most)
+    total = p.sum(1, keepdims=True) + np.exp(recent - most).sum(1, keepdims=True)
+    return np.asarray(p / total, np.float32)
+
+
+def summary(recall: Recall) -> dict[str, Any]:
+    """Returns the object of --json: shares in all, by layer, and by layer and key head; None where there was nothing to
+    be found. worst: the least share of hits in a layer, and which layer that is.
+    """
+    indexes = {}
+    for name, hits in recall.hits.items():
+        held = recall.held[name]
+        by_layer = _shares(hits.sum(1), recall.n_sharp.sum(1))
+        worst = min(((share, FIRST_LAYER + i) for i, share in enumerate(by_layer) if share is not None), default=None)
+        indexes[name] = {
+            "hits": _shares(hits.sum(), recall.n_sharp.sum()),
+            "mass": _shares(held.sum(), recall.mass.sum()),
+            "worst": None if worst is None else {"hits": worst[0], "layer": worst[1]},
+            "hits_by_layer": by_layer,
+            "mass_by_layer": _shares(held.sum(1), recall.mass.sum(1)),
+            "hits_by_head": _shares(hits, recall.n_sharp),
+            "mass_by_head": _shares(held, recall.mass),
         }
-    return done
+    return {
+        "first_layer": FIRST_LAYER, "n_queries": recall.n_queries, "n_sharp": int(recall.n_sharp.sum()),
+        "n_sharp_by_head": recall.n_sharp.tolist(), "indexes": indexes,
+    }  # fmt: skip
 
 
-def layer_shares(results: Sequence[RecallResult]) -> dict[str, dict[str, list[float]]]:
-    """Returns step -> k -> `of_best` of each layer from FIRST_LAYER on, over all steps."""
-    done: dict[str, dict[str, list[float]]] = {}
-    for step in dict.fromkeys(r.step for r in results):
-        mass = np.stack([r.mass for r in results if r.step == step]).sum(0)  # [len(ks), n_layer, 3]
-        shares = mass[..., 0] / np.maximum(mass[..., 1], 1e-30)
-        done[step] = {str(k): shares[i].tolist() for i, k in enumerate(results[0].ks)}
-    return done
-
-
-def stability(results: Sequence[RecallResult]) -> dict[str, dict[str, dict[str, float]]]:
-    """Returns step -> k -> how much of the first k blocks was also among the first k of the previous step (`step`),
-    among its first 2k (`step_2k`), and among the first k of the previous layer (`layer`): means over layers and steps.
-    `there`: with blocks on disk, the share of blocks that were in RAM when needed.
-    """
-    done: dict[str, dict[str, dict[str, float]]] = {}
-    for name in dict.fromkeys(r.step for r in results):
-        steps = [r for r in results if r.step == name]
-        required = sum(r.required for r in steps)
-        done[name] = {}
-        for k in results[0].ks:
-            pairs = list(pairwise(steps))
-            done[name][str(k)] = {
-                "step": _mean([_overlap(b.ranked, a.ranked, k, k) for a, b in pairs]),
-                "step_2k": _mean([_overlap(b.ranked, a.ranked, k, 2 * k) for a, b in pairs]),
-                "layer": _mean([_overlap(r.ranked[1:], r.ranked[:-1], k, k) for r in steps]),
-                **({"there": sum(r.hits for r in steps) / required} if required else {}),
-            }
-    return done
-
-
-def _overlap(ranked: NDArray[np.int32], other: NDArray[np.int32], k: int, k_other: int) -> float:
-    """How much of ranked[..., :k] is in other[..., :k_other], a mean over all rows."""
-    first, pool = ranked[..., :k, None], other[..., None, :k_other]
-    return float((first == pool).any(-1).mean()) if first.size else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
-def _measure(policy: RepKVMemory, name: str, ks: tuple[int, ...], before: tuple[int, int]) -> RecallResult:
-    step = policy.last_step
-    assert step is not None
-    first, n_tokens = policy.regions.first, policy.regions.n_tokens
-    start, n_blocks = policy.local.start(first), policy.blocks.n_blocks
-    bounds = np.array(policy.blocks.bounds)
-    queries = np.unique(np.linspace(0, n_tokens - 1, min(N_QUERIES, n_tokens)).astype(int))
-    layers = range(FIRST_LAYER, policy.config.n_layer)
-    n_rows = policy.config.n_head_kv if policy.memory.per_head else 1
-    mass = np.empty((len(ks), len(layers), 3), np.float32)
-    ranked = np.empty((len(layers), n_rows, min(2 * max(ks), n_blocks)), np.int32)
-    for i, layer in enumerate(layers):
-        near, far = step.observed_queries(layer)
-        stored, local = policy.stored_keys(layer, np.arange(start)), policy.local_keys(layer, start, first + n_tokens)
-        true = block_mass(near[queries], far[queries], queries + first, stored, local, bounds)
-        weight = _weight(step.observed_relevance(layer), policy.memory.relevance)
-        rows = [(w.sum(0), m.sum(0)) for w, m in zip(np.split(weight, n_rows), np.split(true, n_rows), strict=True)]
-        orders = [np.argsort(-w, kind="stable") for w, _ in rows]
-        ranked[i] = [order[: ranked.shape[2]] for order in orders]
-        for j, k in enumerate(ks):
-            chosen = sum(m[order[:k]].sum() for order, (_, m) in zip(orders, rows, strict=True))
-            best = sum(np.sort(m)[::-1][:k].sum() for _, m in rows)
-            mass[j, i] = chosen, best, true.sum()
-    hits, required = (now - then for now, then in zip(_prefetch(policy), before, strict=True))
-    return RecallResult(name, first, n_blocks, ks, mass, ranked, hits, required)
-
-
-def _weight(x: Array, relevance: str) -> Array:
-    """Returns the weights that block_topk adds up over heads, for relevance [H, n_blocks]."""
-    if relevance != "lse":
-        return x
-    p = np.exp(x - x.max(1, keepdims=True))
-    return p / p.sum(1, keepdims=True)
-
-
-def block_mass(
-    near: Array,
-    far: Array,
-    positions: NDArray[np.integer],
-    stored: Array,
-    local: Array,
-    bounds: NDArray[np.integer],
-) -> Array:
-    """Returns the probability that each block gets, summed over queries: [H, n_blocks].
-
-    near, far: scaled queries [n, H, d]; stored: keys [start, K, d] before the window; local: keys [., K, d] in the
-    window, up to the last of `positions`.
-    """
-    start = len(stored)
-    n_head, group = near.shape[1], near.shape[1] // local.shape[1]
-    hidden = start + np.arange(len(local)) > positions[:, None]
-    mass = np.empty((n_head, len(bounds) - 1), np.float32)
-    for h in range(n_head):
-        s_far = far[:, h] @ stored[:, h // group].T
-        s_near = np.where(hidden, -np.inf, near[:, h] @ local[:, h // group].T)
-        most = np.maximum(s_far.max(1), s_near.max(1))[:, None]
-        weights = np.exp(s_far - most)
-        total = weights.sum(1) + np.exp(s_near - most).sum(1)
-        share = (weights / total[:, None]).sum(0)
-        mass[h] = np.diff(np.concatenate([[0.0], np.cumsum(share, dtype=np.float64)])[bounds])
-    return mass
+def _shares(part: Any, whole: Any) -> Any:
+    """Lists of the arrays' shape; None where the whole is 0."""
+    if np.ndim(whole):
+        return [_shares(a, b) for a, b in zip(part, whole, strict=True)]
+    return float(part / whole) if whole > 0 else None

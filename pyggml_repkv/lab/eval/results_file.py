@@ -6,13 +6,22 @@ import errno
 import fcntl
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from pyggml_repkv.errors import InputError, RepkvError
 
 _BEGINNING = '{"settings": '
+
+T = TypeVar("T")
+
+# What JSON makes of a field of each type.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,), "bool": (bool,), "int": (int,), "float": (int, float), "dict[str, object]": (dict,),
+    "list[str]": (list,),
+}  # fmt: skip
 
 
 class ResultsFile:
@@ -100,6 +109,15 @@ class ResultsFile:
             self._file.truncate(len(whole))
         except OSError as error:
             raise RepkvError(f"--out {self._path}: {error.strerror}") from None
+
+
+def restored(kind: type[T], result: dict[str, Any]) -> T:
+    """Returns the dataclass `kind` that `asdict` turned into a result. Raises TypeError or ValueError for another."""
+    values = kind(**result)
+    for field in fields(kind):  # type: ignore[arg-type]
+        if type(result[field.name]) not in _KINDS[str(field.type)]:
+            raise ValueError(field.name)
+    return values
 
 
 def _key(settings: dict[str, Any]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import takewhile
@@ -13,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.engine.session import OnProgress
-from pyggml_repkv.lab.eval.retrieval_tasks import FILLER, TASKS, build_json_prompt, build_prompt, pairs
+from pyggml_repkv.lab.eval.asking import Progress, answers
+from pyggml_repkv.lab.eval.haystack import FILLER, fill_json, fill_text
+from pyggml_repkv.lab.eval.retrieval_tasks import TASKS, Question, pairs
 from pyggml_repkv.memory.config import MemoryConfig
 
 
 @dataclass(frozen=True, slots=True)
 class RetrievalResult:
-    """One answer. length: the wanted prompt length; n_tokens: the prompt's real one; found: whether the answer contains
-    all of `expected`, whatever the line breaks; share: how much of `expected` the answer begins with, 1 if found;
-    prompt_ms: of the prompt; decode_ms: of one token.
+    """One answer. length: the wanted prompt length; n_tokens: the prompt's real one, haystack and question; found:
+    whether the answer contains all of `expected`, whatever the line breaks, and no rival before; share: how much of
+    `expected` the answer begins with, 1 if found; the rest as in asking.Answer.
     """
 
     task: str
@@ -34,26 +34,11 @@ class RetrievalResult:
     answer: str
     found: bool
     share: float
+    n_shared: int
+    shared_ms: float
     prompt_ms: float
     decode_ms: float
     kv_stats: dict[str, object]
-
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> RetrievalResult:
-        """Returns the result that `asdict` turned into `fields`. Raises TypeError or ValueError for anything else."""
-        result = cls(**fields)
-        for name, kinds in _KINDS.items():
-            if type(fields[name]) not in kinds:
-                raise ValueError(name)
-        return result
-
-
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[type, ...]] = {
-    "task": (str,), "kv": (str,), "length": (int,), "n_tokens": (int,), "depth": _NUMBER, "expected": (str,),
-    "answer": (str,), "found": (bool,), "share": _NUMBER, "prompt_ms": _NUMBER, "decode_ms": _NUMBER,
-    "kv_stats": (dict,),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +62,32 @@ _FULL_STOPS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
 _CLOSING = " \n\r\t\"')]*_\u00bb\u2019\u201d\u300d"
 
 
-def prompt_of(
-    model: Model, task: str, asked: Asked, seed: int, text: str | None
-) -> tuple[list[int], str, int]:  # fmt: skip
-    """Returns token ids, the expected answer, and how many tokens it may take. Only seed, length and depth decide, so
-    every policy gets the same prompt. text: the haystack, repeated if it is too short; None: the usual filler.
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A haystack as token ids, and its questions, in the order of depths, as what they ask and as token ids."""
+
+    haystack: list[int]
+    questions: tuple[Question, ...]
+    tails: list[list[int]]
+
+
+def reading_of(model: Model, task: str, length: int, n_depths: int, seed: int, text: str | None) -> Reading:
+    """Returns what is read and asked; the prompt of the longest question has `length` tokens, or for `kv` less than a
+    pair fewer. Only the arguments decide, so every policy gets the same. text: the filler, repeated if it is too short;
+    None: the usual filler. Raises InputError for a length without room for the needles.
     """
-    encode, n_bos = partial(model.tokenizer.encode, add_special=False), len(bos := model.tokenizer.encode(""))
-    rng = np.random.default_rng([seed, asked.length, asked.depth_index])
-    question = TASKS[task].make(rng, asked.depth)
+    encode, bos = partial(model.tokenizer.encode, add_special=False), model.tokenizer.encode("")
+    rng = np.random.default_rng([seed, length, n_depths])
+    quiz = TASKS[task].make(rng, [asked.depth for asked in questions([length], n_depths)])
+    tails = [encode(question.text) for question in quiz.questions]
+    n_tokens = length - len(bos) - max(map(len, tails))
     if task == "kv":
-        prompt = build_json_prompt(encode, question, asked.length - n_bos, pairs(rng))
+        haystack = fill_json(encode, quiz.head, quiz.needles, n_tokens, pairs(rng))
     else:
-        haystack = encode(text or FILLER)
-        ends = _sentence_ends(model, haystack) if text else ()
-        prompt = build_prompt(encode, question, asked.length - n_bos, haystack, ends)
-    return [*bos, *prompt], question.expected, question.n_answer
+        filler = encode(text or FILLER)
+        ends = _sentence_ends(model, filler) if text else ()
+        haystack = fill_text(encode, quiz.head, quiz.needles, n_tokens, filler, ends)
+    return Reading([*bos, *haystack], quiz.questions, tails)
 
 
 def _sentence_ends(model: Model, tokens: Sequence[int]) -> set[int]:
@@ -107,46 +102,43 @@ def run_retrieval(
     asked: Sequence[Asked],
     seed: int,
     text: str | None = None,
-    progress: Callable[[int], AbstractContextManager[OnProgress | None]] = lambda _: nullcontext(),
+    progress: Progress = lambda _: nullcontext(),
 ) -> Iterator[RetrievalResult]:
-    """Yields the answer to each question. progress(n_tokens): yields a callback for the reading of a prompt.
+    """Yields the answers to questions of one length and number of depths, which share a haystack that is read once.
 
-    Raises InputError for a length without room for the question.
+    Raises as `reading_of` and `answers` do.
     """
-    for each in asked:
-        prompt, expected, n_answer = prompt_of(model, task, each, seed, text)
-        with model.session(memory) as session:
-            start = time.perf_counter()
-            with progress(len(prompt)) as tell:
-                logits = session.prefill(prompt, on_progress=tell)
-            read = time.perf_counter()
-            tokens = []
-            for _ in range(n_answer):
-                tokens.append(int(logits.argmax()))
-                logits = session.decode(tokens[-1])
-            done = time.perf_counter()
-            answer = model.tokenizer.decode(tokens)
-            found, share = judged(answer, expected)
-            yield RetrievalResult(
-                task=task,
-                kv=memory.kv,
-                length=each.length,
-                n_tokens=len(prompt),
-                depth=each.depth,
-                expected=expected,
-                answer=answer,
-                found=found,
-                share=share,
-                prompt_ms=1e3 * (read - start),
-                decode_ms=1e3 * (done - read) / n_answer,
-                kv_stats=session.stats(),
-            )
+    length, n_depths = asked[0].length, asked[0].n_depths
+    reading = reading_of(model, task, length, n_depths, seed, text)
+    picked = [(each, reading.questions[each.depth_index], reading.tails[each.depth_index]) for each in asked]
+    given = answers(
+        model, memory, reading.haystack, [(tail, question.n_answer) for _, question, tail in picked], progress
+    )
+    for (each, question, tail), answer in zip(picked, given, strict=True):
+        found, share = judged(answer.text, question.expected, question.rivals)
+        yield RetrievalResult(
+            task=task,
+            kv=memory.kv,
+            length=length,
+            n_tokens=len(reading.haystack) + len(tail),
+            depth=each.depth,
+            expected=question.expected,
+            answer=answer.text,
+            found=found,
+            share=share,
+            n_shared=answer.n_shared,
+            shared_ms=answer.shared_ms,
+            prompt_ms=answer.prompt_ms,
+            decode_ms=answer.decode_ms,
+            kv_stats=answer.kv_stats,
+        )
 
 
-def judged(answer: str, expected: str) -> tuple[bool, float]:
+def judged(answer: str, expected: str, rivals: Sequence[str] = ()) -> tuple[bool, float]:
     """Returns `found` and `share` of RetrievalResult."""
     answer, expected = (" ".join(text.split()) for text in (answer, expected))
-    found = expected in answer
+    before, is_there, _ = answer.partition(expected)
+    found = bool(is_there) and not any(rival in before for rival in rivals)
     same = list(takewhile(lambda pair: pair[0] == pair[1], zip(answer, expected, strict=False)))
     return found, 1.0 if found else len(same) / len(expected)
 

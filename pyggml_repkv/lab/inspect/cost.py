@@ -9,7 +9,6 @@ from math import prod
 from pyggml_repkv.lab.inspect.graph_reader import RawTensor, info_of
 from pyggml_repkv.memory.policy import StepCost
 from pyggml_repkv.model.config import ModelConfig
-from pyggml_repkv.ops.kernels import LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ def flops_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
     if t.op == "mul_mat":
         return 2 * prod(t.shape) * sources[0].shape[-1]
     if cost == "relevance":
-        return 2 * step.memory.n_indexed * config.n_embd_q
+        return 2 * step.memory.n_queries * step.memory.n_indexed * config.n_embd_q
     if cost == "score":
         return 2 * step.n_tokens * step.memory.n_scored * config.n_embd_q
     return 0
@@ -62,7 +61,7 @@ def bytes_of(t: RawTensor, sources: Sequence[RawTensor], step: Step) -> int:
             moved += step.n_tokens * _row_bytes(source)
         if i in info.reads:
             if info.cost == "relevance":
-                moved += source.n_bytes * step.memory.n_blocks // max(1, LANES * source.shape[0])
+                moved += step.memory.index_bytes if i == info.reads[0] else 0
             elif info.cost == "score":
                 moved += step.memory.n_scored * _row_bytes(source)
         elif i not in info.writes:

@@ -136,7 +136,8 @@ def chrome_trace(steps: Sequence[TracedStep]) -> dict[str, Any]:
             lanes[lane : lane + 1] = [e.end_ms]
             ahead = " ahead" if e.ahead else ""
             name = f"{e.kind} block {e.block} of layer {e.layer}{ahead}"
-            events.append(_event(10 + lane, name, 1e3 * e.begin_ms, 1e3 * e.end_ms))
+            args = {"lane": e.lane, "units": e.n_units}
+            events.append(_event(10 + lane, name, 1e3 * e.begin_ms, 1e3 * e.end_ms, args))
         n_lanes = max(n_lanes, len(lanes))
     events += [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 10 + n, "args": {"name": f"disk {n + 1}"}}

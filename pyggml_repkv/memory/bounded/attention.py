@@ -50,6 +50,7 @@ class BoundedStep(ABC):
     def __init__(self, parts: Parts, ops: Ops, n_tokens: int) -> None:
         self._parts, self._ops, self._n_tokens = parts, ops, n_tokens
         ops.g.keep_alive(parts.centres)
+        ops.g.keep_alive(parts.rotation)
         self._regions = Regions.input(ops.g)
         self.hook: StepHook | None = parts.store.new_hook(ops.kernels.backend)
         self._selections: list[Selection] = []
@@ -67,20 +68,13 @@ class BoundedStep(ABC):
         self._parts.last_step = self
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
-        """What a layer selected in the last compute: [1 or K, 1 + n], how many and which."""
+        """What a layer selected in the last compute: [n_rows, 1 + n], how many and which."""
         selected = tensor_array(self._selections[layer].blocks).view(np.int32)
         return selected.reshape(-1, selected.shape[-1])
 
-    def observed_relevance(self, layer: int) -> NDArray[np.float32]:
-        """What a layer compared blocks by in the last compute: [H, n_blocks]."""
-        n_head, n_blocks = self._parts.config.n_head, self._parts.regions.n_blocks
-        seen = 2 * self._ops.kernels.n_threads
-        flat = tensor_array(self._selections[layer].relevance)
-        return flat[: len(flat) - n_head * seen].reshape(n_head, -1)[:, :n_blocks].copy()
-
     @abstractmethod
     def observed_queries(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A layer's last queries, scaled, as the window and as older tokens meet them: [T, H, d] each."""
+        """A layer's last queries, scaled, as the window and as selection meet them: [T, H, d] each."""
 
     def _of(self, layer: int) -> Ops:
         return self._ops.centred(self._parts.centres.of(layer))
@@ -89,7 +83,7 @@ class BoundedStep(ABC):
         selection = self._parts.select(self._of(layer), q, self._regions, layer)
         self._selections.append(selection)
         if self._parts.observed:
-            for tensor in (q.near, q.far, selection.blocks, selection.relevance):
+            for tensor in (q.near, q.far, selection.blocks):
                 self._ops.g.output(tensor)
         return selection
 
@@ -111,7 +105,7 @@ class BoundedChunk(BoundedStep):
             self.hook.add(HookPoint(selection.blocks, layer))
         return self._of(layer).attend_memory(
             q.near, local.k[layer], local.v[layer], q.far, store.k[layer], store.v[layer], selection.runs,
-            self._regions,
+            self._regions, group=selection.group, order=self._parts.rotation.order,
         )  # fmt: skip
 
     def store(self, qkv: Tensor, layer: int) -> None:
@@ -170,7 +164,7 @@ class BoundedOne(BoundedStep):
             self._hook_at(self.hook, selection.blocks, layer)
         return self._of(layer).attend_memory_one(
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
-            self._regions,
+            self._regions, order=self._parts.rotation.order,
         )  # fmt: skip
 
     def store(self, qkv: Tensor, layer: int) -> None:

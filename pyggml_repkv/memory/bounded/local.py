@@ -8,10 +8,6 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_rows
 from pyggml_repkv.model.config import ModelConfig
 
-# The end of a prompt is read token by token, each with a selection of its own: the mean query of a chunk hides what a
-# short question at its end asks.
-N_SINGLE = 16
-
 
 class LocalWindow:
     """Row r of k[layer] and v[layer], [n_rows, K * d], is the token at position base + r: rotated keys, and values, of
@@ -20,7 +16,7 @@ class LocalWindow:
 
     def __init__(self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig) -> None:
         self._n_local = memory.n_local
-        self.n_rows = memory.n_local + 2 * max(memory.n_batch, N_SINGLE)
+        self.n_rows = memory.n_local + 2 * memory.n_batch
         self.base = 0
         shape = self.n_rows, config.n_embd_kv
         type_k, type_v = GGML_CACHE_TYPES[memory.type_k], GGML_CACHE_TYPES[memory.type_v]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import ComputeError, InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.memory.bounded.attention import BoundedChunk, BoundedOne, BoundedStep
-from pyggml_repkv.memory.bounded.local import N_SINGLE, LocalWindow
+from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import check_cache_types
 from pyggml_repkv.memory.centres import KeyCentres
@@ -59,14 +59,14 @@ class BoundedMemory(ABC):
 
     @abstractmethod
     def evict(self, tokens: NDArray[np.int32], n_past: int, start: int) -> tuple[int, int]:
-        """What lies before `start` has left the window -> (end of what is in blocks, n_blocks)."""
+        """What lies before `start` has left the window -> (end of what is in blocks, units in them)."""
 
     @abstractmethod
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
         """What of that a layer's queries attend."""
 
-    def n_select(self, n_past: int, n_tokens: int) -> int:
-        """How many blocks a step attends, if there are as many."""
+    def budget(self, n_past: int, n_tokens: int) -> int:
+        """How many tokens of blocks a step attends, if there are as many."""
         return 0
 
     @property
@@ -75,7 +75,8 @@ class BoundedMemory(ABC):
         return False
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
-        n_single = min(N_SINGLE, n_tokens)
+        # Each with a selection of its own: a chunk's selection hides what a short question at its end asks.
+        n_single = min(self.memory.n_question, n_tokens)
         return even_split(n_tokens - n_single, n_batch) + [1] * n_single
 
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
@@ -101,14 +102,17 @@ class BoundedMemory(ABC):
         if self.rotation.outgrown(n_past + n_tokens):
             self._go_far(n_past)
         start = self.local.start(n_past)
-        remainder, n_blocks = self.evict(tokens, n_past, start)
+        remainder, n_units = self.evict(tokens, n_past, start)
         self.store.make_room(n_past, n_tokens)
         self.local.make_room(n_past, n_tokens)
         self.regions = Regions(
             first=n_past, n_tokens=n_tokens, sink_end=min(self.memory.n_sink, start), remainder=min(remainder, start),
-            local=start, local_base=self.local.base, n_blocks=n_blocks, far=self.rotation.far,
-            n_select=self.n_select(n_past, n_tokens), store_base=self.store.base,
+            local=start, local_base=self.local.base, n_blocks=n_units, far=self.rotation.far,
+            budget=self.budget(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
+        r = self.regions
+        n_selected = min(r.budget, max(r.remainder - r.sink_end, 0))
+        self.rotation.order_from(r.local, r.sink_end + n_selected + r.local - r.remainder)
 
     def _go_far(self, n_past: int) -> None:
         """Takes the rotation out of what is stored."""

@@ -1,7 +1,10 @@
-"""Where a bounded memory sees older tokens: at their true positions, or all from one distance (far positions).
+"""Where a bounded memory sees older tokens: at their true positions, all from one distance (far positions), or side by
+side in their order (ordered positions).
 
-With far positions stored keys are as before RoPE, and the queries that meet them are rotated by one distance, n_local;
-so no stored key is ever rotated again however long the sequence grows.
+With far and ordered positions stored keys are as before RoPE. Queries that meet far ones are rotated by one distance,
+n_local; so no stored key is ever rotated again however long the sequence grows. Ordered ones are rotated when they are
+attended: the n that a key head attends stand at the n positions before the window, so only distances between tokens
+that are attended count, and these stay small.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ _AT_ONCE = 4096
 
 
 class Rotation:
-    """`far_at` is n_past when older tokens began to be far: 0 from the start, -1 not yet. Tables are [rope_dim]:
-    cosines, then sines.
+    """`far_at` is n_past when keys began to be stored before RoPE: 0 from the start, -1 not yet. Tables are [rope_dim]:
+    cosines, then sines. order: a struct repkv_order, as far back as `order_from` was asked for; None: positions are not
+    ordered.
     """
 
     def __init__(
@@ -35,8 +39,23 @@ class Rotation:
         self._config, self._memory, self._rope = config, memory, rope
         # Pass keys were found less often where the first part of a text was read in one way and the rest in the other.
         self.long = memory.positions == "auto" and memory.n_ctx > config.n_ctx_train if long is None else long
-        self.far = memory.positions == "far" or self.long if far is None else far
+        self.far = memory.positions in ("far", "ordered") or self.long if far is None else far
         self.far_at = 0 if self.far else -1
+        self.order = native_ffi.new("struct repkv_order *") if memory.positions == "ordered" else None
+        self._order_keys = np.empty((0, config.rope_dim), np.float32)
+        self._order_query = np.empty(config.rope_dim, np.float32)
+
+    def order_from(self, position: int, n_older: int) -> None:
+        """Older tokens stand before `position` in the next step, at most n_older of them."""
+        if self.order is None:
+            return
+        if n_older > len(self._order_keys):
+            n = max(n_older, 2 * len(self._order_keys))
+            self._order_keys = np.ascontiguousarray(self._rope(-1 - np.arange(n)).T)
+        # Near queries have YaRN's factor already; cos(0) is it.
+        self._order_query[...] = self.near_table(-position) / self.near_table(0)[0]
+        self.order.keys = native_ffi.cast("float *", self._order_keys.ctypes.data)
+        self.order.query = native_ffi.cast("float *", self._order_query.ctypes.data)
 
     def outgrown(self, n_tokens: int) -> bool:
         """Whether older tokens must be far from now on, for a sequence of n_tokens."""

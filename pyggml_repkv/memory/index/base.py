@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.blocks import Blocks, Scheme
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.store.arenas import Arenas
 from pyggml_repkv.model.config import ModelConfig
@@ -31,21 +32,22 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """blocks: I32 [1 or K, 1 + n], how many blocks are attended and which, for whom must make them resident; runs: I32
-    [1 or K, 1 + 3 n], how many runs of rows are attended, then (first row, number of rows, first position) of each;
-    relevance: what blocks were compared by. One row each for all key heads, or one a key head.
+    """blocks: I32 [n_rows, 1 + n], how many units are attended and which, for whom must make them resident; runs: I32
+    [n_rows, 1 + 3 n], how many runs of rows are attended, then (first row, number of rows, first position) of each.
+    One row for all key heads, or one a key head, for each group of queries; group: queries of a chunk in a group, 0 for
+    all of them.
     """
 
     blocks: Tensor
     runs: Tensor
-    relevance: Tensor
+    group: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class IndexParts:
     """What an index is made from. keys(layer, positions) -> float32 [n, K, d]: stored keys, before RoPE with far
-    positions, else rotated; n_top: most blocks that a step selects; n_blocks() and sealed_end(): blocks so far, and
-    where they end.
+    positions, else rotated; scheme: how tokens are cut; units: I32, bounds of the units in blocks, of which n_top at
+    most are selected in a step and max_units (a multiple of LANES) in a full context; blocks: those so far.
     """
 
     arenas: Arenas
@@ -55,14 +57,26 @@ class IndexParts:
     kept: Kept
     keys: Callable[[int, NDArray[np.integer]], NDArray[np.float32]]
     n_ctx: int
-    max_blocks: int
+    scheme: Scheme
+    units: Tensor
+    max_units: int
     n_top: int
-    n_blocks: Callable[[], int]
-    sealed_end: Callable[[], int]
+    blocks: Blocks
 
 
 class Index(Protocol):
     """Entries are made when a block leaves the window (`seal`), and searched in every layer and step (`nodes`)."""
+
+    def __init__(self, parts: IndexParts) -> None: ...
+
+    @staticmethod
+    def unit_of(memory: MemoryConfig) -> str | None:
+        """The scheme of what it selects, None for whole blocks."""
+
+    @staticmethod
+    def selects_per_head(memory: MemoryConfig) -> bool:
+        """Whether every key head selects for itself."""
+        ...
 
     writes: ClassVar[frozenset[str]]
     """Memories that the nodes of each layer must change, by name without the layer."""
@@ -71,10 +85,14 @@ class Index(Protocol):
     """Entries of a block that a query is compared with."""
 
     block_bytes: int
-    """RAM of a block's entries."""
+    """RAM of a block's entries, of all layers."""
 
     n_packed: int
     """Bytes that `pack` takes."""
+
+    def n_queries(self, n_tokens: int) -> int:
+        """Queries of a step that are compared with entries."""
+        ...
 
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         """What a layer's queries ask for. places: where its blocks lie (Store.places)."""
@@ -85,17 +103,19 @@ class Index(Protocol):
     def renew(self, block: int, begin: int, end: int) -> None:
         """Makes a block's entries again, from keys that have lost their rotation."""
 
-    def pack(self, block: int) -> bytes:
+    def pack(self, block: int, begin: int, end: int) -> bytes:
         """A block's entries, to be kept with it."""
 
-    def unpack(self, block: int, data: bytes) -> None:
+    def unpack(self, block: int, begin: int, end: int, data: bytes) -> None:
         """Puts them back. Raises StoreError where they do not fit."""
 
-    def take_scores(self, first: int, end: int) -> NDArray[np.float32]:
-        """What is known of the tokens [first, end), which are in no block yet: float32 [n_layer, n, m]."""
+    def take_state(self, first: int, end: int) -> NDArray[np.float32]:
+        """What entries of later blocks depend on, besides their keys, where the tokens [first, end) are in no block
+        yet: float32 [n_layer, ...].
+        """
 
-    def put_scores(self, first: int, values: NDArray[np.float32]) -> None:
-        """Puts it back. values: of the same numbers, in any shape."""
+    def put_state(self, first: int, end: int, values: NDArray[np.float32]) -> None:
+        """Puts it back; values: of the same numbers, in any shape. Raises StoreError for another number of them."""
 
     def settle(self) -> None:
         """Called when a step begins: what the last one would have taken back is settled."""

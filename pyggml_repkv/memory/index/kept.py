@@ -21,8 +21,8 @@ class Kept:
     read, so that a step that fails can be taken back. None where nothing is held on to.
     """
 
-    def __init__(self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, n_top: int) -> None:
-        self._shape = 2, config.n_head_kv if memory.per_head else 1, 1 + n_top
+    def __init__(self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, n_rows: int, n_top: int) -> None:
+        self._shape = 2, n_rows, 1 + n_top
         layers = range(config.n_layer if memory.keeps else 0)
         self.tensors = [arenas.new(g.GGML_TYPE_I32, self._shape, f"kept-{i}") for i in layers]
         self._arrays = [as_array(t, np.int32).reshape(self._shape) for t in self.tensors]
@@ -60,8 +60,9 @@ class Kept:
         """The last token's, int32 [n_layer, 1 or K, 1 + n_top]; empty where there is none."""
         return np.stack([a[self._half] for a in self._arrays]) if self._half >= 0 else _NOTHING
 
-    def restore(self, selection: NDArray[np.int32], *, n_blocks: int, n_select: int, n_most: int) -> None:
-        """The reverse, where a step may select n_select of n_blocks, and a token at most n_most.
+    def restore(self, selection: NDArray[np.int32], *, n_units: int, had_choice: bool, n_most: int, even: bool) -> None:
+        """The reverse, where a token may select at most n_most of n_units; had_choice: and not all of them; even: units
+        have one size.
 
         Raises StoreError for what no step can have selected: C code takes it as it is.
         """
@@ -73,10 +74,12 @@ class Kept:
             raise StoreError("what the last token selected is of another shape")
         rows = selection.reshape(shape)
         counts = rows[..., 0]
-        if (counts != counts[0, 0]).any() or (counts[0, 0] > 0 and n_blocks <= n_select):
+        n_first = counts[0, 0]
+        uneven = counts != n_first if even else (counts > 0) != (n_first > 0)
+        if uneven.any() or (n_first > 0 and not had_choice):
             raise StoreError("what the last token selected is damaged")
         for n, *blocks in rows.reshape(-1, shape[-1]).tolist():
-            ids = [-1, *blocks[: max(n, 0)], n_blocks]
+            ids = [-1, *blocks[: max(n, 0)], n_units]
             if not 0 <= n <= n_most or any(a >= b for a, b in pairwise(ids)):
                 raise StoreError("what the last token selected is damaged")
         for array, selected in zip(self._arrays, rows, strict=True):

@@ -10,10 +10,21 @@ from numpy.typing import NDArray
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import Tensor, set_name
 from pyggml_repkv.ffi.library import g, native, native_ffi
+from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.index.base import IndexParts, Queries, Selection
 from pyggml_repkv.memory.store.arenas import Rows, as_array
 from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
+
+
+def top_scored(scores: NDArray[np.float32], begin: int, end: int, n: int) -> NDArray[np.int32]:
+    """The n tokens of [begin, end) with the highest scores [n_positions, K], contiguous -> positions int32 [K, n]."""
+    chosen = np.empty((scores.shape[1], n), np.int32)
+    native.repkv_repr_topk(
+        native_ffi.cast("int32_t *", chosen.ctypes.data), native_ffi.cast("float *", scores.ctypes.data), begin, end,
+        *chosen.shape,
+    )  # fmt: skip
+    return chosen
 
 
 class Representatives:
@@ -25,23 +36,31 @@ class Representatives:
 
     writes: ClassVar[frozenset[str]] = frozenset(("score_l",))
 
+    @staticmethod
+    def unit_of(memory: MemoryConfig) -> None:
+        return None
+
+    @staticmethod
+    def selects_per_head(memory: MemoryConfig) -> bool:
+        return memory.per_head
+
     def __init__(self, parts: IndexParts) -> None:
         self.config, self.memory, self._parts = parts.config, parts.memory, parts
         self.keys = parts.keys
         config, memory = parts.config, parts.memory
-        self.n_entries = memory.n_repr
-        self._shape = config.n_head_kv, memory.n_repr, config.head_dim
+        self.n_entries = memory.index_kind[1]
+        self._shape = config.n_head_kv, self.n_entries, config.head_dim
         # Halves the reads of the search; a key that was kept in F32 is compared in F32.
         type_, dtype = (g.GGML_TYPE_F32, np.float32) if memory.type_k == "f32" else (g.GGML_TYPE_F16, np.float16)
         self.block_bytes = config.n_layer * int(np.prod(self._shape)) * np.dtype(dtype).itemsize
-        self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * memory.n_repr
-        n_groups, layers = parts.max_blocks // LANES, range(config.n_layer)
+        self.n_packed = self.block_bytes + 4 * config.n_layer * config.n_head_kv * self.n_entries
+        n_groups, layers = parts.max_units // LANES, range(config.n_layer)
 
         def groups(n_past: int) -> Rows:
-            return Rows(parts.n_blocks() // LANES, -(-parts.n_blocks() // LANES))
+            return Rows(parts.blocks.n_blocks // LANES, -(-parts.blocks.n_blocks // LANES))
 
         def scored(n_past: int) -> Rows:
-            return Rows(min(parts.sealed_end(), n_past), n_past)
+            return Rows(min(parts.blocks.sealed_end, n_past), n_past)
 
         shape = n_groups, int(np.prod(self._shape)) * LANES
         self._index = [parts.arenas.new(type_, shape, f"index-{i}", rows=groups) for i in layers]
@@ -55,24 +74,31 @@ class Representatives:
         # Scores of blocks before this position are gone.
         self._forgotten = 0
 
+    def n_queries(self, n_tokens: int) -> int:
+        return 1
+
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         m, index, kept = self.memory, self._index[layer], None
         marker = self._score(ops, q, regions, layer)
         set_name(marker, "score_acc", layer)
         if q.rope is None:
-            relevance = ops.relevance(q.far, index, regions, marker, n_repr=m.n_repr, kind=m.relevance)
+            relevance = ops.relevance(q.far, index, regions, marker, n_repr=self.n_entries, kind=m.relevance)
         else:
-            relevance = ops.relevance_one(q.far, index, q.rope, regions, marker, n_repr=m.n_repr, kind=m.relevance)
+            relevance = ops.relevance_one(
+                q.far, index, q.rope, regions, marker, n_repr=self.n_entries, kind=m.relevance
+            )  # fmt: skip
             kept = self._parts.kept.tensors[layer] if m.keeps else None
         set_name(relevance, "block_relevance", layer)
+        n_rows = self.config.n_head_kv if m.per_head else 1
         blocks = ops.block_topk(
-            relevance, regions, self._parts.n_top, kind=m.relevance, per_head=m.per_head, sticky=m.sticky, kept=kept,
+            relevance, self._parts.units, regions, n_top=self._parts.n_top, kind=m.relevance, n_rows=n_rows,
+            n_lines=self.config.n_head // n_rows, n_padded=self._parts.max_units, sticky=m.sticky, kept=kept,
             late=m.late and kept is not None,
         )  # fmt: skip
         set_name(blocks, "block_topk", layer)
         runs = ops.locate(blocks, places)
         set_name(runs, "row_runs", layer)
-        return Selection(blocks, runs, relevance)
+        return Selection(blocks, runs)
 
     def _score(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Tensor:
         sources, n = (q.near, self._parts.local.k[layer], self._score_tensors[layer]), self.memory.n_scoring
@@ -99,11 +125,7 @@ class Representatives:
 
     def choose(self, layer: int, begin: int, end: int) -> NDArray[np.int32]:
         """Positions int32 [K, n_repr] of the tokens that stand for the block [begin, end) in a layer."""
-        n_head_kv, n_repr, _ = self._shape
-        chosen = np.empty((n_head_kv, n_repr), np.int32)
-        score = native_ffi.cast("float *", self.scores[layer].ctypes.data)
-        native.repkv_repr_topk(native_ffi.cast("int32_t *", chosen.ctypes.data), score, begin, end, n_head_kv, n_repr)
-        return chosen
+        return top_scored(self.scores[layer], begin, end, self.n_entries)
 
     def block_keys(self, layer: int, begin: int, end: int, chosen: NDArray[np.int32]) -> NDArray[np.float32]:
         """Float32 [K, n_repr, d]: what the index holds for a block; here the keys of the representatives."""
@@ -115,12 +137,12 @@ class Representatives:
             room = np.empty((max(64, block), *self.chosen.shape[1:]), np.int32)
             self.chosen = np.concatenate((self.chosen, room))
 
-    def pack(self, block: int) -> bytes:
+    def pack(self, block: int, begin: int, end: int) -> bytes:
         """Representatives, then their keys, layer by layer."""
         keys = [index[block // LANES, ..., block % LANES].tobytes() for index in self._arrays]
         return self.chosen[block].tobytes() + b"".join(keys)
 
-    def unpack(self, block: int, data: bytes) -> None:
+    def unpack(self, block: int, begin: int, end: int, data: bytes) -> None:
         if len(data) != self.n_packed:
             raise StoreError(f"block {block} carries an index of another shape")
         self._make_room_for(block)
@@ -148,12 +170,14 @@ class Representatives:
         if self.memory.n_sink <= position < self._forgotten:
             raise InputError(f"position {position} lies in a block on disk, whose scores are not kept")
 
-    def take_scores(self, first: int, end: int) -> NDArray[np.float32]:
-        """Of the tokens [first, end): float32 [n_layer, n, K]."""
+    def take_state(self, first: int, end: int) -> NDArray[np.float32]:
+        """Scores of the tokens [first, end): float32 [n_layer, n, K]."""
         return np.stack([scores[first:end] for scores in self.scores])
 
-    def put_scores(self, first: int, values: NDArray[np.float32]) -> None:
-        """The reverse; values may be of any shape of as many numbers."""
+    def put_state(self, first: int, end: int, values: NDArray[np.float32]) -> None:
+        # Sinks have none, also where some are still to come.
+        if values.size != self.config.n_layer * self.config.n_head_kv * max(0, end - first):
+            raise StoreError("the scores are damaged")
         for scores, layer in zip(self.scores, values.reshape(self.config.n_layer, -1), strict=True):
             rows = layer.reshape(-1, self.config.n_head_kv)
             scores[first : first + len(rows)] = rows

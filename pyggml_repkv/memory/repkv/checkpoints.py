@@ -13,14 +13,15 @@ from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.checkpoints import BlockRow, State
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
+from pyggml_repkv.memory.cut.blocks import Blocks, Scheme
 from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.index.base import Index
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.store.arenas import as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
-from pyggml_repkv.memory.store.block_store import BlockStore, RecordLayout
+from pyggml_repkv.memory.store.block_store import BlockStore
 from pyggml_repkv.memory.store.disk import DiskStore
+from pyggml_repkv.memory.store.layout import BlockShape, RecordLayout
 from pyggml_repkv.memory.store.ram import RamStore
 from pyggml_repkv.model.config import ModelConfig
 
@@ -37,6 +38,8 @@ class Parts(Protocol):
     local: LocalWindow
     store: RamStore | DiskStore
     blocks: Blocks
+    scheme: Scheme
+    shape: BlockShape
     index: Index
     kept: Kept
 
@@ -80,7 +83,7 @@ class RepKVCheckpoints:
     def n_ring(self, n_step: int) -> int:
         # What the newest save needs must outlast what the next one writes, and what older ones need N_BACK more.
         m = self._memory.memory
-        return m.n_local + parse_block(m.block).max_size + LOOKAHEAD + 3 * n_step + N_BACK
+        return m.n_local + self._memory.scheme.largest_block + LOOKAHEAD + 3 * n_step + N_BACK
 
     def check(self) -> None:
         if self._memory.torn:
@@ -101,9 +104,9 @@ class RepKVCheckpoints:
     def take(self, n_past: int) -> State:
         m = self._memory
         end = m.blocks.sealed_end
-        scores = m.index.take_scores(end, max(n_past, end))
+        scores = m.index.take_state(end, max(n_past, end))
         disk = m.disk
-        slots = [disk.io.resident(i) if disk else np.empty(0, np.int32) for i in range(self.n_layer)]
+        slots = [disk.io.resident(i) if disk else np.empty((1, 0), np.int32) for i in range(self.n_layer)]
         return State(n_past, end, self.n_blocks, self.far_at, scores, _filled(slots), m.kept.selection)
 
     def open_positions(self, first: int, n_past: int) -> NDArray[np.int64]:
@@ -156,22 +159,22 @@ class RepKVCheckpoints:
     def copy_blocks(self, file: BlockFile) -> list[BlockRow]:
         memory, config, m = self._memory, self._memory.config, self._memory.memory
         bounds, types = memory.blocks.bounds, (m.type_k, m.type_v)
-        layout = RecordLayout(config, parse_block(m.block).max_size, types, types, memory.index.n_packed)
-        # It only writes: the one slot of each layer, and where blocks would lie, are never looked at.
-        places = np.zeros((config.n_layer, max(1, self.n_blocks), 3), np.int32)
+        layout = RecordLayout(config, memory.shape, types, types, memory.index.n_packed)
+        # It only writes: slots, and where units would lie, are never looked at.
         nowhere = [0] * config.n_layer
         writer = BlockStore(
-            file, layout, n_slots=1, max_blocks=places.shape[1], n_threads=0, first_row=0, k_rows=nowhere,
-            v_rows=nowhere, places=[p.ctypes.data for p in places], debug=False, memory=places,
+            file, layout, n_slots=1, max_blocks=max(1, self.n_blocks), max_units=memory.blocks.n_units + 1,
+            n_threads=0, first_row=0, k_rows=nowhere, v_rows=nowhere, places=nowhere, debug=False, memory=None,
         )  # fmt: skip
         try:
             for block in range(self.n_blocks):
                 begin, end = bounds[block : block + 2]
                 rows = [memory.store.rows(layer, block, begin, end) for layer in range(config.n_layer)]
                 k_rows, v_rows = ([r[i].ctypes.data for r in rows] for i in (0, 1))
+                ends = [unit_end - begin for unit_end in memory.blocks.unit_ends(begin, end)]
                 writer.put(
-                    begin, end - begin, rotated=not memory.rotation.far, k_rows=k_rows, v_rows=v_rows,
-                    extra=memory.index.pack(block),
+                    begin, ends, rotated=not memory.rotation.far, k_rows=k_rows, v_rows=v_rows,
+                    extra=memory.index.pack(block, begin, end),
                 )  # fmt: skip
             writer.flush()
             return [(b, bounds[b], bounds[b + 1] - bounds[b], offset) for b, offset in enumerate(writer.offsets)]
@@ -180,9 +183,12 @@ class RepKVCheckpoints:
 
 
 def _filled(slots: Sequence[NDArray[np.int32]]) -> NDArray[np.int32]:
-    """Each layer's slots -> the blocks in them, int32 [n_layer, n], with -1 after the last; most slots may be empty."""
-    blocks = [layer[layer >= 0] for layer in slots]
-    filled = np.full((len(blocks), max(map(len, blocks))), -1, np.int32)
-    for row, layer in zip(filled, blocks, strict=True):
-        row[: len(layer)] = layer
-    return filled
+    """Slots [n_lanes, n_slots] of each layer -> the units in them, int32 [n_layer, n_lanes * n], with -1 after a lane's
+    last; most slots may be empty.
+    """
+    units = [[lane[lane >= 0] for lane in layer] for layer in slots]
+    filled = np.full((len(units), len(units[0]), max(len(lane) for layer in units for lane in layer)), -1, np.int32)
+    for rows, layer in zip(filled, units, strict=True):
+        for row, lane in zip(rows, layer, strict=True):
+            row[: len(lane)] = lane
+    return filled.reshape(len(units), -1)

@@ -5,7 +5,7 @@ A block that is selected is attended where it lies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -14,19 +14,23 @@ from numpy.typing import NDArray
 
 from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.context import Tensor
+from pyggml_repkv.ffi.library import g
 from pyggml_repkv.memory.bounded.local import LocalWindow
 from pyggml_repkv.memory.bounded.memory import BoundedMemory, check_settings, context_of
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.checkpoints import State
-from pyggml_repkv.memory.cut.blocks import Blocks, make_blocks, parse_block
+from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.cut.blocks import Blocks, Scheme, make_blocks, parse_scheme
 from pyggml_repkv.memory.index.base import Index, IndexParts, Queries, Selection
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.index.representatives import Representatives
+from pyggml_repkv.memory.index.tokens import TokenCodes
 from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs, StepCost
 from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints
-from pyggml_repkv.memory.store.arenas import Arenas, as_rows
+from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.store.disk import DiskStore, block_folder
+from pyggml_repkv.memory.store.layout import BlockShape
 from pyggml_repkv.memory.store.ram import RamStore, floats
 from pyggml_repkv.ops.kernels import LANES
 from pyggml_repkv.ops.makers import Ops
@@ -38,44 +42,55 @@ class RepKVMemory(BoundedMemory):
     name: ClassVar[str] = "repkv"
     evicts: ClassVar[bool] = True
     ignores: ClassVar[frozenset[str]] = frozenset(("kv_dir", "kv_disk_max", "prefetch"))
-    make_index: ClassVar[Callable[[IndexParts], Index]] = Representatives
+    make_index: ClassVar[type[Index] | None] = None
+    """None: as the settings say."""
     store: RamStore | DiskStore
 
     def __init__(self, inputs: PolicyInputs) -> None:
-        memory, config, scheme = inputs.memory, inputs.config, parse_block(inputs.memory.block)
+        memory, config = inputs.memory, inputs.config
+        make_index = type(self).make_index or index_of(memory)
+        self.scheme = scheme = parse_scheme(memory.block, make_index.unit_of(memory))
         check_settings(inputs, self.name)
         n_ctx = context_of(inputs)
-        # How many blocks a full context may have, in whole groups.
-        max_blocks = -(-n_ctx // (scheme.min_size * LANES)) * LANES
+        # How many units a full context may have, in whole vectors.
+        max_units = -(-n_ctx // (scheme.smallest_unit * LANES)) * LANES
         arenas = inputs.arenas or Arenas(10 * config.n_layer + 4)
         rotation = Rotation(config, memory, inputs.rope, inputs.long)
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
-        self.n_top_max = max(memory.top_blocks, memory.chunk_blocks, self.n_dense // scheme.min_size)
+        self.n_top_max = max(memory.budget, memory.chunk_budget, self.n_dense) // scheme.smallest_unit
+        # Of a key head in a step, for all groups of a chunk.
+        n_groups = -(-memory.n_batch // memory.group) if memory.group else 1
+        self.most_selected = max(memory.budget, n_groups * memory.chunk_budget, self.n_dense) // scheme.smallest_unit
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
-        self.kept = Kept(arenas, config, memory, self.n_top_max)
+        self.n_rows = config.n_head_kv if make_index.selects_per_head(memory) else 1
+        self.kept = Kept(arenas, config, memory, self.n_rows, self.n_top_max)
+        self.shape = BlockShape(scheme.largest_block, scheme.largest_unit, scheme.most_units, self.n_rows)
         local = LocalWindow(arenas, config, memory)
+        bounds = arenas.new(g.GGML_TYPE_I32, (max_units + 1,), "unit_bounds", rows=lambda _: Rows(0, max_units + 1))
+        self._unit_bounds = as_array(bounds, np.int32)
+        self._unit_bounds[0], self._n_noted = memory.n_sink, 0
         parts = IndexParts(
-            arenas, config, memory, local, self.kept, lambda layer, at: self.stored_keys(layer, at), n_ctx, max_blocks,
-            self.n_top_max, lambda: self.blocks.n_blocks, lambda: self.blocks.sealed_end,
+            arenas, config, memory, local, self.kept, lambda layer, at: self.stored_keys(layer, at), n_ctx, scheme,
+            bounds, max_units, self.n_top_max, self.blocks,
         )  # fmt: skip
-        self.index = type(self).make_index(parts)
+        self.index: Index = make_index(parts)
         self.writes = frozenset(("k_local", "v_local", "k_store", "v_store")) | self.index.writes
-        super().__init__(inputs, arenas, rotation, local, self._make_store(inputs, arenas, n_ctx, max_blocks))
+        super().__init__(inputs, arenas, rotation, local, self._make_store(inputs, arenas, n_ctx, max_units))
 
-    def _make_store(self, inputs: PolicyInputs, arenas: Arenas, n_ctx: int, max_blocks: int) -> RamStore | DiskStore:
+    def _make_store(self, inputs: PolicyInputs, arenas: Arenas, n_ctx: int, max_units: int) -> RamStore | DiskStore:
         memory, config, file = inputs.memory, inputs.config, inputs.block_file
         if file is None and not memory.on_disk:
             if memory.kv_disk_max or memory.type_evicted:
                 raise InputError("--kv-disk-max and --cache-type-evicted need --kv-ram or --kv-dir")
             return RamStore(
-                arenas, config, memory, n_rows=n_ctx, max_blocks=max_blocks, sealed_end=lambda: self.blocks.sealed_end
+                arenas, config, memory, n_rows=n_ctx, max_units=max_units, sealed_end=lambda: self.blocks.sealed_end
             )  # fmt: skip
         if file is None:
             file = BlockFile(block_folder(memory), None)
-        n_rows = config.n_head_kv if memory.per_head else 1
         try:
             return DiskStore(
-                arenas, config, memory, file, self.blocks, max_blocks=max_blocks, n_selected=n_rows * self.n_top_max,
+                arenas, config, memory, file, self.blocks, shape=self.shape,
+                max_blocks=-(-n_ctx // self.scheme.block.min_size), n_selected=self.most_selected,
                 n_extra=self.index.n_packed if inputs.kept else 0, kept=self.kept.tensors,
             )  # fmt: skip
         except BaseException:
@@ -87,10 +102,10 @@ class RepKVMemory(BoundedMemory):
         """The store, where blocks are on disk."""
         return self.store if isinstance(self.store, DiskStore) else None
 
-    def n_select(self, n_past: int, n_tokens: int) -> int:
+    def budget(self, n_past: int, n_tokens: int) -> int:
         if n_past + n_tokens <= self.n_dense:
-            return self.n_top_max
-        return self.memory.top_blocks if n_tokens == 1 else self.memory.chunk_blocks
+            return n_past
+        return self.memory.budget if n_tokens == 1 else self.memory.chunk_budget
 
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
         return self.index.nodes(ops, q, regions, self.store.places(layer), layer)
@@ -107,12 +122,21 @@ class RepKVMemory(BoundedMemory):
         first_new = self.blocks.n_blocks
         for block, (begin, end) in enumerate(self.blocks.seal(start), first_new):
             self.index.seal(block, begin, end)
-            extra = self.index.pack(block) if self._inputs.kept else b""
-            self.store.seal(block, begin, end, rotated=not self.rotation.far, extra=extra)
+            extra = self.index.pack(block, begin, end) if self._inputs.kept else b""
+            ends = self.blocks.unit_ends(begin, end)
+            self.store.seal(block, begin, end, ends, rotated=not self.rotation.far, extra=extra)
+        self._note_units()
         if self.disk is not None:
             self.index.forget(self.blocks.sealed_end)
         self.index.remember(n_past, len(tokens))
-        return self.blocks.sealed_end, self.blocks.n_blocks
+        return self.blocks.sealed_end, self.blocks.n_units
+
+    def _note_units(self) -> None:
+        """Tells the graph of the units that are in blocks now."""
+        n = self.blocks.n_units
+        first = min(self._n_noted, n)
+        self._unit_bounds[first : n + 1] = self.blocks.unit_bounds[first : n + 1]
+        self._n_noted = n
 
     def undo_step(self, n_past: int) -> None:
         # One that was stopped before it rearranged anything has nothing to take back, least of all the step before.
@@ -130,7 +154,7 @@ class RepKVMemory(BoundedMemory):
 
     def assume_selected(self, n_past: int) -> None:
         """For a graph that is never computed: as if the token before had selected, if there was a choice by then."""
-        if self._n_blocks_at(n_past) > self.n_select(n_past, 1):
+        if self._n_far(n_past) > self.budget(n_past, 1):
             self.kept.assume()
             self.regions.kept = 0
 
@@ -142,17 +166,21 @@ class RepKVMemory(BoundedMemory):
         disk = self.disk
         assert disk is not None
         position = self.memory.n_sink
+        unit_bounds = [position]
         for block, (offset, header) in enumerate(headers):
             if (header.block, header.first_position) != (block, position):
                 raise StoreError(f"{disk.file.path}: block {block} is not where it should be")
             disk.layout.check(header)
+            self.index.unpack(block, position, position + header.n_tokens, header.extra)
+            unit_bounds += [position + unit_end for unit_end in header.unit_ends]
             position += header.n_tokens
-            self.index.unpack(block, header.extra)
             disk.io.add(header, offset)
         if position != state.sealed_end:
             raise StoreError(f"{disk.file.path}: its blocks end at token {position}, not at {state.sealed_end}")
         ends = np.cumsum([h.n_tokens for _, h in headers], dtype=np.int64) + self.memory.n_sink
-        self.blocks.restore([self.memory.n_sink, *ends.tolist()], tokens)
+        bounds = [self.memory.n_sink, *ends.tolist()]
+        self.blocks.restore(bounds, unit_bounds, tokens)
+        self._note_units()
         rotation = self.rotation
         rotation.far, rotation.far_at = state.far_at >= 0, state.far_at
         disk.resume(position)
@@ -164,23 +192,26 @@ class RepKVMemory(BoundedMemory):
                     self.index.renew(block, begin, end)
         self.local.base = self.local.start(state.n_past)
         self.index.forget(state.sealed_end)
-        # Sinks have none, also where some are still to come.
-        n_scored = max(0, state.n_past - state.sealed_end)
-        if state.scores.size != self.config.n_layer * self.config.n_head_kv * n_scored:
-            raise StoreError("the scores are damaged")
-        self.index.put_scores(state.sealed_end, state.scores)
-        n_select = self.n_select(state.n_past, 1)
-        self.kept.restore(
-            state.kept, n_blocks=self.blocks.n_blocks, n_select=n_select, n_most=self.memory.top_blocks
-        )  # fmt: skip
-        for layer, blocks in enumerate(state.warm):
-            disk.io.prefetch(layer, [b for b in blocks.tolist() if 0 <= b < len(headers)])
+        self.index.put_state(state.sealed_end, state.n_past, state.scores)
+        n_far, budget = self.blocks.sealed_end - self.memory.n_sink, self.budget(state.n_past, 1)
+        n_units, n_most = self.blocks.n_units, self.memory.budget // self.scheme.smallest_unit
+        even = self.scheme.smallest_unit == self.scheme.largest_unit
+        self.kept.restore(state.kept, n_units=n_units, had_choice=n_far > budget, n_most=n_most, even=even)
+        if state.warm.shape[1] % disk.layout.n_lanes:
+            raise StoreError("which blocks lay in RAM is damaged")
+        for layer, lanes in enumerate(state.warm.reshape(self.config.n_layer, disk.layout.n_lanes, -1).tolist()):
+            disk.io.prefetch(layer, *([u for u in units if 0 <= u < n_units] for units in lanes))
 
     def copy_from(self, other: Self) -> None:
         super().copy_from(other)
         self.blocks.copy_from(other.blocks)
+        self._note_units()
         self.index.copy_from(other.index)
         self.kept.copy_from(other.kept)
+
+    def new_blocks(self, scheme: Scheme) -> Blocks:
+        """Blocks of the same text by another scheme, none yet."""
+        return make_blocks(scheme, self.memory.n_sink, self._inputs.boundaries)
 
     def stored_keys(self, layer: int, positions: NDArray[np.integer]) -> NDArray[np.float32]:
         """Float32 [n, K, d]: before RoPE with far positions, else rotated. Raises StoreError for unreadable ones."""
@@ -195,13 +226,15 @@ class RepKVMemory(BoundedMemory):
 
     def cost(self, n_past: int, n_tokens: int) -> StepCost:
         m, own = self.memory, (n_tokens + 1) // 2
-        size = parse_block(m.block).max_size
-        n_far = max(0, n_past - m.n_local - m.n_sink)
+        size = self.scheme.block.max_size
+        n_far = self._n_far(n_past)
         n_blocks = n_far // size
-        n_selected = min(n_blocks, self.n_select(n_past, n_tokens))
-        n_attended = min(n_past, m.n_sink + m.n_local) + own + n_selected * size + n_far - n_blocks * size
-        n_indexed = n_blocks * self.index.n_entries
-        return StepCost(n_attended, min(m.n_scoring, n_past + own), n_blocks, n_indexed)
+        n_selected = min(n_blocks * size, self.budget(n_past, n_tokens))
+        n_attended = min(n_past, m.n_sink + m.n_local) + own + n_selected + n_far - n_blocks * size
+        n_indexed, index_bytes = n_blocks * self.index.n_entries, n_blocks * self.index.block_bytes
+        n_scored = min(m.n_scoring, n_past + own) if "score_l" in self.index.writes else 0
+        n_queries = self.index.n_queries(n_tokens)
+        return StepCost(n_attended, n_scored, n_indexed, index_bytes // self.config.n_layer, n_queries)
 
     def bytes_at(self, n_tokens: int) -> dict[str, int]:
         n_stored, row_bytes = min(n_tokens, self.n_ctx), self.local.row_bytes
@@ -209,7 +242,7 @@ class RepKVMemory(BoundedMemory):
         blocks: dict[str, int] = {}
         if self.disk is not None:
             n_open = min(self.memory.n_sink + self.disk.n_open, n_stored)
-            blocks = self.disk.ram_bytes_at(n_blocks)
+            blocks = self.disk.ram_bytes_at(n_blocks * self.scheme.most_units)
         return {
             "window": row_bytes * min(self.local.n_rows, n_stored),
             "tokens": row_bytes * n_open,
@@ -220,20 +253,22 @@ class RepKVMemory(BoundedMemory):
     def disk_need(self, n_tokens: int) -> DiskNeed | None:
         return None if self.disk is None else self.disk.need(n_tokens - self.memory.n_local - self.memory.n_sink)
 
+    def _n_far(self, n_tokens: int) -> int:
+        return max(0, n_tokens - self.memory.n_local - self.memory.n_sink)
+
     def _n_blocks_at(self, n_tokens: int) -> int:
-        n_far = n_tokens - self.memory.n_local - self.memory.n_sink
-        return max(0, n_far // parse_block(self.memory.block).min_size)
+        return self._n_far(n_tokens) // self.scheme.block.min_size
 
     def stats(self, n_past: int) -> dict[str, object]:
         parts = self.bytes_at(n_past)
         return {
             "policy": self.name,
             "blocks": self.blocks.n_blocks,
-            "selected": min(self.n_select(max(0, n_past - 1), 1), self.blocks.n_blocks),
+            "selected": min(self.budget(max(0, n_past - 1), 1), self.blocks.sealed_end - self.memory.n_sink),
             "resident_bytes": parts["window"],
             "ram_bytes": parts["tokens"] + parts.get("blocks", 0),
             "index_bytes": self.blocks.n_blocks * self.index.block_bytes,
-            "score_bytes": parts["scores"],
+            "score_bytes": parts.get("scores", 0),
             "far_tokens": self.local.start(n_past),
             "far_positions": self.rotation.far,
             **(NO_DISK if self.disk is None else self.disk.stats()),
@@ -243,3 +278,8 @@ class RepKVMemory(BoundedMemory):
         self.index.close()
         self.kept.close()
         super().close()
+
+
+def index_of(memory: MemoryConfig) -> type[Index]:
+    """The index that the settings ask for."""
+    return TokenCodes if memory.index_kind[0] == "tokens" else Representatives

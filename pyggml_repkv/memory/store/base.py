@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 class Store(Protocol):
     """k[layer], v[layer]: [n_rows, K * d]. A sink lies at row = position, an open token (one that no block holds) at
-    row = position - base, a block where `places` says.
+    row = position - base, a unit of a block where `places` says.
     """
 
     k: list[Tensor]
@@ -28,7 +28,7 @@ class Store(Protocol):
     def base(self) -> int: ...
 
     def places(self, layer: int) -> Tensor:
-        """I32 [n_blocks, 2]: first row of each block, and how many tokens it has."""
+        """I32 [1 or n_lanes, n_units, 3], of each unit: its first row, how many tokens it has, the first's position."""
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Called before a step, so that its tokens have rows."""

@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ from pyggml_repkv.errors import InputError, StoreError
 from pyggml_repkv.ffi.library import native, native_ffi
 
 MAGIC = b"REPKVBLK"
-VERSION = 1
+VERSION = 2
 ALIGN: int = native.REPKV_ALIGN
 
-_HEADER = struct.Struct("<8sII IIQ IIII II QQ Q")
+_HEADER = struct.Struct("<8sII IIQ IIII II QII Q")
 _CHECKSUM_AT = _HEADER.size - 8
 ROTATED = 1
 _COPY_BYTES = 2**20
@@ -48,25 +49,32 @@ def aligned(n_bytes: int) -> int:
 class BlockHeader:
     """What stands before the records of a block.
 
-    checksums: uint64 [n_layer], one for each record; extra: bytes that the memory wants to find again with the block.
+    unit_ends: where its units end, counted in tokens from its first; checksums: uint64 [n_units, n_layer, n_lanes], one
+    for each record; extra: bytes that the memory wants to find again with the block.
     """
 
     block: int
     first_position: int
-    n_tokens: int
+    unit_ends: tuple[int, ...]
     rotated: bool
     types: tuple[int, int]
     row_bytes: tuple[int, int]
     checksums: NDArray[np.uint64]
     extra: bytes
 
+    @property
+    def n_tokens(self) -> int:
+        return self.unit_ends[-1]
+
     def pack(self, n_bytes: int) -> bytes:
         """n_bytes, a multiple of ALIGN, of which `header_bytes` says how many it takes."""
+        n_units, n_layer, n_lanes = self.checksums.shape
         fields = (
-            MAGIC, VERSION, n_bytes, self.block, self.n_tokens, self.first_position, len(self.checksums),
-            ROTATED * self.rotated, *self.types, *self.row_bytes, len(self.extra), 0, 0,
+            MAGIC, VERSION, n_bytes, self.block, self.n_tokens, self.first_position, n_layer, ROTATED * self.rotated,
+            *self.types, *self.row_bytes, len(self.extra), n_lanes, n_units, 0,
         )  # fmt: skip
-        body = bytearray(_HEADER.pack(*fields) + self.checksums.tobytes() + self.extra)
+        ends = np.array(self.unit_ends, np.uint32).tobytes()
+        body = bytearray(_HEADER.pack(*fields) + self.checksums.tobytes() + ends + self.extra)
         body += bytes(n_bytes - len(body))
         struct.pack_into("<Q", body, _CHECKSUM_AT, checksum(body))
         return bytes(body)
@@ -90,25 +98,32 @@ class BlockHeader:
             row_k,
             row_v,
             n_extra,
-            _,
+            n_lanes,
+            n_units,
             found,
         ) = _HEADER.unpack_from(data)
         if version != VERSION:
             raise StoreError(f"its format is version {version}, and this program reads version {VERSION}")
-        start = _HEADER.size + 8 * n_layer
+        n_records = n_units * n_layer * n_lanes
+        start = _HEADER.size + 8 * n_records + 4 * n_units
         body = bytearray(data)
         body[_CHECKSUM_AT : _CHECKSUM_AT + 8] = bytes(8)
         if len(data) != n_bytes or start + n_extra > n_bytes or checksum(body) != found:
             raise StoreError("its header is damaged")
-        sums = np.frombuffer(data, np.uint64, n_layer, _HEADER.size).copy()
+        sums = np.frombuffer(data, np.uint64, n_records, _HEADER.size).reshape(n_units, n_layer, n_lanes).copy()
+        ends = tuple(np.frombuffer(data, np.uint32, n_units, _HEADER.size + 8 * n_records).tolist())
+        if not ends or ends[-1] != n_tokens or any(a >= b for a, b in pairwise((0, *ends))):
+            raise StoreError("its header is damaged")
         extra = data[start : start + n_extra]
         rotated = bool(flags & ROTATED)
-        return cls(block, first, n_tokens, rotated, (type_k, type_v), (row_k, row_v), sums, extra)
+        return cls(block, first, ends, rotated, (type_k, type_v), (row_k, row_v), sums, extra)
 
 
-def header_bytes(n_layer: int, n_extra: int) -> int:
-    """Bytes that a header takes, a multiple of ALIGN."""
-    return aligned(_HEADER.size + 8 * n_layer + n_extra)
+def header_bytes(n_units: int, n_lanes: int, n_extra: int) -> int:
+    """Bytes that a header of so many units, each with a record in so many lanes of all layers, takes: a multiple of
+    ALIGN.
+    """
+    return aligned(_HEADER.size + 8 * n_units * n_lanes + 4 * n_units + n_extra)
 
 
 class BlockFile:

@@ -1,7 +1,7 @@
-"""A store whose blocks are on disk: the arenas hold sinks, open tokens, and slots for the blocks that are attended.
+"""A store whose blocks are on disk: the arenas hold sinks, open tokens, and slots for the units that are attended.
 
 Rows are [sinks | open tokens | slots]. Open tokens are those that no block holds: the remainder, the window and the
-step's own.
+step's own. Each lane, the columns of the key heads that select together, has slots of its own in the same rows.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pyggml_repkv.errors import InputError
 from pyggml_repkv.ffi.context import Tensor
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
-from pyggml_repkv.memory.bounded.local import N_SINGLE
 from pyggml_repkv.memory.bounded.rotation import Rotation
 from pyggml_repkv.memory.cache_types import GGML_CACHE_TYPES
 from pyggml_repkv.memory.config import MemoryConfig
-from pyggml_repkv.memory.cut.blocks import Blocks, parse_block
+from pyggml_repkv.memory.cut.blocks import Blocks
 from pyggml_repkv.memory.cut.boundaries import LOOKAHEAD
 from pyggml_repkv.memory.hook import StepHook
 from pyggml_repkv.memory.policy import DiskNeed
 from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile
-from pyggml_repkv.memory.store.block_store import N_STAGING, BlockStore, RecordLayout
+from pyggml_repkv.memory.store.block_store import N_STAGING, BlockStore
+from pyggml_repkv.memory.store.layout import BlockShape, RecordLayout
 from pyggml_repkv.memory.store.ram import floats
 from pyggml_repkv.model.config import ModelConfig
 
 # Threads that read blocks: so many reads are under way at once.
-N_IO_THREADS = 4
+N_IO_THREADS = 8
 
 
 def block_folder(memory: MemoryConfig) -> Path:
@@ -49,65 +49,67 @@ def default_folder() -> Path:
 class DiskStore:
     """Owns its share of the file, and the native store `io`.
 
-    n_selected: most blocks that a layer attends at once; n_extra: bytes that a block's header carries besides; kept:
+    n_selected: most units that a lane attends at once; n_extra: bytes that a block's header carries besides; kept:
     kept-l of each layer, if the next token attends what this one selected.
     """
 
     def __init__(
         self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, file: BlockFile, blocks: Blocks, *,
-        max_blocks: int, n_selected: int, n_extra: int, kept: Sequence[Tensor],
+        shape: BlockShape, max_blocks: int, n_selected: int, n_extra: int, kept: Sequence[Tensor],
     ) -> None:  # fmt: skip
         self._arenas, self._config, self._memory, self._blocks = arenas, config, memory, blocks
         self.file, self._kept = file, kept
         types = memory.type_k, memory.type_v
         evicted = (memory.type_evicted, memory.type_evicted) if memory.type_evicted else types
-        max_block = parse_block(memory.block).max_size
-        self.layout = RecordLayout(config, max_block, types, evicted, n_extra)
-        self.n_slots = self._count_slots(n_selected, max_blocks)
+        self.layout = RecordLayout(config, shape, types, evicted, n_extra)
+        max_units = max_blocks * shape.max_units
+        self.n_slots = self._count_slots(n_selected, max_units)
         self.reads_ahead = memory.late and memory.prefetch == "on"
         # What a step finds open: the window, what fills no block yet, and the step; twice the latter, so that the rows
         # move less often.
-        self.n_open = memory.n_local + max_block + LOOKAHEAD + 3 * max(memory.n_batch, N_SINGLE)
+        self.n_open = memory.n_local + shape.max_tokens + LOOKAHEAD + 3 * memory.n_batch
         n_sink = memory.n_sink
         self.base = 0
         """First open position less the row it lies in."""
         self.sealed_end = n_sink
         self._inverse: NDArray[np.float32] | None = None
-        shape = n_sink + self.n_open + self.n_slots * max_block, config.n_embd_kv
+        arena_shape = n_sink + self.n_open + self.n_slots * shape.max_unit, config.n_embd_kv
 
         def rows(n_past: int) -> Rows:
             # Slots are empty in a fork.
             return Rows(0, min(n_sink + self.n_open, n_past - self.base))
 
         def arena(type_name: str, name: str) -> Tensor:
-            return arenas.new(GGML_CACHE_TYPES[type_name], shape, name, rows=rows)
+            return arenas.new(GGML_CACHE_TYPES[type_name], arena_shape, name, rows=rows)
 
         layers = range(config.n_layer)
         self.k = [arena(memory.type_k, f"k_store-{i}") for i in layers]
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in layers]
         # A fork begins with empty slots, so no place is taken over.
+        tables = shape.n_lanes, max_units, 3
         self._places = [
-            arenas.new(g.GGML_TYPE_I32, (max_blocks, 3), f"block_places-{i}", rows=lambda _: Rows(0, 0)) for i in layers
+            arenas.new(g.GGML_TYPE_I32, tables, f"unit_places-{i}", rows=lambda _: Rows(0, 0)) for i in layers
         ]
         self._addresses = [[int(t.contents.data) for t in tensors] for tensors in (self.k, self.v)]
         self.io = BlockStore(
-            file, self.layout, n_slots=self.n_slots, max_blocks=max_blocks, n_threads=N_IO_THREADS,
+            file, self.layout, n_slots=self.n_slots, max_blocks=max_blocks, max_units=max_units, n_threads=N_IO_THREADS,
             first_row=n_sink + self.n_open, k_rows=self._addresses[0], v_rows=self._addresses[1],
             places=[as_array(t, np.uint8).ctypes.data for t in self._places], debug=memory.kv_debug,
             memory=arenas.memory,
         )  # fmt: skip
 
-    def _count_slots(self, n_selected: int, max_blocks: int) -> int:
+    def _count_slots(self, n_selected: int, max_units: int) -> int:
         slot_bytes = self._config.n_layer * self.layout.slot_bytes
-        n_slots = self._memory.kv_ram // slot_bytes if self._memory.kv_ram else max_blocks
-        if n_slots < min(n_selected, max_blocks):
-            least = -(-n_selected * slot_bytes // 2**20)
+        n_slots = self._memory.kv_ram // slot_bytes if self._memory.kv_ram else max_units
+        n_least, max_unit = min(n_selected, max_units), self.layout.max_unit
+        if n_slots < n_least:
             raise InputError(
-                f"--kv-ram has room for {n_slots} blocks, and up to {n_selected} are attended at once: give at "
-                f"least {least}M, or attend fewer (--n-dense 0, --top-blocks, --chunk-blocks)"
+                f"--kv-ram has room for {n_slots * max_unit} tokens, and up to {n_least * max_unit} are attended at "
+                f"once: give at least {-(-n_least * slot_bytes // 2**20)}M, or attend fewer (--n-dense 0, "
+                "--budget, --chunk-budget)"
             )
         # Rows of an arena are 32-bit numbers; half of them is far more than open tokens leave.
-        return min(n_slots, max_blocks, 2**30 // self.layout.max_tokens)
+        return min(n_slots, max_units, 2**30 // self.layout.max_unit)
 
     def places(self, layer: int) -> Tensor:
         return self._places[layer]
@@ -115,9 +117,14 @@ class DiskStore:
     def new_hook(self, backend: Backend) -> StepHook:
         return StepHook(self.io, self._kept, backend, reads_ahead=self.reads_ahead)
 
-    def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
-        """Evicts the open tokens [begin, end). Raises StoreError, InputError past --kv-disk-max."""
-        n_bytes = self.file.n_bytes + self.layout.block_bytes(end - begin)
+    def seal(
+        self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes
+    ) -> None:  # fmt: skip
+        """Evicts the open tokens [begin, end), in units that end at these positions. Raises StoreError, InputError past
+        --kv-disk-max.
+        """
+        ends = [position - begin for position in unit_ends]
+        n_bytes = self.file.n_bytes + self.layout.block_bytes(ends)
         if self._memory.kv_disk_max and n_bytes > self._memory.kv_disk_max:
             raise InputError(
                 f"{n_bytes} bytes of evicted blocks are more than --kv-disk-max {self._memory.kv_disk_max}"
@@ -127,11 +134,13 @@ class DiskStore:
             [address + row * n for address in addresses]
             for addresses, n in zip(self._addresses, self.layout.row_bytes, strict=True)
         )
-        self.io.put(begin, end - begin, rotated=rotated, k_rows=k_rows, v_rows=v_rows, extra=extra)
+        first = self.io.n_units
+        self.io.put(begin, ends, rotated=rotated, k_rows=k_rows, v_rows=v_rows, extra=extra)
         self.sealed_end = end
         # What has just left the window is likely to be wanted soon, and need not be read for it.
+        new = [range(first, self.io.n_units)] * self.layout.n_lanes
         for layer in range(self._config.n_layer):
-            self.io.prefetch(layer, [block])
+            self.io.prefetch(layer, *new)
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Moves the open tokens to the start of their rows where the next ones would not fit."""
@@ -194,18 +203,18 @@ class DiskStore:
         if other._inverse is not None:
             self.turn_back_blocks(other._inverse)
 
-    def ram_bytes_at(self, n_blocks: int) -> dict[str, int]:
-        """What slots and buffers take once there are n_blocks."""
-        slots = self._config.n_layer * self.layout.slot_bytes * min(n_blocks, self.n_slots)
+    def ram_bytes_at(self, n_units: int) -> dict[str, int]:
+        """What slots and buffers take once there are n_units."""
+        slots = self._config.n_layer * self.layout.slot_bytes * min(n_units, self.n_slots)
         # What waits to be written, and where records are read to.
-        buffers = N_STAGING * self.layout.block_bytes(self.layout.max_tokens) if n_blocks else 0
+        buffers = N_STAGING * self.layout.even_block_bytes(self.layout.max_tokens) if n_units else 0
         return {"blocks": slots, "buffers": buffers}
 
     def need(self, n_tokens: int) -> DiskNeed:
         """What n_tokens evicted tokens need of the disk."""
         n_blocks, rest = divmod(max(0, n_tokens), self.layout.max_tokens)
-        needed = n_blocks * self.layout.block_bytes(self.layout.max_tokens)
-        needed += bool(rest) * self.layout.block_bytes(rest)
+        needed = n_blocks * self.layout.even_block_bytes(self.layout.max_tokens)
+        needed += self.layout.even_block_bytes(rest) if rest else 0
         return DiskNeed(
             needed - self.io.n_bytes, self.file.free_bytes(), needed, self._memory.kv_disk_max, str(self.file.folder)
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ class RamStore:
     base = 0
 
     def __init__(
-        self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, *, n_rows: int, max_blocks: int,
+        self, arenas: Arenas, config: ModelConfig, memory: MemoryConfig, *, n_rows: int, max_units: int,
         sealed_end: Callable[[], int],
     ) -> None:  # fmt: skip
         """sealed_end: the position up to which tokens are in blocks, so that their rows will not change."""
@@ -40,15 +41,18 @@ class RamStore:
 
         self.k = [arena(memory.type_k, f"k_store-{i}") for i in range(config.n_layer)]
         self.v = [arena(memory.type_v, f"v_store-{i}") for i in range(config.n_layer)]
-        self._places_tensor = arenas.new(g.GGML_TYPE_I32, (max(1, max_blocks), 3), "block_places")
+        self._places_tensor = arenas.new(g.GGML_TYPE_I32, (max(1, max_units), 3), "unit_places")
         self._places = as_array(self._places_tensor, np.int32).reshape(-1, 3)
+        self._n_units = 0
 
     def places(self, layer: int) -> Tensor:
         return self._places_tensor
 
-    def seal(self, block: int, begin: int, end: int, *, rotated: bool, extra: bytes) -> None:
-        """Makes a block of the tokens [begin, end): where they lie."""
-        self._places[block] = begin, end - begin, begin
+    def seal(self, block: int, begin: int, end: int, unit_ends: Sequence[int], *, rotated: bool, extra: bytes) -> None:
+        """Makes a block of the tokens [begin, end), in units that end at these positions: where they lie."""
+        for first, unit_end in pairwise((begin, *unit_ends)):
+            self._places[self._n_units] = first, unit_end - first, first
+            self._n_units += 1
 
     def make_room(self, n_past: int, n_tokens: int) -> None:
         """Every token has its row."""
@@ -78,7 +82,8 @@ class RamStore:
         """There is none."""
 
     def copy_from(self, other: Any) -> None:
-        """All of it is in the arenas."""
+        """The rest is in the arenas."""
+        self._n_units = other._n_units
 
     def close(self) -> None:
         self._places = np.empty((0, 3), np.int32)

@@ -9,7 +9,7 @@ from pyggml_repkv.cli.main import main
     ("flags", "named", "policies"),
     [
         (["--n-local", "64"], "--n-local", "full"),
-        (["--late", "--per-head", "--top-blocks", "3"], "--top-blocks, --per-head, --late", "full"),
+        (["--late", "--per-head", "--budget", "3"], "--budget, --per-head, --late", "full"),
         (["--preset", "fast"], "--preset", "full"),
         (["--preset", "balanced", "--kv", "window"], "--preset", "window"),
         (["--kv", "window", "--n-local", "64", "--block", "fixed:64"], "--block", "window"),
@@ -78,7 +78,7 @@ def test_flags_of_a_disk_need_one(run, model, capsys, tmp_path, flags, named):
     [
         ("perplexity", ["--depths", "3"]),
         ("recall", ["--stretch", "64"]),
-        ("passkey", ["--blocks", "4"]),
+        ("perplexity", ["--samples", "4"]),
         ("fidelity", ["--seed", "2"]),
         ("perplexity", ["--out", "x"]),
         ("recall", ["--png", "x.png"]),

@@ -212,7 +212,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
         (["MODEL", "--kv", "nope.py"], "--kv nope.py: there is no such file"),
         (["MODEL", "--kv", "full", "--kv-ram", "1M"], "--kv-ram is of no use with --kv full"),
         (["MODEL", "--kv", "repkv", "-fa", "off"], "which --kv repkv never does"),
-        (["MODEL", "--kv-ram", "1"], "--kv-ram has room for 0 blocks"),
+        (["MODEL", "--kv-ram", "1"], "--kv-ram has room for 0 tokens"),
         (["MODEL", "--kv-ram", "1G", "--kv-dir", "/proc/x"], "the blocks need a directory that can be written"),
         (["MODEL", "--block", "7"], "--block is '7'"),
         (["MODEL", "--n-score", "5000"], "--n-score is 5000"),

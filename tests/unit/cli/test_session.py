@@ -14,7 +14,20 @@ N_PREDICT = 1500
 @pytest.fixture(params=[[], ["--sticky", "0.4", "--late"]], ids=["", "late"])
 def command(tiny_model, request):
     model = tiny_model(n_layer=2, n_head=4, n_head_kv=2, head_dim=32, n_ctx=256, seed=1)
-    flags = ["--n-local", "64", "--n-sink", "4", "--block", "fixed:16", "--top-blocks", "4", "--chunk-blocks", "4"]
+    flags = [
+        "--n-local",
+        "64",
+        "--n-sink",
+        "4",
+        "--block",
+        "fixed:16",
+        "--index",
+        "representatives:4",
+        "--budget",
+        "64",
+        "--chunk-budget",
+        "64",
+    ]
     flags += ["-n", str(N_PREDICT), "--seed", "3", "--ignore-eos", "--kv-ram", "1M", "--n-dense", "0", "-t", "1"]
     flags += request.param
     return [sys.executable, "-m", "pyggml_repkv", "run", "-m", str(model), "--kv", "repkv", "-p", "the and in", *flags]

@@ -81,7 +81,7 @@ def test_a_session_says_its_parts_and_refuses_what_does_not_fit(tiny_model, monk
         model.session(memory) as session,
     ):
         parts = session.budget(1000, 200)
-        assert set(parts) == {"weights", "window", "tokens", "index", "scores", "compute"}
+        assert set(parts) == {"weights", "window", "tokens", "index", "compute"}
         assert parts["tokens"] == 1200 * session.policy.local.row_bytes
         assert parts["compute"] > 0
         monkeypatch.setattr(budget, "available_bytes", lambda: 1000)

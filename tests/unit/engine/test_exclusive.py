@@ -15,8 +15,8 @@ from tests.tiny_models import TinySpec, write_tiny_model
 TOKENS = np.random.default_rng(0).integers(0, 280, 300).tolist()
 MEMORY = MemoryConfig(n_batch=40)
 REPKV = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3,
+    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48,
 )  # fmt: skip
 
 

@@ -13,11 +13,12 @@ import pytest
 from pyggml_repkv import Model
 from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.memory.config import MemoryConfig
+from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 700).tolist()
 REPKV = MemoryConfig(
-    kv="repkv", n_ctx=640, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, kv_debug=True,
+    kv="repkv", n_ctx=640, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48, kv_debug=True,
 )  # fmt: skip
 EXAMPLE = str(Path(__file__).parents[3] / "docs" / "examples" / "mean_key_blocks.py")
 MEMORIES = {
@@ -28,6 +29,7 @@ MEMORIES = {
     "sticky and late": replace(REPKV, sticky=1.0, late=True),
     "on disk": replace(REPKV, kv_ram=2**17),
     "on disk, late": replace(REPKV, kv_ram=2**17, sticky=1.0, late=True),
+    "on disk, each head": replace(REPKV, kv_ram=2**17, per_head=True),
     "file": replace(REPKV, kv=EXAMPLE),
     # It outgrows the trained context after the fork, which rewrites more than a page of the rows that both share.
     "goes far": replace(REPKV, n_ctx=0, n_local=32),
@@ -56,6 +58,17 @@ def equal(a, b):
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES.keys())
 def test_a_fork_says_what_a_fresh_session_says(model, memory):
+    assert_forks(model, memory)
+
+
+@pytest.mark.parametrize("name", ["repkv", "on disk, late", "on disk, each head", "goes far on disk"])
+@pytest.mark.parametrize("unit", ["16", "5", "semantic:5-9"])
+def test_a_fork_has_its_parent_s_codes(model, name, unit):
+    block = "fixed:20" if unit == "5" else "fixed:16"
+    assert_forks(model, replace(MEMORIES[name], index="tokens:4", unit=unit, block=block))
+
+
+def assert_forks(model, memory):
     with model.session(memory) as session, model.session(memory) as fresh, model.session(memory) as third:
         for s in (session, fresh, third):
             s.prefill(TOKENS[:300])
@@ -233,7 +246,6 @@ def test_a_step_that_is_stopped_anywhere_counts_as_not_done(model, monkeypatch, 
     from pyggml_repkv.engine.step import Stepper
     from pyggml_repkv.graph.plan import PlanCache
     from pyggml_repkv.memory.index.representatives import Representatives
-    from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
     owner = {"_compute": Stepper, "settle": Representatives, "begin_step": RepKVMemory, "of_step": PlanCache}[where]
 

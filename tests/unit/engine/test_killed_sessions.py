@@ -26,8 +26,8 @@ from pyggml_repkv.memory.config import MemoryConfig
 model_path, folder, n_kills = sys.argv[1], sys.argv[2], int(sys.argv[3])
 RAM = 2 * 16 * 256 * 10
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=32, n_sink=5, n_local=48, n_score=20, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=2, sticky=0.4, kv_ram=RAM,
+    kv="repkv", n_ctx=1024, n_batch=32, n_sink=5, n_local=48, n_score=20, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=32, sticky=0.4, kv_ram=RAM,
 )
 PROMPT = [random.Random(1).randrange(280) for _ in range(400)]
 CONFIG = GenerationConfig(n_predict=70, ignore_eos=True, sampling=SamplingConfig(temp=0.9, seed=7))

@@ -19,8 +19,8 @@ YARN = {"scaling_kind": "yarn", "scaling_factor": 4.0}
 FLAGS = RopeOptions("yarn", 4)
 TOKENS = np.random.default_rng(7).integers(0, 280, 256).tolist()
 BOUNDED = MemoryConfig(
-    kv="repkv", n_batch=48, n_sink=4, n_local=40, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, n_ctx=256,
+    kv="repkv", n_batch=48, n_sink=4, n_local=40, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    chunk_budget=48, n_ctx=256,
 )  # fmt: skip
 MEMORIES = {
     "full": MemoryConfig(n_batch=48, n_ctx=256),
@@ -30,7 +30,8 @@ MEMORIES = {
     "repkv": BOUNDED,
     "repkv, exact": replace(BOUNDED, positions="exact"),
     "repkv, far": replace(BOUNDED, positions="far"),
-    "repkv, dot": replace(BOUNDED, score="dot", block="semantic:16-24", per_head=True),
+    "repkv, ordered": replace(BOUNDED, positions="ordered"),
+    "repkv, dot": replace(BOUNDED, index="representatives:4", score="dot", block="semantic:16-24", per_head=True),
     "repkv, on disk": replace(BOUNDED, kv_ram=10**6, late=True),
 }
 

@@ -12,8 +12,8 @@ from pyggml_repkv.memory.store.block_store import BlockStore
 
 TOKENS = np.random.default_rng(8).integers(0, 280, 500).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3,
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48,
 )  # fmt: skip
 
 
@@ -39,11 +39,15 @@ def decode(session, first, n):
         {"n_ctx": 0},  # far positions from the middle of the text on
         {"n_ctx": 0, "kv_ram": 2**20},
         {"positions": "exact", "type_k": "q8_0", "type_v": "f32"},
-        {"per_head": True, "sticky": 0.7, "late": True, "block": "semantic:16-24"},
+        {"per_head": True, "sticky": 0.7, "late": True},
+        {"block": "semantic:16-24"},
     ],
 )
-def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options):
-    memory = replace(MEMORY, **options)
+@pytest.mark.parametrize("index", [{}, {"index": "tokens:4"}, {"index": "tokens:2", "unit": "semantic:5-9"}])
+def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options, index):
+    if "block" in options and index:
+        pytest.skip("codes have units, not semantic blocks")
+    memory = replace(MEMORY, **options, **index)
     with model.session(memory) as session:
         session.prefill(TOKENS[:300])
         decode(session, 300, 10)

@@ -21,8 +21,8 @@ from tests.subprocesses import ROOT
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3,
+    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48,
 )  # fmt: skip
 
 
@@ -114,9 +114,10 @@ def change(folder, sql):
     db.close()
 
 
-def test_a_newer_format_is_refused(model, folder):
-    change(folder, "UPDATE meta SET value = '3' WHERE key = 'format'")
-    with pytest.raises(InputError, match="its format is version 3, this program reads version 2"):
+@pytest.mark.parametrize("version", [2, 4])
+def test_another_format_is_refused(model, folder, version):
+    change(folder, f"UPDATE meta SET value = '{version}' WHERE key = 'format'")
+    with pytest.raises(InputError, match=f"its format is version {version}, this program reads version 3"):
         model.resume(folder, MEMORY)
 
 
@@ -129,7 +130,7 @@ def test_a_newer_format_is_refused(model, folder):
         ("{}", "-b is None"),
         ({"--block": 5}, "--block is 5"),
         ({"--block": "fixed:0"}, "fixed:0"),
-        ({"--top-blocks": 3.5}, "--top-blocks is 3.5"),
+        ({"--budget": 3.5}, "--budget is 3.5"),
         ({"--n-sink": True}, "--n-sink is True"),
         ({"--late": "x"}, "--late is 'x'"),
         ({"--sticky": "x"}, "--sticky is 'x'"),
@@ -173,7 +174,7 @@ def test_an_impossible_selection_is_computed_again(model, tmp_path, caplog, dama
     with sqlite3.connect(folder / "session.db") as db:
         query = "SELECT n_past, scores, warm, kept, logits FROM checkpoints ORDER BY n_past DESC LIMIT 1"
         n_past, scores, warm, kept, logits = db.execute(query).fetchone()
-        assert np.frombuffer(kept, np.int32)[0] == memory.top_blocks
+        assert np.frombuffer(kept, np.int32)[0] == memory.budget // 16
         bad = damage(np.frombuffer(kept, np.int32))
         bad = bad if isinstance(bad, bytes) else bad.astype(np.int32).tobytes()
         values = bad, _checksum(scores, warm, bad, logits), n_past
@@ -519,4 +520,4 @@ def test_the_disk_that_a_session_has_is_not_asked_for_again(model, folder):
     with model.resume(folder, MEMORY) as session:
         need = session.disk_need(300)
         assert need.total > 0
-        assert need.more <= session.policy.disk.layout.block_bytes(16)
+        assert need.more <= session.policy.disk.layout.block_bytes([16])

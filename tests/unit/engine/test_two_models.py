@@ -13,8 +13,8 @@ from tests.tiny_models import TinySpec, write_tiny_model
 
 TOKENS = np.random.default_rng(3).integers(0, 280, 400).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-    chunk_blocks=3, kv_ram=2**17, kv_debug=True,
+    kv="repkv", n_ctx=1024, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+    index="representatives:4", chunk_budget=48, kv_ram=2**17, kv_debug=True,
 )  # fmt: skip
 
 

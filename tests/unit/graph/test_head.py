@@ -71,7 +71,7 @@ def test_no_more_than_a_slice_is_in_memory(tmp_path, kv):
     """Also of a chunk whose logits are all wanted: a buffer for them would be of 10 MB."""
     path, n_vocab = tmp_path / "tiny.gguf", 5000
     write_tiny_model(path, TinySpec(n_vocab=n_vocab, n_ctx=512, seed=3, head_dim=32))
-    with Model.load(path, threads=2) as model, model.session(MemoryConfig(kv=kv, n_batch=512)) as session:
+    with Model.load(path, threads=2) as model, model.session(MemoryConfig(kv=kv, n_batch=512, n_ctx=512)) as session:
         n_rows = [len(rows) for _, rows in session.prefill_slices(TOKENS)]
         assert sum(n_rows) == len(TOKENS)
         assert max(n_rows) < 2 * N_ROWS

@@ -48,7 +48,7 @@ def test_more_tokens_than_kernels_can_count_are_refused(kv, n_ctx):
         {"kv": "full"},
         {"kv": "window"},
         {"kv": "repkv"},
-        {"kv": "repkv", "kv_dir": "DIR", "block": "semantic:16-4096"},
+        {"kv": "repkv", "kv_dir": "DIR", "block": "semantic:16-4096", "index": "representatives:4"},
         {"kv": "repkv", "kv_dir": "DIR", "n_batch": 2**20},
     ],
 )

@@ -18,8 +18,8 @@ TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
 
 def memory(kv):
     return MemoryConfig(
-        kv=str(kv), n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3,
-        chunk_blocks=3, positions="far",
+        kv=str(kv), n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", budget=48,
+        index="representatives:4", chunk_budget=48, positions="far",
     )  # fmt: skip
 
 

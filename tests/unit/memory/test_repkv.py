@@ -12,7 +12,16 @@ from pyggml_repkv.memory.config import MemoryConfig
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 400).tolist()
 MEMORY = MemoryConfig(
-    kv="repkv", n_ctx=512, n_batch=48, n_sink=4, n_local=64, n_score=32, n_dense=0, block="fixed:16", top_blocks=3
+    kv="repkv",
+    n_ctx=512,
+    n_batch=48,
+    n_sink=4,
+    n_local=64,
+    n_score=32,
+    n_dense=0,
+    block="fixed:16",
+    index="representatives:4",
+    budget=48,
 )
 
 
@@ -93,7 +102,7 @@ def test_the_window_moves_and_the_numbers_add_up(model):
         stats = session.stats()
         assert session.policy.local.base > 0
         # Of 400 tokens 64 are local and 4 sinks; the 332 between are 20 blocks of 16 and 12 that fill none yet.
-        assert (stats["blocks"], stats["selected"], stats["far_tokens"]) == (20, 3, 336)
+        assert (stats["blocks"], stats["selected"], stats["far_tokens"]) == (20, 48, 336)
         assert stats["resident_bytes"] <= stats["ram_bytes"]
         assert stats["index_bytes"] > 0
 
@@ -124,12 +133,36 @@ def test_what_it_cannot_run_on_is_an_error(tiny_model, monkeypatch, options, mes
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("n_sink", -1), ("n_local", 16), ("top_blocks", 5000), ("n_repr", 0), ("n_score", 65)]
+    ("field", "value"),
+    [
+        ("n_sink", -1),
+        ("n_local", 16),
+        ("budget", -1),
+        ("n_score", 65),
+    ],
 )
 def test_a_count_out_of_range_is_an_error(field, value):
     flag = f"--{field.replace('_', '-')}"
     with pytest.raises(InputError, match=f"{flag} is {value}; it must be between"):
         MemoryConfig(**{"kv": "repkv", "n_local": 64, "n_score": 32, field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"index": "representatives:0"}, "--index is 'representatives:0'; it must be tokens:4"),
+        ({"index": "tokens:3"}, "--index is 'tokens:3'; it must be tokens:4, :2 or :1, or representatives:N"),
+        ({"index": "tokens"}, "--index is 'tokens'; it must be tokens:4"),
+        ({"index": "tokens:4", "unit": "0"}, "--unit is '0'; it must be N or semantic:N-M"),
+        ({"index": "tokens:4", "unit": "semantic:9-8"}, "--unit is 'semantic:9-8'; it must be N or semantic:N-M"),
+        ({"index": "tokens:4", "unit": "12"}, "--block fixed:16 is no multiple of --unit 12"),
+        ({"index": "tokens:4", "block": "semantic:16-32"}, "--block semantic:16-32 is for --index representatives:N"),
+        ({"group": 16}, "--group is 16; it must be a multiple of 32, or 0 for whole chunks"),
+    ],
+)
+def test_an_index_that_cannot_be_is_an_error(model, values, message):
+    with pytest.raises(InputError, match=message):
+        model.session(replace(MEMORY, **values))
 
 
 def test_a_memory_torn_apart_says_so(model, monkeypatch):
@@ -187,7 +220,7 @@ def test_it_is_far_from_the_start_where_the_length_says_so(tiny_model, caplog):
     ):
         session.read(TOKENS[:100])
         assert session.policy.rotation.far
-        assert session.policy.regions.n_select == MEMORY.chunk_blocks
+        assert session.policy.regions.budget == MEMORY.chunk_budget
 
 
 def test_a_closed_session_reads_no_freed_memory(model):

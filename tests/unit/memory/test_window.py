@@ -35,7 +35,7 @@ def test_it_is_repkv_without_blocks(model):
     """Steps of 16 and blocks of 16: no token beyond the window is outside a block, and none is selected."""
     repkv = MemoryConfig(
         kv="repkv", n_ctx=512, n_batch=16, type_k="f32", type_v="f32", n_sink=16, n_local=64, n_score=32,
-        n_dense=0, block="fixed:16", top_blocks=0, chunk_blocks=0, positions="far",
+        n_dense=0, block="fixed:16", budget=0, chunk_budget=0, positions="far",
     )  # fmt: skip
     for got, want in zip(logits(model, WINDOW, 320, 16), logits(model, repkv, 320, 16), strict=True):
         assert np.allclose(got, want, atol=1e-5)

@@ -26,13 +26,14 @@ FIRST = [[[0, 3, 7], [3, 7, 9]], [[1, 2, 4], [2, 11, 12]]]
 SECOND = [[[5, 7, 8], [8, 9, 16]], [[0, 1, 2], [2, 13, 19]]]
 
 
-def union(rows):
-    return {block for row in rows for block in row}
+def union(rows, n_lanes):
+    """Returns the (lane, block) that rows select; what two rows of a lane select is there once."""
+    return {(r % n_lanes, block) for r, row in enumerate(rows) for block in row}
 
 
-def n_blocks(selected):
-    """Returns the number of blocks in all layers; a block that two heads select counts once."""
-    return sum(len(union(rows)) for rows in selected)
+def n_units(selected, n_lanes):
+    """Returns how many there are in all layers."""
+    return sum(len(union(rows, n_lanes)) for rows in selected)
 
 
 class HookBench:
@@ -49,7 +50,9 @@ class HookBench:
         zeros = np.zeros(2 * (2 * LANES + 2 * N_THREADS), np.float32)
         self.relevance = [self.bench.tensor(zeros) for _ in range(N_LAYER)]
         self.kept = [self.bench.tensor(np.zeros((2, 2, 1 + N_TOP), np.int32), QT.I32) for _ in range(N_LAYER)]
-        self.regions = self.bench.regions(n_blocks=N_BLOCKS, n_select=N_TOP)
+        self.regions = self.bench.regions(n_blocks=N_BLOCKS, budget=N_TOP)
+        # Units of one token.
+        self.units = self.bench.tensor(np.arange(N_BLOCKS + 1, dtype=np.int32), QT.I32)
         nodes = [self.layer(i, late) for i in range(N_LAYER)]
         self.hook = StepHook(store.store, self.kept, self.backend, reads_ahead=late)
         for at, layer, n_known in points:
@@ -61,8 +64,8 @@ class HookBench:
 
     def layer(self, layer, late):
         ops, kept = self.bench.ops, self.kept[layer] if late else None
-        options = {"kind": "max", "per_head": True, "kept": kept, "late": late}
-        node = ops.block_topk(self.relevance[layer], self.regions, N_TOP, **options)
+        options = {"kind": "max", "n_rows": 2, "n_lines": 1, "n_padded": 2 * LANES, "kept": kept, "late": late}
+        node = ops.block_topk(self.relevance[layer], self.units, self.regions, n_top=N_TOP, **options)
         ops.g.output(self.python.add(ops.g, (1,), [node], lambda rows: self.look(layer, rows)))
         return node
 
@@ -73,9 +76,9 @@ class HookBench:
 
     def look(self, layer, rows):
         self.seen.append(layer)
-        for n, *blocks in rows.view(np.int32).tolist():
-            for block in blocks[:n]:
-                pairs = zip(self.store.attended(layer, block), self.store.blocks[block][layer], strict=True)
+        for r, (n, *blocks) in enumerate(rows.view(np.int32).tolist()):
+            for at in ((layer, block, r % self.store.n_lanes) for block in blocks[:n]):
+                pairs = zip(self.store.attended(*at), self.store.stored(*at), strict=True)
                 assert all(np.array_equal(got, want) for got, want in pairs)
         self.on_witness(layer)
         return 0.0
@@ -113,13 +116,15 @@ TOGETHER = [(0, 0, 2)]
 EACH_KNOWN = [(0, 0, 1), (1, 1, 1)]
 
 
-@pytest.fixture
-def make(tmp_path):
-    """make(points, late, n_slots=..., ...) -> a HookBench on a store with N_BLOCKS written blocks."""
+@pytest.fixture(params=[1, 2], ids=lambda n: f"{n} lanes")
+def make(tmp_path, request):
+    """make(points, late, n_slots=..., ...) -> a HookBench on a store with N_BLOCKS written blocks, of one unit each.
+    What its two key heads select is read for both, or for each alone.
+    """
     stores = []
 
     def make_bench(points, late=False, **options):
-        store = StoreBench(tmp_path, **{"n_slots": 12, **options})
+        store = StoreBench(tmp_path, n_lanes=request.param, **{"n_slots": 12, **options})
         stores.append(store)
         rng = np.random.default_rng(1)
         for _ in range(N_BLOCKS):
@@ -134,11 +139,12 @@ def make(tmp_path):
 
 @pytest.mark.parametrize("n_threads", [0, 3])
 def test_what_a_layer_selects_is_there_when_the_next_node_runs(make, n_threads):
-    """Slots may be just enough; a block that two heads select is asked for once."""
+    """Slots may be just enough; a block that two heads of a lane select is asked for once."""
     bench = make(EACH, n_threads=n_threads, n_slots=5)
     for selected in (FIRST, SECOND, FIRST):
         assert bench.step(selected) == bench.seen == [0, 1]
-    assert bench.stats.required == 2 * n_blocks(FIRST) + n_blocks(SECOND)
+    n = bench.store.n_lanes
+    assert bench.stats.required == 2 * n_units(FIRST, n) + n_units(SECOND, n)
     assert bench.stats.issued == 0
 
 
@@ -157,23 +163,29 @@ def test_what_the_next_token_attends_is_read_ahead(make, points, begun, half):
     group begin after the step.
     """
     bench, issued = make(points, late=True), []
+    n = bench.store.n_lanes
     bench.keep(FIRST, half)
     bench.on_witness = lambda layer: issued.append(bench.stats.issued)
     assert bench.step(SECOND, last=half) == [0, 1]
-    ahead = [len(union(now) - union(last)) for now, last in zip(SECOND, FIRST, strict=True)]
-    assert issued == [sum(ahead[:n]) for n in begun]
+    ahead = [len(union(now, n) - union(last, n)) for now, last in zip(SECOND, FIRST, strict=True)]
+    assert issued == [sum(ahead[:n_layers]) for n_layers in begun]
     assert (bench.stats.issued, bench.stats.used) == (sum(ahead), 0)
-    assert bench.stats.missed == n_blocks(FIRST)
+    assert bench.stats.missed == n_units(FIRST, n)
 
     bench.step(FIRST, last=1 - half)
-    assert (bench.stats.missed, bench.stats.used) == (n_blocks(FIRST), sum(ahead))
+    assert (bench.stats.missed, bench.stats.used) == (n_units(FIRST, n), sum(ahead))
 
 
 def test_layers_known_before_the_step_are_asked_for_together(make):
     """One point asks for what each of them kept, before the second has selected anything."""
     bench, there = make(TOGETHER, late=True), []
     bench.keep(FIRST, 1)
-    bench.on_witness = lambda layer: there.append({*bench.store.store.resident(1).tolist()} >= union(FIRST[1]))
+
+    def look(layer):
+        lanes = enumerate(bench.store.store.resident(1).tolist())
+        there.append({(lane, unit) for lane, units in lanes for unit in units} >= union(FIRST[1], bench.store.n_lanes))
+
+    bench.on_witness = look
     assert bench.step(SECOND, last=1) == bench.seen == [0, 1]
     assert there == [True, True]
 
@@ -185,7 +197,7 @@ def test_a_block_that_cannot_be_read_stops_the_step(make, points, seen):
     bench.keep(FIRST, 0)
     last = 0 if points is TOGETHER else None
     fails = {"read_kind": native.REPKV_IO_READ, "error": errno.EIO}
-    bench.store.store.inject(read_at=len(union(FIRST[0])) + 1, keep=1, **fails)
+    bench.store.store.inject(read_at=len(union(FIRST[0], bench.store.n_lanes)) + 1, keep=1, **fails)
     with pytest.raises(StoreError, match="of layer 1 could not be read: Input/output error"):
         bench.step(FIRST, last)
     assert bench.seen == seen
@@ -208,7 +220,7 @@ def test_a_compute_that_is_stopped_waits_no_longer(make):
         bench.step(FIRST)
     thread.join()
     assert bench.seen == []
-    assert bench.stats.reads < len(union(FIRST[0]))
+    assert bench.stats.reads < len(union(FIRST[0], bench.store.n_lanes))
 
 
 @pytest.mark.parametrize("debug", [True, False])

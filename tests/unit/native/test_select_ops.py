@@ -130,10 +130,12 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
 
 def topk(
     x: np.ndarray, n_top: int, kind: str = "lse", n_head_kv: int = 1, per_head: bool = False, n_threads: int = 2,
-    n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0,
+    n_wanted: int | None = None, kept: list | None = None, sticky: float = 0.0, sizes: np.ndarray | None = None,
+    budget: int | None = None,
 ) -> list:  # fmt: skip
     """Returns the selected blocks, a list per row, for x [B, H], of which each thread has seen a part. kept: the last
-    token's selection by row, ascending; the node must write its own beside it.
+    token's selection by row, ascending; the node must write its own beside it. n_wanted: how many blocks of 3 tokens
+    the budget is for; or sizes [B] and the budget, for weights by size.
     """
     n_blocks, n_head = x.shape
     bench = Bench(config(n_head=n_head, n_head_kv=n_head_kv), n_threads)
@@ -146,9 +148,10 @@ def topk(
         if part.size:
             seen[t, :, 0] = part.max(1)
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
-    regions = bench.regions(
-        n_blocks=n_blocks, n_select=n_top if n_wanted is None else n_wanted, kept=-1 if kept is None else 1
-    )
+    by_size, sizes = sizes is not None, np.full(n_blocks, 3) if sizes is None else sizes
+    budget = 3 * (n_top if n_wanted is None else n_wanted) if budget is None else budget
+    regions = bench.regions(n_blocks=n_blocks, budget=budget, kept=-1 if kept is None else 1)
+    units = bench.integers(*np.concatenate(([5], 5 + np.cumsum(sizes))).tolist())
     n_rows = n_head_kv if per_head else 1
     halves = np.full((2, n_rows, 1 + n_top), -7, np.int32)
     for row, blocks in zip(halves[1], kept or [], strict=False):
@@ -157,17 +160,21 @@ def topk(
     relevance = bench.tensor(np.concatenate([flat.ravel(), seen.ravel()]).astype(np.float32))
     node = bench.ops.block_topk(
         relevance,
+        units,
         regions,
-        n_top,
+        n_top=n_top,
         kind=kind,
-        per_head=per_head,
+        n_rows=n_rows,
+        n_lines=n_head // n_rows,
+        n_padded=n_groups * LANES,
+        by_size=by_size,
         sticky=sticky,
         kept=kept_tensor,
     )
     rows = bench.compute(node).view(np.int32).reshape(-1, 1 + n_top)
     after = as_array(kept_tensor, np.int32).reshape(halves.shape)
     assert (after[1] == halves[1]).all()
-    chose = 0 < (n_top if n_wanted is None else min(n_top, n_wanted)) < n_blocks
+    chose = n_top > 0 and budget > 0 and (n_blocks > n_top or sizes.sum() > budget)
     for now, row in zip(after[0], rows, strict=True):
         assert now[: 1 + now[0]].tolist() == (row[: 1 + row[0]].tolist() if chose else [0])
     return [row[1 : 1 + row[0]].tolist() for row in rows]
@@ -235,9 +242,37 @@ def test_kept_blocks_rank_higher(seed, n_blocks, n_top, kind, per_head, sticky, 
         assert np.allclose(np.sort(weight[got])[::-1], best, rtol=1e-4, atol=1e-5)
 
 
+@given(
+    seed=st.integers(0, 999), n_blocks=st.integers(1, 400), n_top=st.integers(1, 60), budget=st.integers(0, 800),
+    per_head=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_units_are_those_with_the_most_weight_for_their_tokens(seed, n_blocks, n_top, budget, per_head):
+    """The best n_top, from the best one on as far as they fit."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 33, n_blocks)
+    # Multiples of the size: the quotients are exact, so that of equals the first must be chosen.
+    x = (rng.integers(0, 100, (n_blocks, 2)) * sizes[:, None]).astype(np.float32)
+    for chosen, weight in zip(
+        topk(x, n_top, "mean", 2, per_head, 2, sizes=sizes, budget=budget),
+        x.T if per_head else x.sum(1)[None],
+        strict=True,
+    ):
+        want, left = [], budget
+        if n_blocks <= n_top and sizes.sum() <= budget:
+            want = list(range(n_blocks))
+        else:
+            for unit in np.argsort(-weight / sizes, kind="stable")[:n_top].tolist():
+                if sizes[unit] <= left:
+                    want.append(unit)
+                    left -= sizes[unit]
+        assert chosen == sorted(want)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_of_equal_blocks_the_first_are_chosen(kind):
     assert topk(np.zeros((9, 2)), 4, kind) == [[0, 1, 2, 3]]
+    assert topk(np.zeros((90, 2)), 4, kind) == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,3 +285,24 @@ def test_a_poisoned_relevance_still_selects(poison, kind):
     assert chosen == sorted(set(chosen))
     assert all(0 <= b < 9 for b in chosen)
     assert (4 in chosen) == (poison == np.inf)
+
+
+@given(
+    n_planes=st.integers(1, 3), n_groups=st.integers(1, 3), n_units=st.integers(1, 40), n_top=st.integers(1, 6),
+    n_threads=st.integers(1, 4), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_units_are_located_in_the_plane_of_their_row(n_planes, n_groups, n_units, n_top, n_threads, seed):
+    """Row r of a selection is looked up in plane r % n_planes; what a row has beyond its count has no meaning."""
+    rng, n_rows = np.random.default_rng(seed), n_planes * n_groups
+    bench = Bench(config(), n_threads)
+    places = rng.integers(0, 2**31, (n_planes, n_units, 3), dtype=np.int32)
+    selected = np.full((n_rows, 1 + n_top), -1, np.int32)
+    for row in selected:
+        row[0] = rng.integers(0, min(n_top, n_units) + 1)
+        row[1 : 1 + row[0]] = np.sort(rng.permutation(n_units)[: row[0]])
+    types = g.GGML_TYPE_I32
+    got = bench.compute(bench.ops.locate(bench.tensor(selected, types), bench.tensor(places, types)))
+    got = got.view(np.int32).reshape(n_rows, -1)
+    for r, (n, *units) in enumerate(selected.tolist()):
+        assert got[r, 0] == n
+        assert np.array_equal(got[r, 1 : 1 + 3 * n].reshape(n, 3), places[r % n_planes, units[:n]])

@@ -15,7 +15,7 @@ def test_a_row_tells_sources_effects_and_cost():
     assert info.sources[:6] == ("qkv", "k_local", "v_local", "k_store", "v_store", "rope")
     assert (info.reads, info.writes, info.cost) == ((1, 2, 3, 4), (1, 2, 3, 4), "attention")
     assert (OPS["matmul"].many, OPS["pack"].many) == (True, False)
-    assert OPS["block_topk"].n_required == 2
+    assert OPS["block_topk"].n_required == 3
     assert OPS["store_kv"].reads == ()
 
 

@@ -36,8 +36,8 @@ def test_table(capsys):
 
 
 def test_memory_of_options():
-    memory = memory_of("--kv repkv --top-blocks 3")
-    assert (memory.kv, memory.top_blocks, memory.n_ctx) == ("repkv", 3, 0)
+    memory = memory_of("--kv repkv --budget 48")
+    assert (memory.kv, memory.budget, memory.n_ctx) == ("repkv", 48, 0)
     for bad, message in (
         ("--kv nothing", r"^--ours '--kv nothing': argument --kv: 'nothing' is none of"),
         ("-c 4096", "the text decides the context; leave -c out"),

@@ -60,9 +60,12 @@ def stored(tmp_path):
             {"begin": 100, "end": 200, "nll": 1.0, "kl": 0.5, "top1": 0.9},
             {"begin": 200, "end": 500, "nll": 1.0, "kl": 0.1, "top1": 0.5}]}},
         "recall": {
-            "lengths": {"6200": {"decode": {"8": {"of_best": 0.9, "of_all": 0.5, "of_best_by_layer": 0.8}}}},
-            "layers": {"6200": {"first": 2, "chunk": {"8": [0.9, 0.8]}, "decode": {"8": [0.7, 0.6]}}},
-            "stability": {"6200": {"decode": {"8": {"step": 0.71, "step_2k": 0.93, "layer": 0.5}}}},
+            "n_tokens": 8000, "chunk": {"indexes": {"tokens:4": {"hits": 0.5, "mass": 0.25, "worst": None}}},
+            "decode": {"indexes": {"tokens:4": {"hits": 0.9, "mass": 0.8, "worst": {"hits": 0.7, "layer": 3}}}},
+        },
+        "recall_json": {
+            "n_tokens": 7990, "chunk": {"indexes": {"exact": {"hits": None, "mass": None, "worst": None}}},
+            "decode": {"indexes": {"exact": {"hits": None, "mass": 0.1, "worst": None}}},
         },
         **{
             name: [{"median_ts": ts, "prefetch_hit": hit, "ram_bytes": 7e6, "disk_bytes": 8e7, "peak_rss_bytes": 2e8}]
@@ -98,9 +101,9 @@ def test_the_page_says_what_is_stored(stored, capsys):
         "| `passkey` | `window` |  | 0 of 1 |",
         "| 0 to 2,048 | 7.39 | 1.00 | 2.72 |",
         # The mean leaves out the first stretch, which the window holds, and is weighted by tokens.
-        "| `repkv`, 8 blocks of 128 | 2,112 | 0.2000 | 60.0 % | 0.5000 | 0.1000 |",
-        "| 6,200 | decode | 8 | 0.900 | 0.500 | 0.800 |",
-        "| 6,200 | decode | 8 | 71 % | 93 % | 50 % |",
+        "| `repkv`, 1,024 tokens | 2,112 | 0.2000 | 60.0 % | 0.5000 | 0.1000 |",
+        "| prose, 8,000 tokens | `tokens:4` | 0.900 | 0.800 | 0.700 (3) | 0.500 | 0.250 |",
+        "| JSON, 7,990 tokens | `exact` |  | 0.100 |  |  |  |",
         "| default | 20.0 | 25.0 | 80.0 % | 7 MB | 80 MB | 200 MB | 200 MB |",
         "| `--sticky 1.4 --late` | 20.0 | 20.4 | 100.0 % |",
         "python -m pyggml_repkv bench --machine -o json",

@@ -15,7 +15,7 @@ from tests.tiny_models import TinySpec, write_tiny_model
 
 TOKENS = np.random.default_rng(5).integers(0, 280, 700).tolist()
 FULL = MemoryConfig(n_ctx=1024, n_batch=48)
-REPKV = MemoryConfig(kv="repkv", n_ctx=1024, n_batch=48, n_local=64, n_dense=0, block="fixed:16", top_blocks=2)
+REPKV = MemoryConfig(kv="repkv", n_ctx=1024, n_batch=48, n_local=64, n_dense=0, block="fixed:16", budget=32)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,9 @@ FAMILIES = {
     "llama": {"arch": "llama", "optional": ()},
     "llama with all": {"arch": "llama", "optional": OPTIONAL["llama"], "joined": True},
 }
-REPKV = MemoryConfig(kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", n_dense=0)
+REPKV = MemoryConfig(
+    kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", index="representatives:4", n_dense=0
+)
 WINDOW = MemoryConfig(kv="window", n_batch=48)
 DISK = replace(REPKV, kv_ram=2**24)
 
@@ -48,7 +50,11 @@ GRAPHS = [
     ({"kv": "full", "n_ctx": 256, "n_batch": 5, "flash_attn": False}, False),
     ({"kv": "window", "n_batch": 48}, False),
     ({"kv": "repkv", "n_batch": 48}, False),
-    ({"kv": "repkv", "n_batch": 48, "score": "dot", "per_head": True, "relevance": "max", "positions": "far"}, False),
+    ({"kv": "repkv", "n_batch": 48, "index": "representatives:4"}, False),
+    ({"kv": "repkv", "n_batch": 48, "index": "representatives:4", "score": "dot", "per_head": True}, False),
+    ({"kv": "repkv", "n_batch": 48, "index": "representatives:4", "relevance": "max", "positions": "far"}, False),
+    ({"kv": "repkv", "n_batch": 48, "group": 32, "unit": "semantic:5-9"}, False),
+    ({"kv": "repkv", "n_batch": 48, "positions": "ordered"}, False),
     ({"kv": "repkv", "n_batch": 48, "sticky": 1.0, "late": True, "kv_ram": 2**26}, False),
     *(({"kv": "repkv", "n_batch": 48, "kv_ram": 2**26, "late": late}, False) for late in (False, True)),
 ]
@@ -75,7 +81,9 @@ def test_every_family_is_proved(tiny_model, family, kv, exact, phase):
         assert unfilled_inputs(graph) == []
 
 
-LATE = MemoryConfig(kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", late=True, kv_ram=2**26)
+LATE = MemoryConfig(
+    kv="repkv", n_batch=48, n_local=64, n_dense=0, block="fixed:32", index="representatives:4", late=True, kv_ram=2**26
+)
 
 
 @pytest.mark.parametrize(("n_past", "n_points"), [(100, 4), (4000, 2)])

@@ -223,7 +223,7 @@ def test_a_full_disk_is_said(tiny_model, tmp_path):
 
 
 def test_settings_that_no_session_takes_are_refused(tiny_model):
-    with pytest.raises(InputError, match="--kv-ram has room for 0 blocks"):
+    with pytest.raises(InputError, match="--kv-ram has room for 0 tokens"):
         plan_of(tiny_model(), replace(REPKV, kv_ram=1), 128)
 
 

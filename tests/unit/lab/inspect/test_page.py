@@ -18,7 +18,9 @@ from pyggml_repkv.lab.inspect.snapshot import Snapshot
 from pyggml_repkv.lab.inspect.table import COLOURS, kind_of
 from pyggml_repkv.memory.config import MemoryConfig
 
-DISK = MemoryConfig(kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", kv_ram=2**24)
+DISK = MemoryConfig(
+    kv="repkv", n_ctx=2048, n_batch=48, n_local=64, block="fixed:16", index="representatives:4", kv_ram=2**24
+)
 HOSTILE = '</script><b id="harm">&lt;<!--<script>\'\\\u2028@DATA@\udce9'
 VOID = {"meta", "link", "input"}
 CHROMIUM = shutil.which("chromium")
