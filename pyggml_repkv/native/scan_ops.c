@@ -158,10 +158,10 @@ static inline void weigh(float *mass, float *scores, float scale, float referenc
     for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) {
         store16(scores + i, power16((load16(scores + i) - from) * scale));
     }
-    scores -= bounds[0] + s->tile * CODE_LANES;
+    const int32_t first = bounds[0] + s->tile * CODE_LANES;
     for (int32_t u = s->unit; u < s->end; u++) {
         float sum = 0.0f;
-        for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += scores[t];
+        for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += scores[t - first];
         mass[u] = sum;
     }
 }

@@ -6,7 +6,6 @@
 
 enum {
     MAX_HEADS_AT_ONCE = 4,
-    MAX_SELECTED = 4096, /* if blocks are chosen, and not all taken */
 };
 
 static size_t relevance_scratch(int n_head, int head_dim) {
@@ -339,7 +338,7 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const bool all = n_units <= p->n_top && bounds[n_units] - bounds[0] <= regions->budget;
     const int n_top = p->n_top < MAX_SELECTED ? p->n_top : MAX_SELECTED;
     const bool chooses = !all && n_top > 0 && regions->budget > 0;
-    if (chooses && p->relevance == REPKV_LSE) head_totals(p, max, scale, x + p->n_head * p->n_padded, nth);
+    if (chooses && p->relevance == REPKV_LSE) head_totals(p, max, scale, x + (int64_t)p->n_head * p->n_padded, nth);
     for (int r = ith; r < p->n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
         if (chooses) {
