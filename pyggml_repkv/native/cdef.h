@@ -94,7 +94,7 @@ void repkv_rotate_rows(char *rows, int type, size_t row_bytes, int64_t n_rows, i
                        int rope_dim, float *scratch);
 
 struct repkv_regions {
-    int32_t first, n_tokens, sink_end, remainder, local, local_base, n_blocks, far, budget, store_base, kept;
+    int32_t first, n_tokens, sink_end, remainder, local, local_base, n_units, far, budget, store_base, kept;
 };
 
 int repkv_map_private(char *at, size_t n_bytes, int fd, int64_t offset);

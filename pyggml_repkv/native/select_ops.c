@@ -165,7 +165,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     struct repkv_scratch s = repkv_thread_scratch(p, ith, relevance_scratch(p->n_head, p->head_dim));
     float *mean = repkv_take(&s, (size_t)width);
     memset(mean, 0, (size_t)width * sizeof(float));
-    for (int panel = 0; panel * PANEL < n_tokens && regions->n_blocks > 0; panel++) {
+    for (int panel = 0; panel * PANEL < n_tokens && regions->n_units > 0; panel++) {
         const int lanes = n_tokens - panel * PANEL < PANEL ? n_tokens - panel * PANEL : PANEL;
         const float *q = (const float *)src->q_far->data + (size_t)panel * (size_t)width * PANEL;
         for (int i = 0; i < width; i++) {
@@ -177,7 +177,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         }
     }
     scale_f32(mean, 1.0f / (float)n_tokens, width);
-    relevance(dst, p, src->index, mean, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, mean, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_units, ith, nth);
 }
 
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -190,7 +190,7 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     float *q = repkv_take(&s, (size_t)(p->n_head * d));
     for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
     scale_f32(q, p->scale, p->n_head * d);
-    relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_units, ith, nth);
 }
 
 /* Sets max and scale of each head, which REPKV_LSE needs: the maximum of x, and 1 / sum of exp(x - maximum) over all blocks. */
@@ -330,7 +330,7 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct ggml_tensor *kept = src->kept;
     const float *x = src->relevance->data;
     const int32_t *bounds = src->units->data;
-    const int n_units = regions->n_blocks, last = kept ? regions->kept : -1, n_lines = p->n_lines;
+    const int n_units = regions->n_units, last = kept ? regions->kept : -1, n_lines = p->n_lines;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, topk_scratch(p->n_head));
     float *max = repkv_take(&s, (size_t)p->n_head), *scale = repkv_take(&s, (size_t)p->n_head);
     float *best = repkv_take(&s, MAX_SELECTED);

@@ -105,7 +105,7 @@ class BoundedMemory(ABC):
         self.local.make_room(n_past, n_tokens)
         self.regions = Regions(
             first=n_past, n_tokens=n_tokens, sink_end=min(self.memory.n_sink, start), remainder=min(remainder, start),
-            local=start, local_base=self.local.base, n_blocks=n_units, far=self.rotation.far,
+            local=start, local_base=self.local.base, n_units=n_units, far=self.rotation.far,
             budget=self.budget(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
         r = self.regions

@@ -32,13 +32,13 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """blocks: I32 [n_rows, 1 + n], how many units are attended and which, for whom must make them resident; runs: I32
+    """units: I32 [n_rows, 1 + n], how many units are attended and which, for whom must make them resident; runs: I32
     [n_rows, 1 + 3 n], how many runs of rows are attended, then (first row, number of rows, first position) of each.
     One row for all key heads, or one a key head, for each group of queries; group: queries of a chunk in a group, 0 for
     all of them.
     """
 
-    blocks: Tensor
+    units: Tensor
     runs: Tensor
     group: int = 0
 

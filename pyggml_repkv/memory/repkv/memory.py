@@ -142,7 +142,7 @@ class RepKVMemory(BoundedMemory):
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         shape = super().step_shape(n_past, n_tokens, preferred)
         # Rooms double, so that a graph for few units is small and few graphs are built.
-        n_room = min(max(FIRST_ROOM, 1 << (self.regions.n_blocks - 1).bit_length()), self._max_units)
+        n_room = min(max(FIRST_ROOM, 1 << (self.regions.n_units - 1).bit_length()), self._max_units)
         return replace(shape, memory=(shape.memory, n_room))
 
     def build(self, ops: Ops, shape: StepShape) -> StepAttention:

@@ -7,11 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.ffi.library import g
 from pyggml_repkv.model.config import ModelConfig
-from pyggml_repkv.ops.kernels import LANES, PANEL, Kernels
-from pyggml_repkv.ops.makers import Ops
+from pyggml_repkv.ops.kernels import LANES, PANEL
 from tests.unit.native.coded import Codes, random_turn
 from tests.unit.native.op_bench import Bench, assert_close, config, packed, rotated
 
@@ -116,7 +114,7 @@ class Case:
         qkv = np.concatenate((q.ravel(), np.full(2 * c.n_head_kv * c.head_dim, np.nan))).astype(np.float32)
         node = bench.ops.scan_tokens_one(
             bench.tensor(qkv), rope=bench.tensor(far.astype(np.float32)),
-            regions=bench.regions(n_tokens=1, n_blocks=self.n_units), **self.sources(bench),
+            regions=bench.regions(n_tokens=1, n_units=self.n_units), **self.sources(bench),
         )  # fmt: skip
         flat = bench.compute(node).ravel()
         x = flat[: c.n_head * self.n_padded].reshape(c.n_head, -1)[:, : self.n_units]
@@ -129,11 +127,10 @@ class Case:
         """Scaled queries [T, H, d] -> weights [n_groups, K, n_units]; n_idle: planned threads that do not run."""
         n_groups, bench = -(-len(q) // group) if group else 1, Bench(self.config, self.n_threads)
         n_planned = self.n_threads + n_idle
-        bench.kernels = Kernels(self.config, Backend(n_planned))
-        bench.ops = Ops(bench.graph, bench.kernels)
+        bench.kernels.n_threads = n_planned
         node = bench.ops.scan_tokens(
             bench.tensor(packed(q.reshape(len(q), -1), padding)),
-            regions=bench.regions(n_tokens=len(q), n_blocks=self.n_units), n_groups=n_groups, group=group,
+            regions=bench.regions(n_tokens=len(q), n_units=self.n_units), n_groups=n_groups, group=group,
             stride=stride, **self.sources(bench),
         )  # fmt: skip
         n_head_kv = self.config.n_head_kv
