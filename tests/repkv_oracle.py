@@ -134,7 +134,10 @@ class RepKVOracle:
             chosen = [list(range(len(units)))] * (-(-n // n_group) * spec.n_head_kv)
         elif self.coded:
             kept = layer.kept if n == 1 else []
-            weights = [self.unit_weights(number, q_far[:, g : g + n_group]) for g in range(0, n, n_group)]
+            # Codes are of keys before RoPE, without YaRN's factor, which is left to the query.
+            factor = turned(np.ones((1, 1, spec.head_dim)), np.zeros(1, int)) if self.far else 1.0
+            asked = q_far * factor
+            weights = [self.unit_weights(number, asked[:, g : g + n_group]) for g in range(0, n, n_group)]
             chosen = self.judged(number, np.concatenate(weights), budget, kept)
         else:
             chosen = self.select(layer, far_keys, q_far.mean(1), budget, layer.kept if n == 1 else [])

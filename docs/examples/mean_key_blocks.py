@@ -1,4 +1,4 @@
-"""A KV memory of one's own: blocks found by the mean of all their keys instead of by representative tokens.
+"""A KV memory of one's own: blocks found by the mean of all their keys.
 
     python -m pyggml_repkv run --kv docs/examples/mean_key_blocks.py -f book.txt -p 'Who did it?'
     python -m pyggml_repkv eval passkey --lengths 8192 --kv docs/examples/mean_key_blocks.py
@@ -18,7 +18,7 @@ from pyggml_repkv.memory.repkv.memory import RepKVMemory
 
 
 class MeanKeys(Representatives):
-    """One vector a block and key head: a quarter of the default index."""
+    """One vector a block and key head: a quarter of four representatives."""
 
     def __init__(self, parts: IndexParts) -> None:
         super().__init__(replace(parts, memory=replace(parts.memory, index="representatives:1")))

@@ -80,8 +80,7 @@ def ruler(args: argparse.Namespace, model: Model, policies: Sequence[str], text:
         for task, length in ((task, length) for task in args.tasks for length in args.lengths or [4096]):
             source = text if ruler_tasks.TASKS[task].needs_text else None
             asked = [Sample(length, i) for i in range(args.samples)]
-            # A question's tokens may be one or two more beside its text than alone.
-            for _, memory in memories(args, policies, length + ROOM):
+            for _, memory in memories(args, policies, length):
                 settings = _settings(args, model, memory, task, ruler_tasks.VERSION, source)
                 run = partial(run_ruler, model, memory, task, seed=args.seed, text=source, progress=_told(args))
                 for result, note in _answers(args, file, RulerResult, settings, asked, run):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyggml_repkv.errors import InputError
-from pyggml_repkv.memory.config import DISK_FIELDS, MEMORY_FIELDS, PRESETS, MemoryConfig
+from pyggml_repkv.memory.config import DISK_FIELDS, INDEX_FIELDS, MEMORY_FIELDS, PRESETS, MemoryConfig
 
 if TYPE_CHECKING:
     from pyggml_repkv.memory.registry import PolicyKind
@@ -51,11 +51,24 @@ def check_memory_flags(args: argparse.Namespace, policies: Sequence[str]) -> Non
     if unused:
         are, where = "is" if len(unused) == 1 else "are", " or ".join(policies)
         raise InputError(f"{_flags(unused)} {are} of no use with --kv {where}; is --kv repkv meant?")
+    if not any(kv.endswith(".py") for kv in policies):
+        _check_index_flags(args, given)
     needs_disk = [name for name in given if name in ("kv_disk_max", "type_evicted", "prefetch")]
     places = {"kv_ram": "--kv-ram", "kv_dir": "--kv-dir", **({"session": "--session"} if "session" in args else {})}
     if needs_disk and not any(getattr(args, place) for place in places):
         are, where = "is" if len(needs_disk) == 1 else "are", " or ".join(places.values())
         raise InputError(f"{_flags(needs_disk)} {are} for blocks on disk: give {where}, too")
+
+
+def _check_index_flags(args: argparse.Namespace, given: Sequence[str]) -> None:
+    """A policy of the user's own may use what it likes; several indexes may be given, with commas between."""
+    index = args.index or MemoryConfig().index
+    used = {field for part in index.split(",") for field in INDEX_FIELDS.get(part.partition(":")[0], ())}
+    for kind, fields in INDEX_FIELDS.items():
+        unused = [name for name in given if name in fields and name not in used]
+        if unused:
+            are = "is" if len(unused) == 1 else "are"
+            raise InputError(f"{_flags(unused)} {are} of no use with --index {index}, but with {kind}:N")
 
 
 def _flags(fields: Sequence[str]) -> str:

@@ -146,9 +146,15 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
             "the same for a group of tokens when it reads a chunk of the prompt",
         ),
         ("--group", "group", 0, 2**14, "tokens of a chunk that share a selection, a multiple of 32; 0: all of them"),
+        ("--stride", "stride", 1, 2**14, "of the tokens of a chunk every N-th is asked"),
         ("--n-question", "n_question", 0, 2**14, "last tokens of a prompt that are read one by one"),
-        ("--stride", "stride", 1, 2**14, "of these every N-th is asked"),
-        ("--n-score", "n_score", 0, 2**20, "later queries that score a token, at most --n-local; 0 means 256"),
+        (
+            "--n-score",
+            "n_score",
+            0,
+            2**20,
+            "with representatives: later queries that score a token; 0: 256",
+        ),
     )
     for flag, name, low, high, what in counts:
         group.add_argument(
@@ -157,8 +163,8 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--block",
         metavar="SCHEME",
-        help="how older tokens are cut into blocks: fixed:N, or semantic:N-M, which ends blocks at boundaries of the "
-        f"text (default: {defaults.block})",
+        help="how older tokens are cut into blocks: fixed:N, or with representatives semantic:N-M, which ends blocks "
+        f"at boundaries of the text (default: {defaults.block})",
     )
     group.add_argument(
         "--index",
@@ -173,7 +179,7 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         f"something (default: {defaults.unit})",
     )
     choices_of = (
-        ("--score", SCORES, "what makes a token representative: dot products with later queries, or attention"),
+        ("--score", SCORES, "what makes a token a representative: dot products with later queries, or attention"),
         ("--relevance", RELEVANCES, "how a block's representatives are compared with a query"),
         (
             "--positions",
@@ -187,7 +193,12 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
     for flag, choices, what in choices_of:
         default = getattr(defaults, flag[2:])
         group.add_argument(flag, choices=choices, help=f"{what} (default: {default})")
-    group.add_argument("--per-head", action="store_true", default=None, help="each key head selects its own blocks")
+    group.add_argument(
+        "--per-head",
+        action="store_true",
+        default=None,
+        help="with representatives: each key head selects its own blocks",
+    )
     group.add_argument(
         "--sticky",
         metavar="NATS",

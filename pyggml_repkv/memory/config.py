@@ -28,6 +28,12 @@ MEMORY_FIELDS = (
     "type_evicted", "prefetch",
 )  # fmt: skip
 
+# Those that an index depends on, by the word before its number.
+INDEX_FIELDS = {
+    "tokens": ("unit", "group", "stride"),
+    "representatives": ("score", "n_score", "relevance", "per_head"),
+}
+
 # Those that say where evicted blocks go, and how they get back.
 DISK_FIELDS = ("kv_dir", "kv_ram", "kv_disk_max", "type_evicted", "prefetch")
 

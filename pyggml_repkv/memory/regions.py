@@ -14,7 +14,7 @@ class Regions:
     """Positions, but for what is said. Sinks are [0, sink_end), the remainder (evicted tokens that fill no block) is
     [remainder, local), the window [local, first), and the step has n_tokens from first on.
 
-    local_base, store_base: position less row in either arena; n_blocks: units that can be selected; far: whether
+    local_base, store_base: position less row in either arena; n_units: units that can be selected; far: whether
     positions are far; budget: tokens to select, if there are as many; kept: the half of kept-l with the last token's
     selection, -1 for none.
     """
@@ -25,7 +25,7 @@ class Regions:
     remainder: int = 0
     local: int = 0
     local_base: int = 0
-    n_blocks: int = 0
+    n_units: int = 0
     far: bool = False
     budget: int = 0
     store_base: int = 0

@@ -24,11 +24,11 @@ struct repkv_op_params {
     int32_t head_dim;
     int32_t rope_dim;
     int32_t pairs; /* qk_norm: whether heads come with pairs side by side */
-    float sticky;  /* block_topk: advantage of a block that the last token selected, in nats */
+    float sticky;  /* block_topk: advantage of a unit that the last token selected, in nats */
     int32_t late;  /* block_topk: whether the last token's selection is attended */
     int32_t n_score; /* score_acc: how many later queries score a key */
     int32_t n_repr;  /* relevance: representatives per block and key head */
-    int32_t n_top;   /* block_topk: most blocks that it can select */
+    int32_t n_top;   /* block_topk: most units that it can select */
     int32_t relevance; /* relevance, block_topk: enum repkv_relevance_kind */
     int32_t n_rows;    /* block_topk, scan_tokens: selections that are made */
     int32_t n_lines;   /* block_topk: lines of relevance that are added up for each of them */

@@ -17,7 +17,7 @@ struct repkv_regions {
     int32_t remainder;  /* evicted tokens that fill no block are [remainder, local) */
     int32_t local;      /* the window is [local, first) */
     int32_t local_base; /* position less row in `local` */
-    int32_t n_blocks;   /* units that can be selected */
+    int32_t n_units;    /* that can be selected */
     int32_t far;        /* 1: far positions */
     int32_t budget;     /* tokens to select, if there are as many */
     int32_t store_base; /* position less row in `store` */

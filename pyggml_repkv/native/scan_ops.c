@@ -158,10 +158,10 @@ static inline void weigh(float *mass, float *scores, float scale, float referenc
     for (int i = 0; i < s->n_tiles * CODE_LANES; i += CODE_LANES) {
         store16(scores + i, power16((load16(scores + i) - from) * scale));
     }
-    scores -= bounds[0] + s->tile * CODE_LANES;
+    const int32_t first = bounds[0] + s->tile * CODE_LANES;
     for (int32_t u = s->unit; u < s->end; u++) {
         float sum = 0.0f;
-        for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += scores[t];
+        for (int32_t t = bounds[u]; t < bounds[u + 1]; t++) sum += scores[t - first];
         mass[u] = sum;
     }
 }
@@ -232,7 +232,7 @@ void repkv_scan_tokens_one(struct ggml_tensor *dst, int ith, int nth, void *user
         }
     }
     int64_t begin, end;
-    share(regions_of(src->regions)->n_blocks, ith, nth, &begin, &end);
+    share(regions_of(src->regions)->n_units, ith, nth, &begin, &end);
     /* All key heads of a strip, because memory is read in order. */
     for (int32_t unit = (int32_t)begin; unit < end;) {
         const struct strip strip = strip_at(src->units->data, unit, (int32_t)end);
@@ -266,7 +266,7 @@ void repkv_scan_tokens(struct ggml_tensor *dst, int ith, int nth, void *userdata
     const struct repkv_scan_tokens_sources *src = SOURCES(dst, scan_tokens);
     const struct repkv_regions *regions = regions_of(src->regions);
     const int d = p->head_dim, group = p->n_head / p->n_head_kv;
-    const int32_t n_units = regions->n_blocks, n_tokens = regions->n_tokens;
+    const int32_t n_units = regions->n_units, n_tokens = regions->n_tokens;
     const int64_t n_padded = p->n_padded;
     float *lines = dst->data, *mass = lines + ((int64_t)p->n_rows * p->n_threads + (int64_t)ith * SCAN_ROWS) * n_padded;
     const struct scan scan = scan_begin(p, ith, src->turn);

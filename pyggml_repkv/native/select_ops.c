@@ -6,7 +6,6 @@
 
 enum {
     MAX_HEADS_AT_ONCE = 4,
-    MAX_SELECTED = 4096, /* if blocks are chosen, and not all taken */
 };
 
 static size_t relevance_scratch(int n_head, int head_dim) {
@@ -166,7 +165,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
     struct repkv_scratch s = repkv_thread_scratch(p, ith, relevance_scratch(p->n_head, p->head_dim));
     float *mean = repkv_take(&s, (size_t)width);
     memset(mean, 0, (size_t)width * sizeof(float));
-    for (int panel = 0; panel * PANEL < n_tokens && regions->n_blocks > 0; panel++) {
+    for (int panel = 0; panel * PANEL < n_tokens && regions->n_units > 0; panel++) {
         const int lanes = n_tokens - panel * PANEL < PANEL ? n_tokens - panel * PANEL : PANEL;
         const float *q = (const float *)src->q_far->data + (size_t)panel * (size_t)width * PANEL;
         for (int i = 0; i < width; i++) {
@@ -178,7 +177,7 @@ void repkv_relevance(struct ggml_tensor *dst, int ith, int nth, void *userdata) 
         }
     }
     scale_f32(mean, 1.0f / (float)n_tokens, width);
-    relevance(dst, p, src->index, mean, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, mean, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_units, ith, nth);
 }
 
 void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userdata) {
@@ -191,7 +190,7 @@ void repkv_relevance_one(struct ggml_tensor *dst, int ith, int nth, void *userda
     float *q = repkv_take(&s, (size_t)(p->n_head * d));
     for (int h = 0; h < p->n_head; h++) rope(q + h * d, qkv + h * d, cosine, cosine + p->rope_dim / 2, p->rope_dim, d);
     scale_f32(q, p->scale, p->n_head * d);
-    relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_blocks, ith, nth);
+    relevance(dst, p, src->index, q, repkv_take(&s, 2 * (size_t)p->n_head * LANES), regions->n_units, ith, nth);
 }
 
 /* Sets max and scale of each head, which REPKV_LSE needs: the maximum of x, and 1 / sum of exp(x - maximum) over all blocks. */
@@ -331,7 +330,7 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const struct ggml_tensor *kept = src->kept;
     const float *x = src->relevance->data;
     const int32_t *bounds = src->units->data;
-    const int n_units = regions->n_blocks, last = kept ? regions->kept : -1, n_lines = p->n_lines;
+    const int n_units = regions->n_units, last = kept ? regions->kept : -1, n_lines = p->n_lines;
     struct repkv_scratch s = repkv_thread_scratch(p, ith, topk_scratch(p->n_head));
     float *max = repkv_take(&s, (size_t)p->n_head), *scale = repkv_take(&s, (size_t)p->n_head);
     float *best = repkv_take(&s, MAX_SELECTED);
@@ -339,7 +338,7 @@ void repkv_block_topk(struct ggml_tensor *dst, int ith, int nth, void *userdata)
     const bool all = n_units <= p->n_top && bounds[n_units] - bounds[0] <= regions->budget;
     const int n_top = p->n_top < MAX_SELECTED ? p->n_top : MAX_SELECTED;
     const bool chooses = !all && n_top > 0 && regions->budget > 0;
-    if (chooses && p->relevance == REPKV_LSE) head_totals(p, max, scale, x + p->n_head * p->n_padded, nth);
+    if (chooses && p->relevance == REPKV_LSE) head_totals(p, max, scale, x + (int64_t)p->n_head * p->n_padded, nth);
     for (int r = ith; r < p->n_rows; r += nth) {
         int32_t *selected = (int32_t *)dst->data + r * dst->ne[0];
         if (chooses) {

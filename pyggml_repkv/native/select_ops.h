@@ -8,7 +8,10 @@
 
 #include "ops.h"
 
-enum { LANES = 16 };
+enum {
+    LANES = 16,
+    MAX_SELECTED = 4096, /* units, if they are chosen and not all taken; Python checks it */
+};
 
 /* The value of a NaN, and of lanes beyond the last block: below any relevance, and finite. */
 #define LOWEST (-3.0e38f)

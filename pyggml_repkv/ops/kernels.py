@@ -18,6 +18,9 @@ PANEL: int = native.PANEL
 LANES: int = native.LANES
 """Blocks side by side in the index (native/select_ops.h)."""
 
+MAX_SELECTED: int = native.MAX_SELECTED
+"""Most units of a selection, if units are chosen and not all taken (native/select_ops.h)."""
+
 SCAN_ROWS: int = native.SCAN_ROWS
 """Query rows that share each load of codes (native/scan_ops.h)."""
 

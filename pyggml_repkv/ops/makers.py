@@ -248,7 +248,7 @@ class Ops:
         return self.node("block_topk", (n_rows, 1 + n_top), values, **sources)
 
     def locate(self, blocks: Tensor, places: Tensor) -> Tensor:
-        """Blocks of `block_topk` -> I32 [1 or K, 1 + 3 n_top], how many runs of rows and the place of each."""
+        """Blocks of `block_topk` -> I32 [n_rows, 1 + 3 n_top], how many runs of rows and the place of each."""
         n_rows, n_top = blocks.contents.ne[1], blocks.contents.ne[0] - 1
         return self.node("locate", (n_rows, 1 + 3 * n_top), blocks=blocks, places=places)
 

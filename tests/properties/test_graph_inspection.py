@@ -37,7 +37,7 @@ def graphs(draw) -> Wanted:
         memory |= {
             "n_dense": draw(st.sampled_from([0, 256])),
             "block": draw(st.sampled_from(["fixed:16", "semantic:16-24"])),
-            "budget": 16 * draw(st.integers(1, 5)),
+            "budget": 32 * draw(st.integers(1, 3)),
             "index": f"representatives:{draw(st.integers(1, 4))}",
             "score": draw(st.sampled_from(["dot", "attention"])),
             "relevance": draw(st.sampled_from(["lse", "mean", "max"])),

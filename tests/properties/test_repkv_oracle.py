@@ -42,7 +42,7 @@ def memories(draw: st.DrawFn, **fixed: object) -> MemoryConfig:
         "n_local": n_local,
         "n_sink": draw(st.sampled_from([0, 4, 17])),
         "block": draw(st.sampled_from(["fixed:16", "fixed:20", "fixed:32", "semantic:16-24"])),
-        "budget": 16 * draw(st.integers(0, 4)),
+        "budget": 32 * draw(st.integers(0, 3)),
         "chunk_budget": 16 * draw(st.integers(0, 4)),
         "n_dense": draw(st.sampled_from([0, 0, 70, 200])),
         "index": f"representatives:{draw(st.integers(1, 5))}",

@@ -25,7 +25,7 @@ TASK = (
 )
 
 # Version of the wording and of the places of needles: results of another version answer other questions.
-VERSION = 2
+VERSION = 3
 
 N_KEYS = 4
 N_HOPS = 2
@@ -92,7 +92,7 @@ def multikey(rng: np.random.Generator, depths: Sequence[float]) -> Quiz:
     others = [name for _, *rest in alike for name in rest]
     values = words.numbers(rng, len(depths) * N_KEYS)
     quiz = _keys("pass key", depths, [name for name, *_ in alike], values[: len(depths)], 8)
-    decoys = _keys("pass key", sorted(rng.random(len(others))), others, values[len(depths) :], 8)
+    decoys = _keys("pass key", rng.random(len(others)).tolist(), others, values[len(depths) :], 8)
     return Quiz(quiz.head, (*quiz.needles, *decoys.needles), quiz.questions)
 
 

@@ -84,6 +84,10 @@ def run_ruler(
             )
 
 
+# A question's tokens may be so many more beside its text than alone.
+BESIDE = 2
+
+
 def fitted(model: Model, task: RulerTask, source: Source, seed: Sequence[int]) -> Document:
     """Returns a document that, with its longest question and answer, has at most source.length tokens, and nearly as
     many. Raises InputError where not even one without haystack fits.
@@ -97,7 +101,7 @@ def fitted(model: Model, task: RulerTask, source: Source, seed: Sequence[int]) -
         longest = max(
             document.questions[: task.n_shared], key=lambda each: len(model.tokenizer.encode(each.text + each.prefix))
         )
-        return len(prompt_tokens(model, document.text, longest)) + task.n_answer
+        return len(prompt_tokens(model, document.text, longest)) + task.n_answer + BESIDE
 
     # The least document that has a question for each sample.
     n_least = task.n_shared if task.n_shared > len(made(0).questions) else 0

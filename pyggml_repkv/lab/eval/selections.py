@@ -13,15 +13,13 @@ from pyggml_repkv.memory.config import MemoryConfig
 from pyggml_repkv.memory.cut.blocks import Blocks, Scheme
 from pyggml_repkv.memory.index.representatives import top_scored
 from pyggml_repkv.memory.index.tokens import code_keys
+from pyggml_repkv.ops.kernels import MAX_SELECTED
 
 Array = NDArray[np.float32]
 Bounds = NDArray[np.integer]
 
 # Rows of scores that are made at a time.
 N_ROWS = 64
-
-# Of a selection (native/select_ops.c).
-MAX_SELECTED = 4096
 
 
 class Finder(ABC):

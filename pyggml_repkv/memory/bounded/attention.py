@@ -69,7 +69,7 @@ class BoundedStep(ABC):
 
     def observed_selection(self, layer: int) -> NDArray[np.int32]:
         """What a layer selected in the last compute: [n_rows, 1 + n], how many and which."""
-        selected = tensor_array(self._selections[layer].blocks).view(np.int32)
+        selected = tensor_array(self._selections[layer].units).view(np.int32)
         return selected.reshape(-1, selected.shape[-1])
 
     @abstractmethod
@@ -83,7 +83,7 @@ class BoundedStep(ABC):
         selection = self._parts.select(self._of(layer), q, self._regions, layer)
         self._selections.append(selection)
         if self._parts.observed:
-            for tensor in (q.near, q.far, selection.blocks):
+            for tensor in (q.near, q.far, selection.units):
                 self._ops.g.output(tensor)
         return selection
 
@@ -102,7 +102,7 @@ class BoundedChunk(BoundedStep):
         local, store = self._parts.local, self._parts.store
         q, selection = self._store_and_select(qkv, layer)
         if self.hook is not None:
-            self.hook.add(HookPoint(selection.blocks, layer))
+            self.hook.add(HookPoint(selection.units, layer))
         return self._of(layer).attend_memory(
             q.near, local.k[layer], local.v[layer], q.far, store.k[layer], store.v[layer], selection.runs,
             self._regions, group=selection.group, order=self._parts.rotation.order,
@@ -111,7 +111,7 @@ class BoundedChunk(BoundedStep):
     def store(self, qkv: Tensor, layer: int) -> None:
         q, selection = self._store_and_select(qkv, layer)
         # Nobody reads them, and a node that nobody reads is dropped with what it writes.
-        for node in (q.near, q.far, selection.blocks):
+        for node in (q.near, q.far, selection.units):
             self._ops.g.expand(node)
 
     def _store_and_select(self, qkv: Tensor, layer: int) -> tuple[Queries, Selection]:
@@ -161,7 +161,7 @@ class BoundedOne(BoundedStep):
         self._queries.append(qkv)
         selection = self._select(Queries(qkv, qkv, self._rope), layer)
         if self.hook is not None:
-            self._hook_at(self.hook, selection.blocks, layer)
+            self._hook_at(self.hook, selection.units, layer)
         return self._of(layer).attend_memory_one(
             qkv, local.k[layer], local.v[layer], store.k[layer], store.v[layer], self._rope, selection.runs,
             self._regions, order=self._parts.rotation.order,
@@ -171,13 +171,13 @@ class BoundedOne(BoundedStep):
         # One op does both.
         self._ops.g.expand(self.attend(qkv, layer))
 
-    def _hook_at(self, hook: StepHook, blocks: Tensor, layer: int) -> None:
+    def _hook_at(self, hook: StepHook, units: Tensor, layer: int) -> None:
         n_layer = self._parts.config.n_layer
         n = max(2, -(-n_layer // N_KNOWN_POINTS))
         if not self._known:
-            hook.add(HookPoint(blocks, layer, late=hook.reads_ahead))
+            hook.add(HookPoint(units, layer, late=hook.reads_ahead))
         elif layer % n == 0:
-            hook.add(HookPoint(blocks, layer, late=True, n_known=min(n, n_layer - layer)))
+            hook.add(HookPoint(units, layer, late=True, n_known=min(n, n_layer - layer)))
 
     def fill(self, n_past: int) -> None:
         super().fill(n_past)

@@ -75,9 +75,7 @@ class BoundedMemory(ABC):
         return False
 
     def split(self, n_tokens: int, n_batch: int) -> list[int]:
-        # Each with a selection of its own: a chunk's selection hides what a short question at its end asks.
-        n_single = min(self.memory.n_question, n_tokens)
-        return even_split(n_tokens - n_single, n_batch) + [1] * n_single
+        return even_split(n_tokens, n_batch)
 
     def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
         if n_tokens == 1:
@@ -107,7 +105,7 @@ class BoundedMemory(ABC):
         self.local.make_room(n_past, n_tokens)
         self.regions = Regions(
             first=n_past, n_tokens=n_tokens, sink_end=min(self.memory.n_sink, start), remainder=min(remainder, start),
-            local=start, local_base=self.local.base, n_blocks=n_units, far=self.rotation.far,
+            local=start, local_base=self.local.base, n_units=n_units, far=self.rotation.far,
             budget=self.budget(n_past, n_tokens), store_base=self.store.base,
         )  # fmt: skip
         r = self.regions

@@ -32,13 +32,13 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """blocks: I32 [n_rows, 1 + n], how many units are attended and which, for whom must make them resident; runs: I32
+    """units: I32 [n_rows, 1 + n], how many units are attended and which, for whom must make them resident; runs: I32
     [n_rows, 1 + 3 n], how many runs of rows are attended, then (first row, number of rows, first position) of each.
     One row for all key heads, or one a key head, for each group of queries; group: queries of a chunk in a group, 0 for
     all of them.
     """
 
-    blocks: Tensor
+    units: Tensor
     runs: Tensor
     group: int = 0
 
@@ -47,7 +47,8 @@ class Selection:
 class IndexParts:
     """What an index is made from. keys(layer, positions) -> float32 [n, K, d]: stored keys, before RoPE with far
     positions, else rotated; scheme: how tokens are cut; units: I32, bounds of the units in blocks, of which n_top at
-    most are selected in a step and max_units (a multiple of LANES) in a full context; blocks: those so far.
+    most are selected in a step and max_units (a multiple of LANES) in a full context; n_room: units that the graph
+    which is built has room for, at least those so far; blocks: those so far.
     """
 
     arenas: Arenas
@@ -61,6 +62,7 @@ class IndexParts:
     units: Tensor
     max_units: int
     n_top: int
+    n_room: Callable[[], int]
     blocks: Blocks
 
 
@@ -72,6 +74,11 @@ class Index(Protocol):
     @staticmethod
     def unit_of(memory: MemoryConfig) -> str | None:
         """The scheme of what it selects, None for whole blocks."""
+
+    @staticmethod
+    def n_groups(memory: MemoryConfig, n_tokens: int) -> int:
+        """Groups of queries of a chunk that select for themselves."""
+        ...
 
     @staticmethod
     def selects_per_head(memory: MemoryConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -60,9 +61,11 @@ class Kept:
         """The last token's, int32 [n_layer, 1 or K, 1 + n_top]; empty where there is none."""
         return np.stack([a[self._half] for a in self._arrays]) if self._half >= 0 else _NOTHING
 
-    def restore(self, selection: NDArray[np.int32], *, n_units: int, had_choice: bool, n_most: int, even: bool) -> None:
-        """The reverse, where a token may select at most n_most of n_units; had_choice: and not all of them; even: units
-        have one size.
+    def restore(
+        self, selection: NDArray[np.int32], unit_bounds: Sequence[int], *, budget: int, n_most: int, even: bool
+    ) -> None:
+        """The reverse, where a token may select at most n_most of the units between these positions, of at most
+        `budget` tokens; even: units have one size.
 
         Raises StoreError for what no step can have selected: C code takes it as it is.
         """
@@ -76,11 +79,13 @@ class Kept:
         counts = rows[..., 0]
         n_first = counts[0, 0]
         uneven = counts != n_first if even else (counts > 0) != (n_first > 0)
+        had_choice = unit_bounds[-1] - unit_bounds[0] > budget
         if uneven.any() or (n_first > 0 and not had_choice):
             raise StoreError("what the last token selected is damaged")
-        for n, *blocks in rows.reshape(-1, shape[-1]).tolist():
-            ids = [-1, *blocks[: max(n, 0)], n_units]
-            if not 0 <= n <= n_most or any(a >= b for a, b in pairwise(ids)):
+        for n, *units in rows.reshape(-1, shape[-1]).tolist():
+            ids = [-1, *units[: max(n, 0)], len(unit_bounds) - 1]
+            in_order = 0 <= n <= n_most and all(a < b for a, b in pairwise(ids))
+            if not in_order or sum(unit_bounds[u + 1] - unit_bounds[u] for u in ids[1:-1]) > budget:
                 raise StoreError("what the last token selected is damaged")
         for array, selected in zip(self._arrays, rows, strict=True):
             array[0] = selected

@@ -41,6 +41,10 @@ class Representatives:
         return None
 
     @staticmethod
+    def n_groups(memory: MemoryConfig, n_tokens: int) -> int:
+        return 1
+
+    @staticmethod
     def selects_per_head(memory: MemoryConfig) -> bool:
         return memory.per_head
 

@@ -83,6 +83,10 @@ class TokenCodes:
         return memory.unit
 
     @staticmethod
+    def n_groups(memory: MemoryConfig, n_tokens: int) -> int:
+        return -(-n_tokens // memory.group) if memory.group else 1
+
+    @staticmethod
     def selects_per_head(memory: MemoryConfig) -> bool:
         return True
 
@@ -94,7 +98,8 @@ class TokenCodes:
         self.bits = memory.index_kind[1]
         self._row_bytes = _row_bytes(config.n_head_kv, config.head_dim, self.bits)
         self.n_entries = parts.scheme.block.min_size
-        self.block_bytes = config.n_layer * self._row_bytes * -(-self.n_entries // CODE_LANES)
+        # Tiles run through blocks.
+        self.block_bytes = config.n_layer * -(-self._row_bytes * self.n_entries // CODE_LANES)
         n_tiles, n_sink = -(-parts.n_ctx // CODE_LANES), memory.n_sink
 
         def tiles(n_past: int) -> Rows:
@@ -120,26 +125,26 @@ class TokenCodes:
 
     def nodes(self, ops: Ops, q: Queries, regions: Tensor, places: Tensor, layer: int) -> Selection:
         m, c, parts, kept, group = self._memory, self._config, self._parts, None, 0
-        sources = self._tensors[layer], parts.units, self._turn_tensor
+        sources, n_padded = (self._tensors[layer], parts.units, self._turn_tensor), parts.n_room()
         if q.rope is None:
             n_tokens = q.far.contents.ne[2] * q.far.contents.ne[0]  # whole panels
-            group = m.group if m.group < n_tokens else 0
-            n_groups = -(-n_tokens // group) if group else 1
+            n_groups = self.n_groups(m, n_tokens)
+            group = m.group if n_groups > 1 else 0
             relevance = ops.scan_tokens(
-                q.far, *sources, regions, bits=self.bits, n_padded=parts.max_units, n_groups=n_groups, group=group,
+                q.far, *sources, regions, bits=self.bits, n_padded=n_padded, n_groups=n_groups, group=group,
                 stride=m.stride,
             )  # fmt: skip
             kind, n_rows, n_lines = "mean", n_groups * c.n_head_kv, ops.kernels.n_threads
         else:
             relevance = ops.scan_tokens_one(
-                q.far, *sources, q.rope, regions, bits=self.bits, n_padded=parts.max_units
+                q.far, *sources, q.rope, regions, bits=self.bits, n_padded=n_padded
             )  # fmt: skip
             kind, n_rows, n_lines = "lse", c.n_head_kv, c.n_head // c.n_head_kv
             kept = parts.kept.tensors[layer] if m.keeps else None
         set_name(relevance, "unit_relevance", layer)
         units = ops.block_topk(
             relevance, parts.units, regions, n_top=parts.n_top, kind=kind, n_rows=n_rows, n_lines=n_lines,
-            n_padded=parts.max_units, by_size=True, sticky=m.sticky, kept=kept, late=m.late and kept is not None,
+            n_padded=n_padded, by_size=True, sticky=m.sticky, kept=kept, late=m.late and kept is not None,
         )  # fmt: skip
         set_name(units, "block_topk", layer)
         runs = ops.locate(units, places)
@@ -201,13 +206,18 @@ class TokenCodes:
                 at_byte += n
 
     def take_state(self, first: int, end: int) -> NDArray[np.float32]:
-        """The centres."""
-        return self.centres.copy()
+        """The centres, and of each layer the matrix's first row, by which a session knows that its codes fit."""
+        rows = np.broadcast_to(self.turn[0], (len(self.centres), len(self.turn)))
+        return np.concatenate((self.centres.reshape(len(self.centres), -1), rows), 1)
 
     def put_state(self, first: int, end: int, values: NDArray[np.float32]) -> None:
-        if values.size != self.centres.size:
+        n_layer, n_head_kv, head_dim = self.centres.shape
+        if values.size != n_layer * (n_head_kv + 1) * head_dim:
             raise StoreError("the centres of the index are damaged")
-        self.centres[...] = values.reshape(self.centres.shape)
+        state = values.reshape(n_layer, n_head_kv + 1, head_dim)
+        if not np.allclose(state[:, -1], self.turn[0], atol=1e-4):
+            raise StoreError("the codes of the index were made with another matrix")
+        self.centres[...] = state[:, :-1]
 
     def settle(self) -> None:
         pass

@@ -6,6 +6,7 @@ A block that is selected is attended where it lies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import ClassVar, Self
 
@@ -25,15 +26,27 @@ from pyggml_repkv.memory.index.base import Index, IndexParts, Queries, Selection
 from pyggml_repkv.memory.index.kept import Kept
 from pyggml_repkv.memory.index.representatives import Representatives
 from pyggml_repkv.memory.index.tokens import TokenCodes
-from pyggml_repkv.memory.policy import NO_DISK, DiskNeed, PolicyInputs, StepCost
+from pyggml_repkv.memory.policy import (
+    NO_DISK,
+    DiskNeed,
+    Form,
+    PolicyInputs,
+    StepAttention,
+    StepCost,
+    StepShape,
+    even_split,
+)  # fmt: skip
 from pyggml_repkv.memory.repkv.checkpoints import RepKVCheckpoints
 from pyggml_repkv.memory.store.arenas import Arenas, Rows, as_array, as_rows
 from pyggml_repkv.memory.store.block_file import BlockFile, BlockHeader
 from pyggml_repkv.memory.store.disk import DiskStore, block_folder
 from pyggml_repkv.memory.store.layout import BlockShape
 from pyggml_repkv.memory.store.ram import RamStore, floats
-from pyggml_repkv.ops.kernels import LANES
+from pyggml_repkv.ops.kernels import LANES, MAX_SELECTED
 from pyggml_repkv.ops.makers import Ops
+
+# Units that the smallest graph has room for.
+FIRST_ROOM = 1024
 
 
 class RepKVMemory(BoundedMemory):
@@ -58,8 +71,21 @@ class RepKVMemory(BoundedMemory):
         rotation = Rotation(config, memory, inputs.rope, inputs.long)
         self.n_dense = 0 if rotation.long else min(memory.n_dense, config.n_ctx_train)
         self.n_top_max = max(memory.budget, memory.chunk_budget, self.n_dense) // scheme.smallest_unit
+        most = MAX_SELECTED * scheme.smallest_unit
+        # A budget for the whole context leaves no choice.
+        if any(most < budget < n_ctx for budget in (memory.budget, memory.chunk_budget)):
+            raise InputError(
+                f"--budget and --chunk-budget may be at most {most} tokens with units of {scheme.smallest_unit}; "
+                "or give larger units (--unit, --block)"
+            )
+        # So that every token that has a choice selects something: what it kept says whether it had one.
+        if memory.keeps and 0 < memory.budget < scheme.largest_unit:
+            raise InputError(
+                f"--budget is {memory.budget}; with --sticky or --late it must be 0 or at least {scheme.largest_unit}, "
+                "the tokens of the largest unit"
+            )
         # Of a key head in a step, for all groups of a chunk.
-        n_groups = -(-memory.n_batch // memory.group) if memory.group else 1
+        n_groups = make_index.n_groups(memory, memory.n_batch)
         self.most_selected = max(memory.budget, n_groups * memory.chunk_budget, self.n_dense) // scheme.smallest_unit
         self.blocks: Blocks = make_blocks(scheme, memory.n_sink, inputs.boundaries)
         self.n_rows = config.n_head_kv if make_index.selects_per_head(memory) else 1
@@ -69,9 +95,10 @@ class RepKVMemory(BoundedMemory):
         bounds = arenas.new(g.GGML_TYPE_I32, (max_units + 1,), "unit_bounds", rows=lambda _: Rows(0, max_units + 1))
         self._unit_bounds = as_array(bounds, np.int32)
         self._unit_bounds[0], self._n_noted = memory.n_sink, 0
+        self._max_units, self._n_room = max_units, max_units
         parts = IndexParts(
             arenas, config, memory, local, self.kept, lambda layer, at: self.stored_keys(layer, at), n_ctx, scheme,
-            bounds, max_units, self.n_top_max, self.blocks,
+            bounds, max_units, self.n_top_max, lambda: self._n_room, self.blocks,
         )  # fmt: skip
         self.index: Index = make_index(parts)
         self.writes = frozenset(("k_local", "v_local", "k_store", "v_store")) | self.index.writes
@@ -106,6 +133,22 @@ class RepKVMemory(BoundedMemory):
         if n_past + n_tokens <= self.n_dense:
             return n_past
         return self.memory.budget if n_tokens == 1 else self.memory.chunk_budget
+
+    def split(self, n_tokens: int, n_batch: int) -> list[int]:
+        # Each with a selection of its own: a chunk's selection hides what a short question at its end asks.
+        n_single = min(self.memory.n_question, n_tokens)
+        return even_split(n_tokens - n_single, n_batch) + [1] * n_single
+
+    def step_shape(self, n_past: int, n_tokens: int, preferred: Form) -> StepShape:
+        shape = super().step_shape(n_past, n_tokens, preferred)
+        # Rooms double, so that a graph for few units is small and few graphs are built.
+        n_room = min(max(FIRST_ROOM, 1 << (self.regions.n_units - 1).bit_length()), self._max_units)
+        return replace(shape, memory=(shape.memory, n_room))
+
+    def build(self, ops: Ops, shape: StepShape) -> StepAttention:
+        assert isinstance(shape.memory, tuple)
+        memory, self._n_room = shape.memory
+        return super().build(ops, replace(shape, memory=memory))
 
     def select(self, ops: Ops, q: Queries, regions: Tensor, layer: int) -> Selection:
         return self.index.nodes(ops, q, regions, self.store.places(layer), layer)
@@ -193,10 +236,11 @@ class RepKVMemory(BoundedMemory):
         self.local.base = self.local.start(state.n_past)
         self.index.forget(state.sealed_end)
         self.index.put_state(state.sealed_end, state.n_past, state.scores)
-        n_far, budget = self.blocks.sealed_end - self.memory.n_sink, self.budget(state.n_past, 1)
-        n_units, n_most = self.blocks.n_units, self.memory.budget // self.scheme.smallest_unit
-        even = self.scheme.smallest_unit == self.scheme.largest_unit
-        self.kept.restore(state.kept, n_units=n_units, had_choice=n_far > budget, n_most=n_most, even=even)
+        scheme, n_units, budget = self.scheme, self.blocks.n_units, self.budget(state.n_past, 1)
+        self.kept.restore(
+            state.kept, unit_bounds, budget=budget, n_most=self.memory.budget // scheme.smallest_unit,
+            even=scheme.smallest_unit == scheme.largest_unit,
+        )  # fmt: skip
         if state.warm.shape[1] % disk.layout.n_lanes:
             raise StoreError("which blocks lay in RAM is damaged")
         for layer, lanes in enumerate(state.warm.reshape(self.config.n_layer, disk.layout.n_lanes, -1).tolist()):

@@ -106,7 +106,7 @@ class DiskStore:
             raise InputError(
                 f"--kv-ram has room for {n_slots * max_unit} tokens, and up to {n_least * max_unit} are attended at "
                 f"once: give at least {-(-n_least * slot_bytes // 2**20)}M, or attend fewer (--n-dense 0, "
-                "--budget, --chunk-budget)"
+                "--budget, --chunk-budget, --group 0)"
             )
         # Rows of an arena are 32-bit numbers; half of them is far more than open tokens leave.
         return min(n_slots, max_units, 2**30 // self.layout.max_unit)

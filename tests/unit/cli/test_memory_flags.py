@@ -91,3 +91,19 @@ def test_a_flag_of_another_task_is_named(tmp_path, capsys, task, flags):
     line = capsys.readouterr().err
     assert line.startswith(f"pyggml_repkv: error: {flags[0]} is for ")
     assert line.endswith(f"; {task} has no use for it\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--per-head"], "--per-head is of no use with --index tokens:4, but with representatives:N"),
+        (["--score", "dot", "--n-score", "9"], "--score, --n-score are of no use with --index tokens:4, but"),
+        (
+            ["--index", "representatives:4", "--unit", "8"],
+            "--unit is of no use with --index representatives:4",
+        ),
+    ],
+)
+def test_flags_of_another_index_are_refused(capsys, flags, message):
+    assert main(["bench", "-m", "there-is-none", "--kv", "repkv", *flags]) == 2
+    assert message in capsys.readouterr().err

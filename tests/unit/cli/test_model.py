@@ -215,7 +215,7 @@ def test_what_a_file_says_cannot_reach_the_terminal(info, tmp_path):
         (["MODEL", "--kv-ram", "1"], "--kv-ram has room for 0 tokens"),
         (["MODEL", "--kv-ram", "1G", "--kv-dir", "/proc/x"], "the blocks need a directory that can be written"),
         (["MODEL", "--block", "7"], "--block is '7'"),
-        (["MODEL", "--n-score", "5000"], "--n-score is 5000"),
+        (["MODEL", "--index", "representatives:4", "--n-score", "5000"], "--n-score is 5000"),
         (["MODEL", "-ctk", "q8_0"], "-ctk q8_0 needs a head size that 32 divides"),
         (["MODEL", "--colour"], "unknown arguments: --colour"),
     ],

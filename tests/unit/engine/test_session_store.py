@@ -521,3 +521,28 @@ def test_the_disk_that_a_session_has_is_not_asked_for_again(model, folder):
         need = session.disk_need(300)
         assert need.total > 0
         assert need.more <= session.policy.disk.layout.block_bytes([16])
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"index": "tokens:4"},
+        {"index": "tokens:4", "type_evicted": "q8_0"},
+        {"index": "tokens:2", "unit": "semantic:5-9"},
+        {"index": "representatives:4"},
+    ],
+)
+def test_an_index_is_made_anew_where_positions_became_far(tiny_model, tmp_path, index):
+    """What blocks carry of it is from before their keys were turned back."""
+    memory = replace(MEMORY, n_ctx=0, **index)
+    with Model.load(tiny_model(n_layer=2, n_ctx=250, head_dim=32), threads=2, repack=False) as loaded:
+        with loaded.session(memory, directory=tmp_path / "kept") as session:
+            session.prefill(TOKENS[:200])
+            for token in TOKENS[200:280]:
+                session.decode(token)
+            assert session.policy.rotation.far_at > 0
+            session.save()
+            with session.fork() as fork:
+                want = [fork.decode(token).copy() for token in TOKENS[280:310]]
+        with loaded.resume(tmp_path / "kept") as session:
+            assert np.array_equal([session.decode(token).copy() for token in TOKENS[280:310]], want)

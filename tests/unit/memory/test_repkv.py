@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pyggml_repkv.engine.model import Model
-from pyggml_repkv.errors import ComputeError, InputError
+from pyggml_repkv.errors import ComputeError, InputError, StoreError
 from pyggml_repkv.ffi.handles import Backend
 from pyggml_repkv.memory.config import MemoryConfig
 
@@ -241,3 +241,89 @@ def test_scores_of_their_own_are_not_for_these(model, kv):
 def test_a_small_window_needs_no_second_flag():
     assert MemoryConfig(kv="repkv", n_local=64).n_scoring == 64
     assert MemoryConfig(kv="repkv").n_scoring == 256
+
+
+def test_a_graph_has_room_for_the_units_that_there_are(tiny_model, monkeypatch):
+    """It is built anew when their number has doubled; nothing else changes."""
+    memory = replace(MEMORY, n_ctx=2**20, index="tokens:4", unit="1", group=32)
+    tokens = np.random.default_rng(1).integers(0, 280, 300)
+    logits, n_bytes = [], []
+    with Model.load(tiny_model(n_ctx=2048), threads=2, repack=False) as model:
+        for n_first in (16, 2**20):
+            monkeypatch.setattr("pyggml_repkv.memory.repkv.memory.FIRST_ROOM", n_first)
+            with model.session(memory) as session:
+                logits.append(np.concatenate((session.prefill(tokens), session.decode(7))))
+                n_bytes.append(session.compute_bytes)
+    assert np.array_equal(*logits)
+    assert 20 * n_bytes[0] < n_bytes[1]
+
+
+@pytest.mark.parametrize(("budget", "works"), [(4096, True), (4097, False), (2**16, True)])
+def test_a_choice_of_more_units_than_can_be_sorted_is_refused(model, budget, works):
+    memory = replace(MEMORY, n_ctx=2**16, index="tokens:4", unit="1", budget=budget)
+    if works:
+        model.session(memory).close()
+    else:
+        with pytest.raises(InputError, match="--chunk-budget may be at most 4096 tokens with units of 1"):
+            model.session(memory)
+
+
+@pytest.mark.parametrize("damage", [lambda state: state[:, :-1], lambda state: -state])
+def test_codes_of_another_matrix_are_refused(model, damage):
+    with model.session(replace(MEMORY, index="tokens:4")) as session:
+        session.prefill(TOKENS[:200])
+        index, state = session.policy.index, session.policy.index.take_state(0, 0)
+        index.put_state(0, 0, state)
+        with pytest.raises(StoreError, match="index"):
+            index.put_state(0, 0, damage(state).astype(np.float32))
+
+
+def test_a_kept_selection_stays_within_the_budget(tiny_model):
+    """Units of uneven sizes: as many as could be small, but all of them large."""
+    from pyggml_repkv.memory.index.kept import Kept
+
+    with Model.load(tiny_model(), threads=1, repack=False) as model:
+        memory = replace(MEMORY, late=True, index="tokens:4", unit="semantic:2-16", budget=32)
+        with model.session(memory) as session:
+            kept: Kept = session.policy.kept
+            shape = len(kept.tensors), 2, 1 + session.policy.n_top_max
+            rows = np.zeros(shape, np.int32)
+            rows[..., :4] = 3, 0, 1, 2
+            settings = {"budget": 32, "n_most": 16, "even": False}
+            kept.restore(rows, [4, 14, 24, 34, 80], **{**settings, "budget": 30})
+            with pytest.raises(StoreError, match="what the last token selected is damaged"):
+                kept.restore(rows, [4, 14, 24, 37, 80], **settings)
+
+
+def test_the_index_takes_the_bytes_that_are_said(model):
+    """Of the tokens in blocks, whole tiles of 16."""
+    with model.session(replace(MEMORY, index="tokens:4")) as session:
+        session.prefill(TOKENS)
+        policy = session.policy
+        used = [array[: policy.blocks.n_blocks].any(1).all() for array in policy.index._arrays]
+        assert all(used)
+        assert not any(array[policy.blocks.n_blocks :].any() for array in policy.index._arrays)
+        n_bytes = sum(array[: policy.blocks.n_blocks].nbytes for array in policy.index._arrays)
+        assert policy.bytes_at(len(TOKENS))["index"] == session.stats()["index_bytes"] == n_bytes
+
+
+@pytest.mark.parametrize(("index", "n_groups"), [("tokens:4", 2), ("representatives:4", 1)])
+def test_slots_for_what_all_groups_of_a_chunk_attend(model, index, n_groups):
+    memory = replace(MEMORY, index=index, group=32, n_batch=64, chunk_budget=128)
+    with model.session(memory) as session:
+        assert session.policy.most_selected == n_groups * 128 // 16
+
+
+@pytest.mark.parametrize("keeps", [{"late": True}, {"sticky": 1.0}])
+def test_a_budget_without_room_for_a_unit_keeps_nothing(model, keeps):
+    memory = replace(MEMORY, index="tokens:4", unit="semantic:2-16", budget=15, **keeps)
+    with pytest.raises(InputError, match="--budget is 15; with --sticky or --late it must be 0 or at least 16"):
+        model.session(memory)
+    model.session(replace(memory, budget=16)).close()
+
+
+def test_costs_count_the_queries_that_are_asked(model):
+    with model.session(replace(MEMORY, index="tokens:4", stride=4)) as session:
+        cost = session.policy.cost(400, 48)
+        assert (cost.n_queries, cost.n_indexed, cost.n_scored) == (12, 320, 0)
+        assert session.policy.cost(400, 1).n_queries == 1

@@ -50,7 +50,7 @@ class HookBench:
         zeros = np.zeros(2 * (2 * LANES + 2 * N_THREADS), np.float32)
         self.relevance = [self.bench.tensor(zeros) for _ in range(N_LAYER)]
         self.kept = [self.bench.tensor(np.zeros((2, 2, 1 + N_TOP), np.int32), QT.I32) for _ in range(N_LAYER)]
-        self.regions = self.bench.regions(n_blocks=N_BLOCKS, budget=N_TOP)
+        self.regions = self.bench.regions(n_units=N_BLOCKS, budget=N_TOP)
         # Units of one token.
         self.units = self.bench.tensor(np.arange(N_BLOCKS + 1, dtype=np.int32), QT.I32)
         nodes = [self.layer(i, late) for i in range(N_LAYER)]

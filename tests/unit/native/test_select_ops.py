@@ -87,7 +87,7 @@ def test_relevance_equals_numpy(n_blocks, n_head_kv, group, n_repr, d, kind, n_t
         blocks.index.reshape(len(blocks.index), -1), g.GGML_TYPE_F16 if half else g.GGML_TYPE_F32,
         (len(blocks.index), blocks.index[0].size),
     )  # fmt: skip
-    regions = bench.regions(n_tokens=n_tokens, n_blocks=n_blocks)
+    regions = bench.regions(n_tokens=n_tokens, n_units=n_blocks)
     marker = bench.tensor(np.zeros(1, np.float32))
     q = rng.normal(size=(n_tokens, n_head, d)).astype(np.float32)
     if n_tokens == 1:
@@ -118,7 +118,7 @@ def test_a_poisoned_representative_is_lowest_or_highest(poison, kind):
     q = np.abs(rng.normal(size=(40, 32))).astype(np.float32)
     node = bench.ops.relevance(
         bench.tensor(packed(q * np.float32(32**-0.5))), bench.tensor(blocks.index.reshape(len(blocks.index), -1)),
-        bench.regions(n_tokens=40, n_blocks=20), bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
+        bench.regions(n_tokens=40, n_units=20), bench.tensor(np.zeros(1, np.float32)), n_repr=2, kind=kind,
     )  # fmt: skip
     got = bench.compute(node).ravel()[:20]
     want = relevance_by_numpy(q.astype(np.float64).mean(0)[None], clean, kind)[0]
@@ -150,7 +150,7 @@ def topk(
             seen[t, :, 1] = np.where(part <= LOWEST, 0, np.exp(part - part.max(1, keepdims=True))).sum(1)
     by_size, sizes = sizes is not None, np.full(n_blocks, 3) if sizes is None else sizes
     budget = 3 * (n_top if n_wanted is None else n_wanted) if budget is None else budget
-    regions = bench.regions(n_blocks=n_blocks, budget=budget, kept=-1 if kept is None else 1)
+    regions = bench.regions(n_units=n_blocks, budget=budget, kept=-1 if kept is None else 1)
     units = bench.integers(*np.concatenate(([5], 5 + np.cumsum(sizes))).tolist())
     n_rows = n_head_kv if per_head else 1
     halves = np.full((2, n_rows, 1 + n_top), -7, np.int32)

@@ -87,7 +87,7 @@ def test_the_command_line(demo_model, tmp_path, capsys):
     done = json.loads(capsys.readouterr().out)["perplexity"]
     assert done["full"]["tokens"] == done["window"]["tokens"] == 127 * (done["full"]["tokens"] // 127)
     assert 1 < done["full"]["value"] < 3
-    small = ["--n-local", "64", "--n-dense", "0", "-b", "64", "--n-score", "32"]
+    small = ["--n-local", "64", "--n-dense", "0", "-b", "64"]
     assert main(["eval", "fidelity", *base, "--lengths", "600", "--kv", "repkv", "--stretch", "256", *small]) == 0
     found = json.loads(capsys.readouterr().out)["stretches"]["repkv"]
     assert [(s["begin"], s["end"]) for s in found] == [(0, 256), (256, 512), (512, 600)]

@@ -28,7 +28,7 @@ def tiny(tmp_path_factory):
 @pytest.mark.parametrize("kv", ["full", "repkv"])
 def test_the_demo_model_finds_the_key(demo_model, capsys, kv):
     argv = ["eval", "passkey", "-m", str(demo_model), "--lengths", "1500", "--depths", "2", "--kv", kv, "--json"]
-    small = ["--n-local", "256", "--n-score", "128", "--positions", "far", "--n-dense", "0"]
+    small = ["--n-local", "256", "--positions", "far", "--n-dense", "0"]
     assert main([*argv, *(small if kv == "repkv" else [])]) == 0
     result = json.loads(capsys.readouterr().out)
     n_found, n = result["found"][kv]["1500"]
