@@ -138,23 +138,11 @@ def add_memory_options(parser: argparse.ArgumentParser) -> None:
         ("--n-local", "n_local", 32, 2**20, "recent tokens, always attended"),
         ("--n-dense", "n_dense", 0, 2**20, "attend every block up to this length (at most the trained context)"),
         ("--budget", "budget", 0, 2**20, "older tokens that a layer attends when it reads one token"),
-        (
-            "--chunk-budget",
-            "chunk_budget",
-            0,
-            2**20,
-            "the same for a group of tokens when it reads a chunk of the prompt",
-        ),
+        ("--chunk-budget", "chunk_budget", 0, 2**20, "the same for a group of tokens of a chunk of the prompt"),
         ("--group", "group", 0, 2**14, "tokens of a chunk that share a selection, a multiple of 32; 0: all of them"),
         ("--stride", "stride", 1, 2**14, "of the tokens of a chunk every N-th is asked"),
         ("--n-question", "n_question", 0, 2**14, "last tokens of a prompt that are read one by one"),
-        (
-            "--n-score",
-            "n_score",
-            0,
-            2**20,
-            "with representatives: later queries that score a token; 0: 256",
-        ),
+        ("--n-score", "n_score", 0, 2**20, "with representatives: later queries that score a token; 0: 256"),
     )
     for flag, name, low, high, what in counts:
         group.add_argument(

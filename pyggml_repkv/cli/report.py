@@ -32,7 +32,7 @@ def memory(kv: dict[str, Any]) -> str:
     parts = [f"{size(kv.get('ram_bytes') or kv.get('resident_bytes', 0))} of keys and values"]
     if kv.get("blocks"):
         parts += [
-            f"{kv['blocks']} blocks, {kv.get('selected', 0)} attended by the next token",
+            f"{kv['blocks']} blocks, of which the next token attends {kv.get('selected', 0)} tokens",
             f"index {size(kv.get('index_bytes', 0))}",
         ]
     prefetch = kv.get("prefetch", {})
@@ -40,7 +40,7 @@ def memory(kv: dict[str, Any]) -> str:
         there = 100 * prefetch["hits"] / prefetch["required"]
         parts += [
             f"{size(kv['disk_bytes'])} on disk",
-            f"{there:.1f} % of the blocks were in RAM when needed",
+            f"{there:.1f} % of what was selected was in RAM when needed",
             f"{prefetch.get('wait_ms', 0) / 1e3:.1f} s spent waiting for the others",
         ]
     return f"perf:           memory = {', '.join(parts)}, peak RSS {size(peak_rss_bytes())}\n"

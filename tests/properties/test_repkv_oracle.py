@@ -119,6 +119,7 @@ CODED = {
     "index": st.sampled_from(["tokens:4", "tokens:4", "tokens:2", "tokens:1"]),
     "unit": st.sampled_from(["16", "8", "1", "semantic:4-12"]),
     "stride": st.integers(1, 5),
+    "group": st.sampled_from([0, 32]),
 }
 
 

@@ -40,14 +40,14 @@ def decode(session, first, n):
         {"n_ctx": 0, "kv_ram": 2**20},
         {"positions": "exact", "type_k": "q8_0", "type_v": "f32"},
         {"per_head": True, "sticky": 0.7, "late": True},
-        {"block": "semantic:16-24"},
+        {"unit": "semantic:5-9", "block": "semantic:16-24"},
     ],
 )
-@pytest.mark.parametrize("index", [{}, {"index": "tokens:4"}, {"index": "tokens:2", "unit": "semantic:5-9"}])
+@pytest.mark.parametrize("index", ["representatives:4", "tokens:4", "tokens:2"])
 def test_what_was_saved_goes_on_the_same(model, tmp_path, caplog, options, index):
-    if "block" in options and index:
-        pytest.skip("codes have units, not semantic blocks")
-    memory = replace(MEMORY, **options, **index)
+    memory = replace(MEMORY, **options, index=index)
+    if index != "representatives:4":
+        memory = replace(memory, block="fixed:16")
     with model.session(memory) as session:
         session.prefill(TOKENS[:300])
         decode(session, 300, 10)
