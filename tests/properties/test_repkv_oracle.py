@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 from gguf import GGMLQuantizationType as QT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pyggml_repkv.engine.model import Model
@@ -119,13 +119,27 @@ CODED = {
     "index": st.sampled_from(["tokens:4", "tokens:4", "tokens:2", "tokens:1"]),
     "unit": st.sampled_from(["16", "8", "1", "semantic:4-12"]),
     "stride": st.integers(1, 5),
+    # Chunks of more than one group, and a choice for each of them.
     "group": st.sampled_from([0, 32]),
+    "n_batch": st.sampled_from([7, 33, 64, 70]),
+    "chunk_budget": st.sampled_from([0, 16, 32]),
+    "n_question": st.sampled_from([0, 16]),
 }
+
+GROUPS = MemoryConfig(
+    kv="repkv", n_ctx=N_CTX, n_batch=64, type_k="f32", type_v="f32", n_local=32, n_sink=4, n_dense=0, block="fixed:16",
+    budget=32, chunk_budget=32, group=32, n_question=0, positions="exact",
+)  # fmt: skip
+"""Every chunk but the first ones has two groups, each with a choice."""
 
 
 @given(
-    memory=memories(late=False), coded=st.fixed_dictionaries(CODED), n_prompt=st.integers(40, 150),
+    memory=memories(late=False), coded=st.fixed_dictionaries(CODED), n_prompt=st.integers(40, 260),
     n_decode=st.integers(0, 20), **models,
+)  # fmt: skip
+@example(
+    memory=GROUPS, coded={"index": "tokens:4"}, n_prompt=256, n_decode=3, centred=False,
+    family={"arch": "qwen2", "optional": (), "joined": False}, seed=0, n_head_kv=2, group=2, scaling="none", n_threads=2,
 )  # fmt: skip
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_an_index_of_all_tokens_equals_the_oracle(
