@@ -139,7 +139,8 @@ GROUPS = MemoryConfig(
 )  # fmt: skip
 @example(
     memory=GROUPS, coded={"index": "tokens:4"}, n_prompt=256, n_decode=3, centred=False,
-    family={"arch": "qwen2", "optional": (), "joined": False}, seed=0, n_head_kv=2, group=2, scaling="none", n_threads=2,
+    family={"arch": "qwen2", "optional": (), "joined": False}, seed=0, n_head_kv=2, group=2, scaling="none",
+    n_threads=2,
 )  # fmt: skip
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_an_index_of_all_tokens_equals_the_oracle(
